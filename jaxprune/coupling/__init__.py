@@ -1,0 +1,1 @@
+"""Which axes belong together, and the same program without some of them."""

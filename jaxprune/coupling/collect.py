@@ -1,0 +1,263 @@
+"""From the solved ledger to `Groups`: units that occupy the same axes, together."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxprune.coupling.groups import Group, Groups, Member, Pinned
+from jaxprune.coupling.jaxprs import source_line
+from jaxprune.coupling.labels import Value
+from jaxprune.coupling.ledger import Ledger
+from jaxprune.coupling.solve import NEVER, Solution
+
+
+class _Line(NamedTuple):
+    """The labels that some parameter axes share.
+
+    Attributes:
+        axes: these axes, ``(number, path, axis)``, in order.
+        units: the unit of every position, or the reason why it cannot be cut.
+        columns: the atoms of every position, see `Solution.atoms`.
+    """
+
+    axes: list[tuple[int, str, int]]
+    units: np.ndarray | int
+    columns: list[np.ndarray]
+
+
+class _Places(NamedTuple):
+    """Where units live: a row for every unit on every line, sorted by unit, line.
+
+    A row says that `unit` holds ``positions[start : start + repeats]`` of its line.
+    """
+
+    unit: np.ndarray
+    line: np.ndarray
+    start: np.ndarray
+    repeats: np.ndarray
+    positions: np.ndarray
+
+
+class _Found(NamedTuple):
+    """The units of a group and, for every line they are on, the index of a `Member`.
+
+    `place` orders groups: first axis, first position there, then coarse units and
+    those of close positions first: heads come before the dimensions of a head,
+    whichever the program names first.
+    """
+
+    place: tuple[int, ...]
+    units: np.ndarray
+    members: list[tuple[_Line, np.ndarray]]
+
+
+def collect_groups(
+    ledger: Ledger,
+    solution: Solution,
+    variables: Mapping[str, Value],
+    shapes: Mapping[str, tuple[int, ...]],
+    treedef: Any,
+) -> Groups:
+    """Gathers units with the same signature into groups, in order of first use."""
+    lines = _lines(ledger, solution, variables)
+    alone = _alone(solution, lines)
+    mixed = [line for line, one in zip(lines, alone, strict=True) if not one]
+    found = [_whole(line) for line, one in zip(lines, alone, strict=True) if one]
+    places = _places(mixed)
+    found += [_parts(places, mixed, rows) for rows in _by_signature(places)]
+    groups: dict[str, Group] = {}
+    for each in sorted(found, key=lambda each: each.place):
+        group = _group(ledger, solution, each, groups)
+        groups[group.name] = group
+    return Groups(groups, _pinned(ledger, solution, lines), shapes, treedef)
+
+
+def _lines(
+    ledger: Ledger, solution: Solution, variables: Mapping[str, Value]
+) -> list[_Line]:
+    lines: dict[tuple[str, int], _Line] = {}
+    axes = [
+        (path, d, axis)
+        for path, value in variables.items()
+        for d, axis in enumerate(value.axes)
+    ]
+    for number, (path, d, axis) in enumerate(axes):
+        if isinstance(axis, int):
+            line = lines.setdefault(("frozen", axis), _Line([], axis, []))
+        else:
+            units = axis[0].units
+            key = ("block", ledger.block(units))
+            if key not in lines:
+                lines[key] = _Line([], units, solution.atoms(units))
+            line = lines[key]
+        line.axes.append((number, path, d))
+    return list(lines.values())
+
+
+def _alone(solution: Solution, lines: list[_Line]) -> list[bool]:
+    """Is every position of a line a unit of its own that is on no other line?"""
+    columns = [column for line in lines for column in line.columns]
+    every = np.concatenate([np.zeros(0, int), *columns])
+    uses = np.bincount(every[every >= 0], minlength=len(solution.why))
+    return [
+        len(line.columns) == 1
+        and bool((line.columns[0] >= 0).all() and (uses[line.columns[0]] == 1).all())
+        for line in lines
+    ]
+
+
+def _whole(line: _Line) -> _Found:
+    """A line that is a group by itself."""
+    units = line.columns[0]
+    index = np.arange(len(units), dtype=np.int32)[:, None]
+    return _Found((line.axes[0][0], 0, -1, 0), units, [(line, index)])
+
+
+def _places(lines: list[_Line]) -> _Places:
+    parts = [_on_line(line.columns) for line in lines]
+    if not parts:
+        return _Places(*(np.zeros(0, int) for _ in range(5)))
+    unit, count, positions = (np.concatenate(x) for x in zip(*parts, strict=True))
+    start = np.cumsum(count) - count
+    line = np.repeat(np.arange(len(lines)), [len(found) for found, _, _ in parts])
+    order = np.argsort(unit, kind="stable")
+    return _Places(unit[order], line[order], start[order], count[order], positions)
+
+
+def _on_line(columns: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The units on a line, how many positions each has, and these, unit by unit."""
+    found = [np.flatnonzero(column >= 0) for column in columns]
+    each = [column[where] for column, where in zip(columns, found, strict=True)]
+    unit = np.concatenate([np.zeros(0, int), *each])
+    position = np.concatenate([np.zeros(0, int), *found])
+    order = _stable_order(unit)
+    unit, position = unit[order], position[order]
+    if len(columns) > 1:
+        # A Gram matrix holds one unit in both of its factors, at one place of both.
+        column = np.repeat(np.arange(len(each)), [len(part) for part in each])[order]
+        if ((unit[1:] == unit[:-1]) & (column[1:] != column[:-1])).any():
+            pairs = np.unique(np.stack([unit, position], axis=1), axis=0)
+            unit, position = pairs.T
+    starts = _starts(unit)
+    return unit[starts], np.diff(np.r_[starts, len(unit)]), position
+
+
+def _stable_order(values: np.ndarray) -> np.ndarray:
+    """A stable argsort; of numbers close to each other, in linear time."""
+    if len(values):
+        low = values.min()
+        if values.max() - low < 1 << 16:
+            values = (values - low).astype(np.uint16)
+    return np.argsort(values, kind="stable")
+
+
+def _starts(values: np.ndarray) -> np.ndarray:
+    """Where a run of equal values begins."""
+    new = np.ones(len(values), bool)
+    new[1:] = values[1:] != values[:-1]
+    return np.flatnonzero(new)
+
+
+def _by_signature(places: _Places) -> list[np.ndarray]:
+    """Rows of `places`, one array per group."""
+    if not len(places.unit):
+        return []
+    _, kind = np.unique(
+        places.line * (places.repeats.max() + 1) + places.repeats, return_inverse=True
+    )
+    # The signature of a unit is its set of (line, count): a sum of random words, in
+    # 64 bits; a second word proves that no two signatures were confused.
+    words = np.random.default_rng(0).integers(2**63, size=(2, kind.max() + 1))
+    units = _starts(places.unit)
+    one, two = (np.add.reduceat(word[kind], units) for word in words)
+    _, first, group = np.unique(one, return_index=True, return_inverse=True)
+    assert (two[first][group] == two).all()
+    per_row = np.repeat(group, np.diff(np.r_[units, len(places.unit)]))
+    order = np.argsort(per_row, kind="stable")
+    return np.split(order, _starts(per_row[order])[1:])
+
+
+def _parts(places: _Places, lines: list[_Line], rows: np.ndarray) -> _Found:
+    """The group of some rows of `places`."""
+    units = places.unit[rows[_starts(places.unit[rows])]]
+    rows = rows.reshape(len(units), -1)  # every unit is on the same lines
+    rows = rows[np.argsort(places.positions[places.start[rows[:, 0]]])]
+    index = []
+    for column in rows.T:
+        within = np.arange(int(places.repeats[column[0]]))
+        held = places.positions[places.start[column][:, None] + within]
+        index.append((lines[places.line[column[0]]], held.astype(np.int32)))
+    lead, first = index[0]
+    place = lead.axes[0][0], int(first[0, 0]), -first.shape[1], int(first[0, -1])
+    return _Found(place, units, index)
+
+
+def _group(
+    ledger: Ledger, solution: Solution, found: _Found, taken: Mapping[str, Group]
+) -> Group:
+    numbered = sorted(
+        (number, path, d, index)
+        for line, index in found.members
+        for number, path, d in line.axes
+    )
+    members = tuple(Member(path, d, index) for _, path, d, index in numbered)
+    doubt = solution.doubt[found.units].min()
+    exact = bool(doubt == NEVER)
+    why = "" if exact else explain(ledger, int(doubt))
+    name = _unique(f"{members[0].path}:{members[0].axis}", taken)
+    ordered = bool(solution.ordered[found.units].any())
+    return Group(name, len(found.units), members, exact, why, ordered)
+
+
+def _unique(name: str, taken: Mapping[str, Group]) -> str:
+    if name not in taken:
+        return name
+    count = 2
+    while f"{name}#{count}" in taken:
+        count += 1
+    return f"{name}#{count}"
+
+
+def explain(ledger: Ledger, unit: int) -> str:
+    """The text of a reason, with the user's source line where known."""
+    reason = ledger.reasons[unit]
+    if reason.eqn is None:
+        return reason.text
+    lines = (source_line(eqn) for eqn in (reason.eqn, *reason.calls[::-1]))
+    place = next(filter(None, lines), "")
+    where = reason.eqn.primitive.name + (f" at {place}" if place else "")
+    return f"{reason.text} ({where})"
+
+
+def _pinned(
+    ledger: Ledger, solution: Solution, lines: list[_Line]
+) -> tuple[Pinned, ...]:
+    found = [
+        (number, Pinned(path, d, held, text))
+        for line in lines
+        for held, text in _held(ledger, solution, line)
+        for number, path, d in line.axes
+    ]
+    return tuple(pinned for _, pinned in sorted(found, key=lambda pair: pair[0]))
+
+
+def _held(ledger: Ledger, solution: Solution, line: _Line) -> list[tuple[int, str]]:
+    """How many positions of a line are held, and why."""
+    if isinstance(line.units, int):
+        return [(1, explain(ledger, line.units))]
+    held = []
+    free = np.zeros(len(line.units), bool)
+    for column in line.columns:
+        free |= column >= 0
+    partly = solution.partly[solution.classes[line.units[free]]]
+    if len(partly) and partly.min() != NEVER:
+        text = explain(ledger, int(partly.min()))
+        count = int((partly != NEVER).sum())
+        held.append((count, f"one of its factors: {text}"))
+    if not free.all():
+        why = solution.why[solution.classes[line.units[~free]]]
+        reason = int(why.min())
+        text = explain(ledger, reason) if reason != NEVER else "its factors are pinned"
+        held.append((int((~free).sum()), text))
+    return held

@@ -1,0 +1,23 @@
+"""Rules, one file per family of primitives; importing the package registers them."""
+
+from jaxprune.coupling.rules import (
+    control,
+    elementwise,
+    indexing,
+    linear,
+    random,
+    reduction,
+    shape,
+    shuffle,
+)
+
+__all__ = [
+    "control",
+    "elementwise",
+    "indexing",
+    "linear",
+    "random",
+    "reduction",
+    "shape",
+    "shuffle",
+]

@@ -1,0 +1,263 @@
+"""Primitives that hold programs: jit, remat, custom derivatives, scan, while, cond."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import DropVar
+
+from jaxprune.coupling.jaxprs import abstract, bind, scan_counts
+from jaxprune.coupling.labels import Axis, Column, Value, both, flags_on
+from jaxprune.coupling.registry import rule
+
+# --- calls ---------------------------------------------------------------------------
+
+
+def _all_operands(eqn: Any) -> int:
+    return len(eqn.invars)
+
+
+def _used(eqn: Any) -> list[bool]:
+    return [not isinstance(v, DropVar) for v in eqn.outvars]
+
+
+def _narrow_inline(kept: Any, step: Any, *operands: Any) -> Any:
+    return kept.replay(step.subs[0], operands)
+
+
+@rule(
+    "jit",
+    "pjit",
+    "closed_call",
+    "core_call",
+    narrow=_narrow_inline,
+    whole=_all_operands,
+)
+def _call(walk: Any, eqn: Any, *values: Value) -> list[Value]:
+    inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+    return walk.enter(inner, list(values), _used(eqn))
+
+
+def _narrow_remat(kept: Any, step: Any, *operands: Any) -> Any:
+    p = step.eqn.params
+
+    def body(*args: Any) -> Any:
+        return kept.replay(step.subs[0], args)
+
+    options = {"prevent_cse": p["prevent_cse"], "policy": p["policy"]}
+    return jax.checkpoint(body, **options)(*operands)
+
+
+@rule("remat2", "checkpoint", "remat", narrow=_narrow_remat, whole=_all_operands)
+def _remat(walk: Any, eqn: Any, *values: Value) -> list[Value]:
+    return walk.enter_branch(eqn.params["jaxpr"], list(values))
+
+
+# --- custom derivatives --------------------------------------------------------------
+#
+# The derivative rule of the original call is itself traced (through the public jax.jvp
+# and jax.vjp of the equation at its full size) and narrowed like any other program.
+
+
+def _full_avals(eqn: Any) -> list[jax.ShapeDtypeStruct]:
+    return [abstract(v.aval) for v in eqn.invars]
+
+
+def _narrow_custom_jvp(kept: Any, step: Any, *operands: Any) -> Any:
+    eqn = step.eqn
+    avals = _full_avals(eqn)
+    smooth = [k for k, a in enumerate(avals) if jnp.issubdtype(a.dtype, jnp.inexact)]
+    alive = [kept.alive(value) for value in step.ins]
+
+    @jax.custom_jvp
+    def call(*args: Any) -> Any:
+        return kept.replay(step.subs[0], args)
+
+    def full_jvp(primals: Any, tangents: Any) -> Any:
+        def of_smooth(*xs: Any) -> Any:
+            every = list(primals)
+            for k, x in zip(smooth, xs, strict=True):
+                every[k] = x
+            return bind(eqn, *every)
+
+        return jax.jvp(of_smooth, tuple(primals[k] for k in smooth), tuple(tangents))
+
+    @call.defjvp
+    def call_jvp(primals: Any, tangents: Any) -> Any:
+        run = kept.narrow_call(
+            full_jvp,
+            (avals, [avals[k] for k in smooth]),
+            alive + [alive[k] for k in smooth],
+        )
+        return run(list(primals), [tangents[k] for k in smooth])
+
+    return call(*operands)
+
+
+def _narrow_custom_vjp(kept: Any, step: Any, *operands: Any) -> Any:
+    eqn = step.eqn
+    avals = tuple(_full_avals(eqn))
+    alive = [kept.alive(value) for value in step.ins]
+    out_alive = [kept.alive(value) for value in step.outs]
+
+    @jax.custom_vjp
+    def call(*args: Any) -> Any:
+        return kept.replay(step.subs[0], args)
+
+    def full_forward(*primals: Any) -> Any:
+        return jax.vjp(lambda *xs: bind(eqn, *xs), *primals)
+
+    forward = kept.narrow_call(full_forward, avals, alive)
+
+    def full_backward(residuals: Any, cotangents: Any) -> Any:
+        return residuals(cotangents)
+
+    def backward(residuals: Any, cotangents: Any) -> Any:
+        shapes = forward.out_shapes[1]
+        count = len(jax.tree.leaves(shapes))
+        cts = [abstract(v.aval) for v in eqn.outvars]
+        inner = [*forward.out_alive[-count:], *out_alive] if count else out_alive
+        run = kept.narrow_call(full_backward, (shapes, cts), inner)
+        return run(residuals, list(cotangents))
+
+    call.defvjp(forward, backward)
+    return call(*operands)
+
+
+@rule("custom_jvp_call", narrow=_narrow_custom_jvp, whole=_all_operands)
+def _custom_jvp(walk: Any, eqn: Any, *values: Value) -> list[Value]:
+    return walk.enter_branch(eqn.params["call_jaxpr"], list(values))
+
+
+@rule("custom_vjp_call", narrow=_narrow_custom_vjp, whole=_all_operands)
+def _custom_vjp(walk: Any, eqn: Any, *values: Value) -> list[Value]:
+    return walk.enter_branch(eqn.params["call_jaxpr"], list(values))
+
+
+# --- loops and branches --------------------------------------------------------------
+
+
+def _meet(walk: Any, a: Value, b: Value) -> Value:
+    """Ties two values that stand for one; 0 only where both are."""
+    axes = []
+    for x, y in zip(a.axes, b.axes, strict=True):
+        walk.ledger.tie(x, y)
+        axes.append(_weaker(x, y))
+    return Value(a.shape, tuple(axes), a.is_zero and b.is_zero)
+
+
+def _weaker(x: Axis, y: Axis) -> Axis:
+    if isinstance(x, int) or isinstance(y, int):
+        return x if isinstance(x, int) else y
+    flags = flags_on(x, y)
+    return tuple(
+        Column(column.units, both(column.zero, flag))
+        for column, flag in zip(x, flags, strict=True)
+    )
+
+
+def _flags(values: list[Value]) -> list[Any]:
+    """What a loop can still lose: the zero flags and which axes are live."""
+    return [
+        (
+            v.is_zero,
+            [a if isinstance(a, int) else [str(c.zero) for c in a] for a in v.axes],
+        )
+        for v in values
+    ]
+
+
+def _fixed_point(walk: Any, carry: list[Value], body: Any) -> list[Value]:
+    """Walks a loop body until its carry keeps the flags it came in with."""
+    carry = [Value(v.shape, v.axes, v.is_zero) for v in carry]  # no longer constant
+    while True:
+        walk.forget_subs()
+        after = [_meet(walk, x, y) for x, y in zip(carry, body(carry), strict=True)]
+        if _flags(after) == _flags(carry):
+            return after
+        carry = after
+
+
+def _narrow_scan(kept: Any, step: Any, *operands: Any) -> Any:
+    p = step.eqn.params
+    n_consts, n_carry = scan_counts(p)
+    consts, init = operands[:n_consts], operands[n_consts : n_consts + n_carry]
+
+    def body(carry: Any, xs: Any) -> Any:
+        outs = kept.replay(step.subs[0], [*consts, *carry, *xs])
+        return outs[:n_carry], outs[n_carry:]
+
+    xs = list(operands[n_consts + n_carry :])
+    options = {"length": p["length"], "reverse": p["reverse"], "unroll": p["unroll"]}
+    carry, ys = lax.scan(body, list(init), xs, **options)
+    return [*carry, *ys]
+
+
+@rule("scan", narrow=_narrow_scan, whole=lambda eqn: scan_counts(eqn.params)[0])
+def _scan(walk: Any, eqn: Any, *values: Value) -> list[Value]:
+    n_consts, n_carry = scan_counts(eqn.params)
+    consts = list(values[:n_consts])
+    why = walk.ledger.reason("the axis of a scan", eqn)
+    inner = []
+    for value in values[n_consts + n_carry :]:
+        walk.ledger.freeze(value.axes[0], why)
+        inner.append(Value(value.shape[1:], value.axes[1:], value.is_zero))
+    ys: list[Value] = []
+
+    def body(carry: list[Value]) -> list[Value]:
+        outs = walk.enter_branch(eqn.params["jaxpr"], [*consts, *carry, *inner])
+        ys[:] = outs[n_carry:]
+        return outs[:n_carry]
+
+    carry = _fixed_point(walk, list(values[n_consts : n_consts + n_carry]), body)
+    length = eqn.params["length"]
+    stacked = [Value((length, *y.shape), (why, *y.axes), y.is_zero) for y in ys]
+    return carry + stacked
+
+
+def _narrow_while(kept: Any, step: Any, *operands: Any) -> Any:
+    p = step.eqn.params
+    n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
+    cond_consts, body_consts = operands[:n_cond], operands[n_cond : n_cond + n_body]
+
+    def cond(carry: Any) -> Any:
+        return kept.replay(step.subs[1], [*cond_consts, *carry])[0]
+
+    def body(carry: Any) -> Any:
+        return kept.replay(step.subs[0], [*body_consts, *carry])
+
+    return lax.while_loop(cond, body, list(operands[n_cond + n_body :]))
+
+
+def _loop_constants(eqn: Any) -> int:
+    return eqn.params["cond_nconsts"] + eqn.params["body_nconsts"]
+
+
+@rule("while", narrow=_narrow_while, whole=_loop_constants)
+def _while(walk: Any, eqn: Any, *values: Value) -> list[Value]:
+    p = eqn.params
+    n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
+    cond_consts, body_consts = values[:n_cond], values[n_cond : n_cond + n_body]
+
+    def body(carry: list[Value]) -> list[Value]:
+        return walk.enter_branch(p["body_jaxpr"], [*body_consts, *carry])
+
+    carry = _fixed_point(walk, list(values[n_cond + n_body :]), body)
+    walk.enter(p["cond_jaxpr"], [*cond_consts, *carry])
+    return carry
+
+
+def _narrow_cond(kept: Any, step: Any, index: Any, *operands: Any) -> Any:
+    branches = [lambda *args, sub=sub: kept.replay(sub, args) for sub in step.subs]
+    return lax.switch(index, branches, *operands)
+
+
+@rule("cond", narrow=_narrow_cond, whole=_all_operands)
+def _cond(walk: Any, eqn: Any, index: Value, *operands: Value) -> list[Value]:
+    branches = eqn.params["branches"]
+    outs = [walk.enter_branch(branch, list(operands)) for branch in branches]
+    met = list(outs[0])
+    for other in outs[1:]:
+        met = [_meet(walk, x, y) for x, y in zip(met, other, strict=True)]
+    return met

@@ -1,0 +1,192 @@
+"""`trace`: from any JAX function to the groups of axes that belong together."""
+
+import fnmatch
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend.core import Literal
+
+from jaxprune.coupling.collect import collect_groups
+from jaxprune.coupling.groups import Groups
+from jaxprune.coupling.jaxprs import (
+    Program,
+    input_name,
+    is_array,
+    keystr,
+    trace_program,
+)
+from jaxprune.coupling.labels import Value
+from jaxprune.coupling.ledger import Ledger
+from jaxprune.coupling.solve import solve
+from jaxprune.coupling.walk import Walk, Walked
+
+
+def trace(
+    apply_fn: Callable[..., Any],
+    variables: Any,
+    *args: Any,
+    pin: Sequence[str] = (),
+    unpin: Sequence[str] = (),
+    **kwargs: Any,
+) -> Groups:
+    """Finds which parameter axes must be cut together.
+
+    Walks the jaxpr of ``apply_fn(variables, *args, **kwargs)`` once. Works for any
+    function that JAX can trace (Linen, NNX, Equinox, Haiku, hand-written), from
+    shapes alone. What cannot be understood is pinned, with the reason.
+
+    The inputs and outputs of the function keep their shapes, with one exception: an
+    output that is the new value of a variable (its path ends in the path of a leaf of
+    `variables` of the same shape, as for a mutated Flax collection) is cut along with
+    that variable.
+
+    Args:
+        apply_fn: the function; its first argument is `variables`.
+        variables: pytree of arrays or `jax.ShapeDtypeStruct`; nothing is computed.
+        *args: further arguments; arrays or shapes are traced, the rest is static.
+        pin: glob patterns of leaves (``"params/head/*"``) or single axes
+            (``"params/head/kernel:0"``) that must not be cut.
+        unpin: glob patterns of outputs (``"output/1/cache/*"``) that may shrink.
+        **kwargs: further arguments, treated like `args`.
+
+    Returns:
+        An immutable mapping name -> `Group`; ``.pinned`` explains every axis, or part
+        of one, that cannot be cut.
+
+    Raises:
+        ValueError: if a pattern matches nothing.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxprune
+        >>> def mlp(params, x):
+        ...     return jax.nn.relu(x @ params["w1"]) @ params["w2"]
+        >>> params = {"w1": jnp.ones((3, 8)), "w2": jnp.ones((8, 2))}
+        >>> groups = jaxprune.trace(mlp, params, jnp.ones((1, 3)))
+        >>> [(g.name, g.size) for g in groups.values()]
+        [('w1:1', 8)]
+    """
+    program = trace_program(apply_fn, variables, *args, **kwargs)
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(variables)
+    names = [keystr(path) for path, _ in leaves]
+    named = [(name, leaf) for name, (_, leaf) in zip(names, leaves, strict=True)]
+    shapes = {name: tuple(np.shape(leaf)) for name, leaf in named}
+    arrays = [name for name, leaf in named if is_array(leaf)]
+    ledger = Ledger()
+    inputs = _inputs(ledger, program, len(arrays))
+    known = dict(zip(arrays, inputs, strict=False))
+    _pin(ledger, known, pin)
+    walked = Walk(ledger).run(program.closed, inputs)
+    _close_outputs(ledger, program, walked.outs, known, unpin)
+    ordered = _order_by_use(ledger, walked, known)
+    return collect_groups(ledger, solve(ledger), ordered, shapes, treedef)
+
+
+def _inputs(ledger: Ledger, program: Program, count: int) -> list[Value]:
+    """Parameters get a fresh unit per position, arguments are frozen."""
+    values = []
+    for k, (path, var) in enumerate(
+        zip(program.paths, program.jaxpr.invars, strict=True)
+    ):
+        shape = var.aval.shape
+        if k < count:
+            axes = tuple(ledger.fresh_axis(n, zero=True) for n in shape)
+        else:
+            why = ledger.reason(f"coupled to the input {input_name(path)}")
+            axes = (why,) * len(shape)
+        values.append(Value(shape, axes))
+    return values
+
+
+def _pin(ledger: Ledger, known: dict[str, Value], patterns: Sequence[str]) -> None:
+    why = ledger.reason("pinned by the caller")
+    for pattern in patterns:
+        found = False
+        for name, value in known.items():
+            for d, axis in enumerate(value.axes):
+                if _matches(name, pattern) or _matches(f"{name}:{d}", pattern):
+                    ledger.freeze(axis, why)
+                    found = True
+        if not found:
+            raise ValueError(
+                f"pin pattern {pattern!r} matches no axis of variables; the leaves "
+                f"are {_listed(list(known))}"
+            )
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    shown = ", ".join(names[:most])
+    return shown + (f", ... ({len(names)} in all)" if len(names) > most else "")
+
+
+def _close_outputs(
+    ledger: Ledger,
+    program: Program,
+    outs: list[Value],
+    known: dict[str, Value],
+    unpin: Sequence[str],
+) -> None:
+    """Outputs keep their shape, unless they are new values of variables."""
+    names = ["/".join(filter(None, ("output", path))) for path in program.out_paths]
+    for pattern in unpin:
+        if not any(_matches(name, pattern) for name in names):
+            raise ValueError(
+                f"unpin pattern {pattern!r} matches no output; the outputs are "
+                f"{_listed(names)}"
+            )
+    for name, path, out in zip(names, program.out_paths, outs, strict=True):
+        twin = _twin(path, out, known)
+        why = ledger.reason(f"coupled to the {name} of apply_fn")
+        for d, axis in enumerate(out.axes):
+            if twin is not None:
+                ledger.tie(axis, twin.axes[d])
+            elif not any(_matches(name, pattern) for pattern in unpin):
+                ledger.freeze(axis, why)
+
+
+def _twin(path: str, out: Value, known: dict[str, Value]) -> Value | None:
+    """The variable that this output is the new value of, if any."""
+    parts = path.split("/")
+    for start in range(len(parts)):
+        value = known.get("/".join(parts[start:]))
+        if value is not None and value.shape == out.shape:
+            return value
+    return None
+
+
+def _order_by_use(
+    ledger: Ledger, walked: Walked, known: dict[str, Value]
+) -> dict[str, Value]:
+    """The variables in the order of their first use; the unused are pinned."""
+    place = {var: k for k, var in enumerate(_first_uses(walked))}
+    used = dict(zip(known, walked.jaxpr.invars, strict=False))
+    why = ledger.reason("the program does not use it")
+    for name, value in known.items():
+        if used[name] not in place:
+            for axis in value.axes:
+                ledger.freeze(axis, why)
+    order = sorted(known, key=lambda name: place.get(used[name], len(place)))
+    return {name: known[name] for name in order}
+
+
+def _first_uses(walked: Walked) -> list[Any]:
+    """The variables of a program in the order in which its equations first read them.
+
+    Looks into inner programs whose inputs are the operands of their equation (jit,
+    remat, scan); the operands of others count in the order they are listed in.
+    """
+    found: dict[Any, None] = {}
+    for step in walked.steps:
+        operands = step.eqn.invars
+        if step.subs and len(step.subs[0].ins) == len(operands):
+            inner = step.subs[0]
+            outer = dict(zip(inner.jaxpr.invars, operands, strict=True))
+            first = [outer[v] for v in _first_uses(inner) if v in outer]
+            operands = [*first, *operands]
+        found.update((v, None) for v in operands if not isinstance(v, Literal))
+    return list(found)

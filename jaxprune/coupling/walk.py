@@ -1,0 +1,146 @@
+"""The interpreter: walks a jaxpr once, moving labels through every equation."""
+
+import dataclasses
+from typing import Any
+
+from jax.extend.core import Literal
+
+from jaxprune.coupling import data, rules
+from jaxprune.coupling.jaxprs import live_equations, opened
+from jaxprune.coupling.labels import Value
+from jaxprune.coupling.ledger import Ledger
+from jaxprune.coupling.registry import RULES
+from jaxprune.coupling.rules.shuffle import join_shuffles
+
+assert rules  # importing the package fills the registry
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Step:
+    """One equation with the labels that its operands and results carry.
+
+    Attributes:
+        eqn: the equation.
+        ins: a `Value` for each operand.
+        outs: a `Value` for each result.
+        subs: the walked inner programs (scan body, branches, ...), in rule order.
+    """
+
+    eqn: Any
+    ins: tuple[Value, ...]
+    outs: tuple[Value, ...]
+    subs: tuple["Walked", ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Walked:
+    """A walked jaxpr: what `narrow` replays."""
+
+    jaxpr: Any
+    consts: list[Any]
+    ins: list[Value]
+    outs: list[Value]
+    steps: list[Step]
+
+
+class Walk:
+    """One walk: the ledger being filled and the inner programs met on the way."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self._subs: list[Walked] = []
+
+    def run(
+        self, jaxpr: Any, ins: list[Value], used: list[bool] | None = None
+    ) -> Walked:
+        """Walks a jaxpr (closed or open) whose inputs carry the labels `ins`."""
+        jaxpr, consts = opened(jaxpr)
+        env: dict[Any, Value] = dict(zip(jaxpr.invars, ins, strict=True))
+        env.update(
+            (v, data.constant(c)) for v, c in zip(jaxpr.constvars, consts, strict=True)
+        )
+        outer, steps = self._subs, []
+        live = live_equations(jaxpr, used or [True] * len(jaxpr.outvars))
+        for eqn in join_shuffles(live, jaxpr.outvars):
+            self._subs = []
+            self.ledger.calls.append(eqn)
+            operands, results = self._label(eqn, [_read(env, v) for v in eqn.invars])
+            self.ledger.calls.pop()
+            env.update(zip(eqn.outvars, results, strict=True))
+            steps.append(Step(eqn, operands, results, tuple(self._subs)))
+        self._subs = outer
+        outs = [
+            _read(env, v) if isinstance(v, Literal) or v in env else unused(v)
+            for v in jaxpr.outvars
+        ]
+        return Walked(jaxpr, consts, list(ins), outs, steps)
+
+    def enter(
+        self, jaxpr: Any, ins: list[Value], used: list[bool] | None = None
+    ) -> list[Value]:
+        """Walks an inner program of the current equation; returns its outputs."""
+        sub = self.run(jaxpr, ins, used)
+        self._subs.append(sub)
+        return sub.outs
+
+    def enter_branch(self, jaxpr: Any, ins: list[Value]) -> list[Value]:
+        """Like `enter`, for outputs that must agree with those of other programs."""
+        sub = self.run(jaxpr, ins)
+        sub = dataclasses.replace(sub, outs=[self.view(value) for value in sub.outs])
+        self._subs.append(sub)
+        return sub.outs
+
+    def forget_subs(self) -> None:
+        """Drops the inner programs of the current equation, to walk them again."""
+        self._subs.clear()
+
+    def view(self, value: Value) -> Value:
+        """One use of a value: data gets labels of its own, for this use alone."""
+        if not value.data or not value.shape:
+            return value
+        axes = tuple(self.ledger.fresh_axis(n, zero=value.is_zero) for n in value.shape)
+        for d, axis in enumerate(axes):
+            if d not in value.uniform and not isinstance(axis, int):
+                self.ledger.ordered.append(axis[0].units)
+        return value._replace(axes=axes)
+
+    def unknown(self, eqn: Any, *values: Value) -> list[Value]:
+        """Pins everything an equation touches: what is not understood is not cut."""
+        why = self.ledger.reason(f"primitive {eqn.primitive.name} has no rule", eqn)
+        return self.frozen(eqn, why, *values)
+
+    def frozen(self, eqn: Any, why: int, *values: Value) -> list[Value]:
+        """Pins all axes of the operands and results of an equation."""
+        for value in values:
+            for axis in value.axes:
+                self.ledger.freeze(axis, why)
+        shapes = [getattr(v.aval, "shape", ()) for v in eqn.outvars]
+        return [Value(shape, (why,) * len(shape)) for shape in shapes]
+
+    def _label(
+        self, eqn: Any, values: list[Value]
+    ) -> tuple[tuple[Value, ...], tuple[Value, ...]]:
+        """The operands as this equation sees them, and its results."""
+        if all(value.data for value in values):
+            operands = tuple(values)
+            return operands, data.derive(eqn, operands)
+        rule = RULES.get(eqn.primitive.name)
+        whole = rule.whole(eqn) if rule is not None else 0
+        operands = tuple(
+            self.view(value) if value.data and k >= whole else value
+            for k, value in enumerate(values)
+        )
+        if rule is None:
+            return operands, tuple(self.unknown(eqn, *operands))
+        results = rule.label(self, eqn, *operands)
+        return operands, (results,) if isinstance(results, Value) else tuple(results)
+
+
+def unused(var: Any) -> Value:
+    """A result that nothing needs."""
+    shape = getattr(var.aval, "shape", ())
+    return Value(shape, (0,) * len(shape))
+
+
+def _read(env: dict[Any, Value], var: Any) -> Value:
+    return data.constant(var.val) if isinstance(var, Literal) else env[var]

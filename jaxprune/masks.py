@@ -1,0 +1,317 @@
+"""Masks: one boolean leaf per variable, True = kept.
+
+A mask is broadcastable: a leaf is the scalar True where nothing is removed, has the
+leaf's rank with singleton axes where it cuts whole units, and has the leaf's full shape
+where single weights are removed. Masks are the one currency between what decides
+(`select`), what trains (`apply_masks`) and what cuts (`slice_params`).
+"""
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from jaxprune.coupling.groups import Groups
+from jaxprune.coupling.jaxprs import keystr
+
+PyTree = Any
+BoolArray = Any  # numpy where concrete, jax inside jit
+
+
+def expand_masks(groups: Groups, keep: Mapping[str, BoolArray]) -> PyTree:
+    """Turns a decision per unit into masks like the traced variables.
+
+    A position of a parameter axis is kept if every unit that lives on it is kept, and
+    an entry of a parameter is kept if its position is kept on every axis.
+
+    Args:
+        groups: what `trace` returned.
+        keep: group name -> bool ``[size]``, True = kept. Groups that are not named
+            are kept whole. May be traced: then the masks are traced too.
+
+    Returns:
+        Tree of bools like the traced variables: the scalar True where nothing is
+        removed, otherwise singleton on every axis that is not cut.
+
+    Raises:
+        ValueError: if a name is no group or a length is not the group's size.
+        TypeError: if an array is not boolean.
+
+    Example:
+        >>> import jax, numpy as np
+        >>> from jaxprune.coupling.groups import Group, Groups, Member
+        >>> variables = {"bias": np.zeros(3), "kernel": np.zeros((2, 3))}
+        >>> index = np.arange(3)[:, None]
+        >>> members = Member("kernel", 1, index), Member("bias", 0, index)
+        >>> shapes = {"bias": (3,), "kernel": (2, 3)}
+        >>> groups = Groups({"h": Group("h", 3, members)}, (), shapes,
+        ...                 jax.tree.structure(variables))
+        >>> expand_masks(groups, {"h": np.array([True, False, True])})
+        {'bias': array([ True, False,  True]), 'kernel': array([[ True, False,  True]])}
+    """
+    cuts: dict[str, dict[int, BoolArray]] = {}
+    for name, units in keep.items():
+        units = _checked_units(groups, name, units)
+        for member in groups[name].members:
+            axes = cuts.setdefault(member.path, {})
+            size = groups.shapes[member.path][member.axis]
+            kept = _kept_positions(member.index, units, size)
+            axes[member.axis] = axes.get(member.axis, np.array(True)) & kept
+    return groups.treedef.unflatten(
+        _outer_and(cuts.get(path, {}), len(shape))
+        for path, shape in groups.shapes.items()
+    )
+
+
+def apply_masks(params: PyTree, masks: PyTree) -> PyTree:
+    """Sets what the masks remove to zero.
+
+    Selects instead of multiplying, so that an infinite or NaN entry is removed too;
+    the gradient of a removed entry is zero. Keeps dtypes; jit-able.
+
+    Args:
+        params: tree of arrays.
+        masks: tree of bools like `params`, True = kept, broadcastable to it.
+
+    Returns:
+        Tree like `params`. Leaves whose mask is the scalar True are returned as
+        they are.
+
+    Raises:
+        ValueError: if the trees have different leaves or a mask does not broadcast.
+        TypeError: if a mask is not boolean.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> params = {"w": jnp.array([1.0, jnp.inf])}
+        >>> apply_masks(params, {"w": jnp.array([True, False])})
+        {'w': Array([1., 0.], dtype=float32)}
+    """
+    return jax.tree.structure(params).unflatten(
+        zero_removed(leaf, check_broadcast(path, np.shape(leaf), mask))
+        for path, leaf, mask in pair_masks(params, masks)
+    )
+
+
+def sparsity(masks: PyTree, params: PyTree | None = None) -> float:
+    """The fraction of entries that the masks remove, counted exactly.
+
+    Args:
+        masks: tree of bools, True = kept; concrete.
+        params: tree of arrays or ShapeDtypeStructs that the masks broadcast to. May
+            be left out if every mask has its leaf's full shape.
+
+    Returns:
+        Removed entries divided by all entries, in [0, 1].
+
+    Raises:
+        ValueError: if `params` is left out and a mask has a singleton axis, so that
+            the number of entries it stands for is unknown.
+
+    Example:
+        >>> import numpy as np
+        >>> masks = {"w": np.array([[True, False, True, True]]), "b": np.array(True)}
+        >>> sparsity(masks, {"w": np.zeros((3, 4)), "b": np.zeros(3)})
+        0.2
+    """
+    if params is None:
+        for path, mask in named_leaves(masks).items():
+            if np.ndim(mask) == 0 or 1 in np.shape(mask):
+                raise ValueError(
+                    f"masks[{path}] has shape {np.shape(mask)}, which may stand for "
+                    "any number of entries; pass params to sparsity(masks, params)"
+                )
+        params = masks
+    removed = total = 0
+    for path, leaf, mask in pair_masks(params, masks):
+        size = math.prod(np.shape(leaf))
+        check_broadcast(path, np.shape(leaf), mask)
+        total += size
+        removed += size and _count_removed(path, mask) * (size // mask.size)
+    return removed / total if total else 0.0
+
+
+def axis_keep(
+    mask: np.ndarray, shape: tuple[int, ...]
+) -> tuple[np.ndarray | None, ...]:
+    """Which positions of every axis survive: those kept anywhere along the others.
+
+    A singleton axis of the mask says nothing about positions: it keeps them all. So a
+    mask of shape (1, n) that is False throughout removes n columns, but no row.
+
+    Args:
+        mask: concrete bools that broadcast to `shape`, True = kept.
+        shape: the shape of the masked leaf.
+
+    Returns:
+        For every axis bool ``[shape[axis]]``, or None where all positions are kept.
+
+    Example:
+        >>> import numpy as np
+        >>> axis_keep(np.array([[True, False, True]]), (2, 3))
+        (None, array([ True, False,  True]))
+    """
+    if mask.ndim == 0:
+        return tuple(None if mask else np.zeros(size, bool) for size in shape)
+    kept = []
+    for axis, size in enumerate(shape):
+        others = tuple(other for other in range(mask.ndim) if other != axis)
+        positions = mask.any(axis=others)
+        whole = mask.shape[axis] == 1 or positions.all()
+        kept.append(None if whole else np.broadcast_to(positions, (size,)))
+    return tuple(kept)
+
+
+def named_leaves(tree: PyTree) -> dict[str, Any]:
+    """Path -> leaf in tree order, with the paths that `Member.path` uses.
+
+    Example:
+        >>> named_leaves({"a": [1, 2], "b": None})
+        {'a/0': 1, 'a/1': 2}
+    """
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {keystr(path): leaf for path, leaf in leaves}
+
+
+def parameter_paths(paths: Iterable[str]) -> set[str]:
+    """The paths that are trained: those in the collection ``params``, if there is one.
+
+    Everything else in a tree of variables (``batch_stats``, caches) is cut along with
+    the parameters, but neither scored nor counted as one.
+
+    Example:
+        >>> sorted(parameter_paths(["batch_stats/bn/mean", "params/bn/scale"]))
+        ['params/bn/scale']
+        >>> sorted(parameter_paths(["bn/mean", "bn/scale"]))
+        ['bn/mean', 'bn/scale']
+    """
+    paths = set(paths)
+    return {path for path in paths if path.startswith("params/")} or paths
+
+
+def pair_masks(tree: PyTree, masks: PyTree) -> list[tuple[str, Any, BoolArray]]:
+    """``(path, leaf, mask)`` for every leaf of the tree, in tree order.
+
+    Raises:
+        ValueError: if the two trees do not have the same leaves.
+        TypeError: if a mask is not boolean.
+    """
+    leaves, mask_leaves = named_leaves(tree), named_leaves(masks)
+    if list(leaves) != list(mask_leaves):
+        raise ValueError(_different_leaves(leaves, mask_leaves))
+    return [
+        (path, leaf, _as_bool(f"masks[{path}]", mask_leaves[path]))
+        for path, leaf in leaves.items()
+    ]
+
+
+def check_broadcast(path: str, shape: tuple[int, ...], mask: BoolArray) -> BoolArray:
+    """The mask itself, if a scalar or of the leaf's axes, each of size 1 or full.
+
+    Raises:
+        ValueError: naming the path and both shapes.
+    """
+    fits = len(mask.shape) == len(shape) and all(
+        size in (1, full) for size, full in zip(mask.shape, shape, strict=True)
+    )
+    if mask.ndim and not fits:
+        raise ValueError(
+            f"masks[{path}] has shape {mask.shape}, which does not broadcast to the "
+            f"leaf's shape {shape}; were the masks made before slicing?"
+        )
+    return mask
+
+
+def concrete(path: str, mask: BoolArray) -> np.ndarray:
+    """The mask as a numpy array.
+
+    Raises:
+        TypeError: if it is traced, because its values decide shapes.
+    """
+    if isinstance(mask, Tracer):
+        raise TypeError(
+            f"masks[{path}] is traced, but its values decide shapes: make the masks "
+            "outside jit, grad and vmap, or close over them"
+        )
+    return np.asarray(mask)
+
+
+def zero_removed(leaf: Any, mask: BoolArray) -> Any:
+    """The leaf with zeros where the mask is False; numpy stays numpy."""
+    if isinstance(mask, np.ndarray) and mask.all():
+        return leaf
+    if isinstance(leaf, np.ndarray) and isinstance(mask, np.ndarray):
+        return np.where(mask, leaf, np.zeros((), leaf.dtype))
+    return jnp.where(mask, leaf, jax.lax.full_like(leaf, 0, shape=()))
+
+
+def _checked_units(groups: Groups, name: str, units: BoolArray) -> BoolArray:
+    if name not in groups:
+        close = difflib.get_close_matches(name, groups, n=3, cutoff=0.4)
+        hint = f"; did you mean {' or '.join(close)}?" if close else ""
+        raise ValueError(f"keep names the group {name!r}, which does not exist{hint}")
+    units = _as_bool(f"keep[{name}]", units)
+    if units.shape != (groups[name].size,):
+        raise ValueError(
+            f"keep[{name}] has shape {units.shape}, but the group has "
+            f"{groups[name].size} units; was it made for other groups?"
+        )
+    return units
+
+
+def _as_bool(what: str, values: Any) -> BoolArray:
+    values = values if isinstance(values, jax.Array) else np.asarray(values)
+    if values.dtype != np.bool_:
+        raise TypeError(f"{what} must be boolean (True = kept), got {values.dtype}")
+    return values
+
+
+def _kept_positions(index: np.ndarray, units: BoolArray, size: int) -> BoolArray:
+    if isinstance(units, Tracer):
+        return jnp.ones(size, bool).at[index].min(units[:, None])
+    kept = np.ones(size, bool)
+    kept[index[~np.asarray(units)]] = False
+    return kept
+
+
+def _count_removed(path: str, mask: BoolArray) -> int:
+    if isinstance(mask, np.ndarray | Tracer):
+        return mask.size - int(np.count_nonzero(concrete(path, mask)))
+    # Counted where the mask lives: it may be sharded over several hosts.
+    return int(jnp.sum(~mask, dtype=jnp.uint32))
+
+
+def _outer_and(axes: Mapping[int, BoolArray], ndim: int) -> BoolArray:
+    mask = np.array(True)
+    # An axis that loses everything empties the leaf; what the others lose would be
+    # lost in the outer AND, and no longer matters.
+    empty = {axis: kept for axis, kept in axes.items() if _is_empty(kept)}
+    for axis, kept in (empty or axes).items():
+        if isinstance(kept, np.ndarray) and kept.all():
+            continue
+        mask = mask & kept.reshape(
+            [-1 if other == axis else 1 for other in range(ndim)]
+        )
+    return mask
+
+
+def _is_empty(kept: BoolArray) -> bool:
+    return isinstance(kept, np.ndarray) and not kept.any()
+
+
+def _different_leaves(leaves: Iterable[str], mask_leaves: Iterable[str]) -> str:
+    unmasked = [path for path in leaves if path not in set(mask_leaves)]
+    unknown = [path for path in mask_leaves if path not in set(leaves)]
+    if not unmasked and not unknown:
+        return "params and masks have the same leaves in a different order"
+    some = ", ".join((unmasked or unknown)[:3])
+    side = "leaves without a mask" if unmasked else "masks without a leaf"
+    return (
+        f"params and masks differ: {side}: {some}; masks for variables go with "
+        "variables, masks['params'] with variables['params']"
+    )
