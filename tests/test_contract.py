@@ -1,0 +1,52 @@
+"""The contract on every model of the zoo, and on programs composed at random."""
+
+import hypothesis.strategies as st
+import jax
+import pytest
+from contract import assert_same, check_contract, halve, quick_jit
+from hypothesis import given, settings
+from zoo import MODELS
+from zoo.composed import MOVES, compose
+
+import jaxprune
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_narrow_equals_masked(name):
+    model = MODELS[name]
+    built = model.build()
+    groups = check_contract(
+        built.apply_fn,
+        built.variables,
+        built.inputs,
+        mutated=model.mutated,
+        reverse=model.reverse,
+    )
+    assert {n: group.size for n, group in groups.items()} == model.groups
+    assert {n for n, group in groups.items() if not group.exact} == set(model.inexact)
+
+
+@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@given(st.lists(st.sampled_from(sorted(MOVES)), min_size=2, max_size=5))
+def test_a_composed_program_keeps_the_contract(moves):
+    apply_fn, variables, inputs = compose(moves)
+    (x,) = inputs(2, 0)
+    groups = jaxprune.trace(apply_fn, variables, x)
+    assert groups  # at least the units of the first layer
+    keep = halve(groups, 0)
+    if not keep:
+        return
+    masks = jaxprune.expand_masks(groups, keep)
+    small = jaxprune.slice_params(variables, masks)
+    got = quick_jit(jaxprune.narrow(apply_fn, masks))(small, x)
+    expected = quick_jit(apply_fn)(jaxprune.apply_masks(variables, masks), x)
+    assert_same(got, expected)
+
+
+def test_every_move_can_be_composed_with_every_other():
+    """The moves keep the shapes that the next one needs."""
+    for first in MOVES:
+        for second in MOVES:
+            apply_fn, variables, inputs = compose([first, second])
+            out = jax.eval_shape(apply_fn, variables, *inputs(3, 0))
+            assert out.shape == (3, 4, 3)

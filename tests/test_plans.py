@@ -1,0 +1,111 @@
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxprune
+
+
+class Net(nn.Module):
+    width: int = 6
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.relu(nn.Conv(self.width, (3, 3))(x))
+        z = nn.relu(y + nn.Conv(self.width, (3, 3))(y))
+        return nn.Dense(3)(z.reshape(len(x), -1))
+
+
+X = jnp.ones((2, 4, 4, 3))
+
+
+def rotary(params, x):
+    """One head with a table: its units can be cut but not reordered."""
+    table = jnp.cos(jnp.arange(4.0))[None]
+    q, k = (x @ params["q"]) * table, (x @ params["k"]) * table
+    return q @ k.T
+
+
+@pytest.fixture
+def net():
+    model = Net()
+    variables = model.init(jax.random.key(0), X)
+    groups = jaxprune.trace(model.apply, variables, X)
+    return model, variables, groups
+
+
+def test_plan_round_trips_and_replays_on_another_checkpoint(net, tmp_path):
+    model, _, groups = net
+    rng = np.random.default_rng(0)
+    keep = {name: rng.random(g.size) < 0.5 for name, g in groups.items()}
+    jaxprune.plans.save(tmp_path / "plan.json", groups, keep)
+    other = jaxprune.trace(model.apply, model.init(jax.random.key(1), X), X)
+    loaded = jaxprune.plans.load(tmp_path / "plan.json", other)
+    assert loaded.keys() == keep.keys()
+    for name in keep:
+        np.testing.assert_array_equal(loaded[name], keep[name])
+
+
+def test_plan_of_another_model_is_refused(net, tmp_path):
+    _, _, groups = net
+    (name,) = groups
+    jaxprune.plans.save(tmp_path / "plan.json", groups, {name: np.arange(6) < 3})
+    wide = Net(width=8)
+    others = jaxprune.trace(
+        wide.apply, jax.eval_shape(wide.init, jax.random.key(0), X), X
+    )
+    with pytest.raises(
+        ValueError, match=r"another model: its group .* 6 units .* has 8"
+    ):
+        jaxprune.plans.load(tmp_path / "plan.json", others)
+    data = json.loads((tmp_path / "plan.json").read_text())
+    data["groups"]["nowhere:0"] = data["groups"].pop(name)
+    (tmp_path / "plan.json").write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="nowhere:0, which this model does not have"):
+        jaxprune.plans.load(tmp_path / "plan.json", groups)
+    (tmp_path / "plan.json").write_text("[]")
+    with pytest.raises(ValueError, match="no plan of format 1"):
+        jaxprune.plans.load(tmp_path / "plan.json", groups)
+
+
+def test_verify_proves_an_exact_plan(net, key):
+    model, variables, groups = net
+    (name,) = groups
+    proof = jaxprune.plans.verify(
+        model.apply, variables, X, keep={name: np.arange(6) < 3}, key=key
+    )
+    assert 0 < proof.narrowed < 2e-5  # random numbers, so rounding shows
+    assert 0 < proof.permuted[name] < 2e-5
+
+
+def test_verify_does_not_reorder_units_tied_to_a_table(key):
+    params = {"q": jnp.ones((3, 4)), "k": jnp.ones((3, 4))}
+    x = jnp.ones((2, 3))
+    (group,) = jaxprune.trace(rotary, params, x).values()
+    assert group.ordered
+    keep = {group.name: np.arange(4) < 2}
+    proof = jaxprune.plans.verify(rotary, params, x, keep=keep, key=key)
+    assert proof.narrowed < 2e-5
+    assert group.name not in proof.permuted
+
+
+def test_verify_refuses_an_inexact_plan_and_says_where(key):
+    def gate(params, x):
+        return jax.nn.softmax(x @ params["w1"]) @ params["w2"]
+
+    params = {"w1": jnp.ones((3, 4)), "w2": jnp.ones((4, 2))}
+    keep = {"w1:1": np.arange(4) < 2}
+    with pytest.raises(ValueError, match=r"differs.*w1:1: .*reduce_max at test_plans"):
+        jaxprune.plans.verify(gate, params, jnp.ones((2, 3)), keep=keep, key=key)
+
+
+def test_verify_catches_units_that_are_not_interchangeable(key, monkeypatch):
+    params = {"q": jnp.ones((3, 4)), "k": jnp.ones((3, 4))}
+    monkeypatch.setattr("jaxprune.plans._can_permute", lambda group: True)
+    with pytest.raises(ValueError, match="reordering the units of"):
+        jaxprune.plans.verify(
+            rotary, params, jnp.ones((2, 3)), keep={"q:1": np.arange(4) < 2}, key=key
+        )

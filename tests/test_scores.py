@@ -1,0 +1,227 @@
+import itertools
+
+import chain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxprune import scores
+from jaxprune.coupling.groups import Group, Groups, Member
+from jaxprune.masks import named_leaves
+
+SCORES = {
+    "magnitude": scores.magnitude,
+    "random": lambda params: scores.random(params, jax.random.key(0)),
+    "batch_norm_scale": scores.batch_norm_scale,
+}
+
+
+@pytest.fixture
+def variables():
+    return jax.tree.map(jnp.asarray, chain.variables())
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_every_score_is_finite_like_params_and_compiles_to_itself(name, variables):
+    score, paths = SCORES[name], named_leaves(variables)
+    plain = named_leaves(score(variables))
+    compiled = named_leaves(jax.jit(score)(variables))
+    assert plain.keys() == compiled.keys() and plain.keys() <= paths.keys()
+    for path, values in plain.items():
+        assert values.shape == paths[path].shape and values.dtype == jnp.float32
+        assert np.isfinite(values).all() and (values >= 0).all()
+        np.testing.assert_array_equal(values, compiled[path])
+
+
+def test_magnitude_is_the_absolute_value_and_skips_what_is_not_float():
+    params = {
+        "bf16": jnp.array([-2.0, 1.0], jnp.bfloat16),
+        "complex": jnp.array([3.0 + 4.0j]),
+        "int": jnp.arange(3),
+        "key": jax.random.key(0),
+    }
+    found = scores.magnitude(params)
+    assert found["int"] is None and found["key"] is None
+    assert found["bf16"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found["bf16"], np.array([2, 1], jnp.bfloat16))
+    np.testing.assert_array_equal(found["complex"], [5.0])
+
+
+def test_random_differs_by_leaf_and_key_and_is_uniform(key):
+    params = {"a": jnp.zeros((100, 100)), "b": jnp.zeros((100, 100))}
+    found = scores.random(params, key)
+    assert not np.array_equal(found["a"], found["b"])
+    assert not np.array_equal(found["a"], scores.random(params, jax.random.key(1))["a"])
+    # Mean and variance of U[0, 1) within 5 standard errors of 10^4 draws.
+    assert abs(found["a"].mean() - 1 / 2) < 5 * np.sqrt(1 / 12 / 1e4)
+    assert abs(found["a"].var() - 1 / 12) < 5 * np.sqrt(1 / 180 / 1e4)
+
+
+def test_batch_norm_scale_scores_nothing_else(variables):
+    found = named_leaves(scores.batch_norm_scale(variables))
+    assert list(found) == ["params/bn/scale"]
+    gamma = chain.variables()["params"]["bn"]["scale"]
+    np.testing.assert_array_equal(found["params/bn/scale"], np.abs(gamma))
+    nnx_like = {"bn": {"weight": {"value": jnp.array([-1.0])}}}
+    found = scores.batch_norm_scale(nnx_like, name="weight")
+    np.testing.assert_array_equal(found["bn"]["weight"]["value"], [1.0])
+    with pytest.raises(
+        ValueError, match=r"'gamma'.*called bias, kernel, mean, scale, var"
+    ):
+        scores.batch_norm_scale(variables, name="gamma")
+
+
+def unit_entries(name, unit, members=None):
+    """Every weight a unit occupies, found entry by entry; parameters only."""
+    leaves, found = named_leaves(chain.variables()), []
+    for member in chain.groups()[name].members[:members]:
+        if not member.path.startswith("params/"):
+            continue
+        leaf = leaves[member.path]
+        for entry in itertools.product(*map(range, leaf.shape)):
+            found += [leaf[entry]] * list(member.index[unit]).count(entry[member.axis])
+    return np.array(found, np.float64)
+
+
+REDUCTIONS = {
+    "l1": lambda w: np.abs(w).sum(),
+    "l2": lambda w: np.sqrt((w**2).sum()),
+    "sum": lambda w: w.sum(),
+    "mean": lambda w: w.mean(),
+    "max": lambda w: w.max(),
+}
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+def test_group_scores_equal_a_loop_over_entries(reduce, variables):
+    found = scores.group_scores(chain.groups(), variables, reduce=reduce)
+    for name, group in chain.groups().items():
+        expected = [
+            REDUCTIONS[reduce](unit_entries(name, unit)) for unit in range(group.size)
+        ]
+        np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("reduce", "order"), [("l1", 1), ("l2", 2)])
+def test_magnitude_reduces_to_the_norm_of_the_unit(reduce, order, variables):
+    found = scores.group_scores(
+        chain.groups(), scores.magnitude(variables), reduce=reduce
+    )
+    for name, group in chain.groups().items():
+        norms = [
+            np.linalg.norm(unit_entries(name, unit), order)
+            for unit in range(group.size)
+        ]
+        np.testing.assert_allclose(found[name], norms, rtol=1e-5)
+
+
+def test_first_member_is_the_classic_filter_norm(variables):
+    found = scores.group_scores(chain.groups(), variables, members="first")
+    kernel = chain.variables()["params"]["conv1"]["kernel"]
+    filters = [np.linalg.norm(kernel[..., unit]) for unit in range(4)]
+    np.testing.assert_allclose(found["conv1"], filters, rtol=1e-6)
+
+
+def test_scores_of_the_params_collection_alone_give_the_same(variables):
+    groups, options = chain.groups(), {"reduce": "l1"}
+    whole = scores.group_scores(groups, scores.magnitude(variables), **options)
+    alone = scores.group_scores(
+        groups, scores.magnitude(variables["params"]), **options
+    )
+    jax.tree.map(np.testing.assert_array_equal, whole, alone)
+
+
+def test_statistics_never_count(variables):
+    groups = chain.groups()
+    before = scores.group_scores(groups, variables)
+    stats = jax.tree.map(lambda leaf: leaf + 100.0, variables["batch_stats"])
+    after = scores.group_scores(groups, {**variables, "batch_stats": stats})
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+def test_units_keep_their_scores_under_permutation(variables):
+    order = np.array([2, 0, 3, 1])
+    kernels = {
+        "bn": jax.tree.map(lambda leaf: leaf[order], variables["params"]["bn"]),
+        "conv1": {"kernel": variables["params"]["conv1"]["kernel"][..., order]},
+        "conv2": {"kernel": variables["params"]["conv2"]["kernel"][:, :, order]},
+    }
+    groups = chain.groups()
+    before = scores.group_scores(groups, variables)
+    after = scores.group_scores(groups, {"params": {**variables["params"], **kernels}})
+    np.testing.assert_allclose(after["conv1"], before["conv1"][order], rtol=1e-6)
+    np.testing.assert_allclose(after["conv2"], before["conv2"], rtol=1e-6)
+
+
+@pytest.mark.parametrize("normalize", ["sum", "mean", "max", "gaussian"])
+def test_normalize_scales_every_group_alone(normalize, variables):
+    plain = scores.group_scores(chain.groups(), variables)
+    found = scores.group_scores(chain.groups(), variables, normalize=normalize)
+    for name, values in plain.items():
+        values = np.asarray(values, np.float64)
+        expected = {
+            "sum": values / values.sum(),
+            "mean": values / values.mean(),
+            "max": values / values.max(),
+            "gaussian": (values - values.mean()) / values.std(),
+        }[normalize]
+        np.testing.assert_allclose(found[name], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("normalize", ["sum", "mean", "max", "gaussian"])
+@pytest.mark.parametrize("value", [0.0, 0.1])
+def test_equal_scores_stay_equal_and_finite(normalize, value, variables):
+    same = jax.tree.map(lambda leaf: jnp.full_like(leaf, value), variables)
+    found = scores.group_scores(chain.groups(), same, normalize=normalize)
+    for name, values in found.items():
+        if normalize == "gaussian":
+            expected = 0.0
+        else:
+            scale = {"sum": 1 / values.size}.get(normalize, 1.0)
+            expected = scale if value else 0.0
+        np.testing.assert_allclose(values, expected, atol=1e-6, err_msg=name)
+
+
+def test_low_precision_scores_accumulate_in_float32():
+    # 2^12 ones: bfloat16 sums stall at 256.
+    leaf = jnp.ones((4096, 2), jnp.bfloat16)
+    group = Group("g", 2, (Member("w", 1, np.arange(2)[:, None]),))
+    groups = Groups({"g": group}, (), {"w": leaf.shape}, jax.tree.structure({"w": 0}))
+    found = scores.group_scores(groups, {"w": leaf}, reduce="sum")["g"]
+    assert found.dtype == jnp.float32
+    np.testing.assert_array_equal(found, [4096.0, 4096.0])
+
+
+def test_group_norm_of_a_dead_unit_has_gradient_zero(variables):
+    dead = jax.tree.map(jnp.zeros_like, variables)
+    total = lambda v: sum(  # noqa: E731
+        s.sum() for s in scores.group_scores(chain.groups(), v).values()
+    )
+    for path, grad in named_leaves(jax.grad(total)(dead)).items():
+        np.testing.assert_array_equal(grad, np.zeros(grad.shape), err_msg=path)
+
+
+def test_group_scores_compile_to_themselves(variables):
+    groups = chain.groups()
+    found = jax.jit(lambda v: scores.group_scores(groups, v))(variables)
+    for name, values in scores.group_scores(groups, variables).items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-6)
+
+
+def test_group_scores_refuse(variables):
+    groups = chain.groups()
+    with pytest.raises(ValueError, match=r"group conv2 has no score: .*conv2/kernel"):
+        scores.group_scores(groups, scores.batch_norm_scale(variables))
+    with pytest.raises(ValueError, match=r"leaf conv9/kernel, which .* lack"):
+        scores.group_scores(groups, {"conv9": {"kernel": jnp.ones(3)}})
+    with pytest.raises(
+        ValueError, match=r"scores\[params/dense/bias\].*\(4,\).*\(5,\)"
+    ):
+        scores.group_scores(groups, {"dense": {"bias": jnp.ones(4)}})
+    with pytest.raises(ValueError, match=r"reduce must be one of .*got 'prod'"):
+        scores.group_scores(groups, variables, reduce="prod")
+    with pytest.raises(ValueError, match=r"normalize must be .*got 'median'"):
+        scores.group_scores(groups, variables, normalize="median")
+    with pytest.raises(ValueError, match=r"members must be .*got 'last'"):
+        scores.group_scores(groups, variables, members="last")
