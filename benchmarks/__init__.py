@@ -1,0 +1,1 @@
+"""Benchmarks: speed of the engine and of what it makes."""

@@ -1,0 +1,1 @@
+"""One file per paper: a lab note above a composition of public functions."""

@@ -1,0 +1,104 @@
+"""What `batch_bridgeout` runs with: settings by data set, hyper-parameters by arm."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments.methods import FRACTIONS, METHODS, Hyper
+
+SEARCHED = Path(__file__).with_name("batch_bridgeout_search.json")
+
+# The settings of the authors' code. Their rate for dropout is not on record, so it is
+# that of Batch Bridgeout.
+PAPER = {
+    "bridgeout": Hyper(0.1, 5e-4, rate=0.3, target=0.75, q=1.5),
+    "dropout": Hyper(0.1, 5e-4, rate=0.3),
+    "weight_decay": Hyper(0.1, 5e-4),
+}
+
+SMALL = {"models": ("vgg_digits", "resnet_digits"), "epochs": 30, "batch_size": 32}
+CIFAR = {
+    "models": ("bridgeout_vgg16", "bridgeout_resnet28"),
+    "epochs": 230,
+    "batch_size": 128,
+}
+SUITABLE = {"digits": SMALL, "mnist": SMALL | {"epochs": 3, "batch_size": 128}}
+
+DEEPEST_ROUND = 0.8  # share of the filters that the last round has cut
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Everything the numbers depend on.
+
+    Attributes:
+        dataset: name of the data set.
+        models: architectures.
+        seeds: how many times each method trains each architecture.
+        epochs: passes over the training set.
+        batch_size: images in a step.
+        fractions: shares of the filters that are cut in one shot.
+        round_sparsities: share of the filters that each round has cut.
+        round_epochs: passes over the training set after each round's cut.
+        hyper: "model/method" -> its numbers.
+    """
+
+    dataset: str
+    models: tuple[str, ...]
+    seeds: int
+    epochs: int
+    batch_size: int
+    fractions: tuple[float, ...]
+    round_sparsities: tuple[float, ...]
+    round_epochs: int
+    hyper: Mapping[str, Hyper]
+
+    def as_json(self) -> dict[str, Any]:
+        """The settings with a name for every number."""
+        named = {arm: hyper._asdict() for arm, hyper in self.hyper.items()}
+        return dataclasses.asdict(dataclasses.replace(self, hyper=named))
+
+
+def settings_for(
+    dataset: str,
+    models: tuple[str, ...] = (),
+    *,
+    seeds: int,
+    epochs: int | None,
+    batch_size: int | None,
+    rounds: int,
+    quick: bool,
+) -> Settings:
+    """Fills in what suits the data set; `quick` sets limits."""
+    suits = SUITABLE.get(dataset, CIFAR)
+    models, fractions = models or suits["models"], FRACTIONS
+    epochs, batch_size = epochs or suits["epochs"], batch_size or suits["batch_size"]
+    if quick:
+        models, fractions = models[:1], FRACTIONS[::3]
+        seeds, epochs, rounds = min(seeds, 2), min(epochs, 4), min(rounds, 2)
+    return Settings(
+        dataset=dataset,
+        models=models,
+        seeds=seeds,
+        epochs=epochs,
+        batch_size=batch_size,
+        fractions=fractions,
+        round_sparsities=tuple(
+            round(DEEPEST_ROUND * index / rounds, 3) for index in range(1, rounds + 1)
+        ),
+        round_epochs=max(1, epochs // 4),
+        hyper=hyper_parameters(models),
+    )
+
+
+def hyper_parameters(models: tuple[str, ...]) -> dict[str, Hyper]:
+    """The best of the search for nets that were searched, else the paper's."""
+    searched = json.loads(SEARCHED.read_text())["candidates"]
+    return {
+        arm: Hyper(**searched[arm][0]["hyper"]) if arm in searched else PAPER[method]
+        for model in models
+        for method in METHODS
+        for arm in [f"{model}/{method}"]
+    }

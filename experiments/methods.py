@@ -1,0 +1,167 @@
+"""The three ways to train that the Batch Bridgeout paper compares, and its cut.
+
+References:
+    Khan and Stavness, `Pruning Convolutional Filters using Batch Bridgeout
+    <https://arxiv.org/abs/2009.10893>`_, 2020
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxprune
+from experiments.training import PRNG, make_predict
+from jaxprune import Groups, scores, select
+from jaxprune.data import Dataset, Spec
+from jaxprune.models import MODELS
+
+METHODS = ("bridgeout", "dropout", "weight_decay")
+FRACTIONS = tuple(i / 10 for i in range(10))
+
+
+class Hyper(NamedTuple):
+    """What is tuned; a method ignores what it does not have.
+
+    Attributes:
+        learning_rate: at the start; it falls to 0 along a cosine.
+        weight_decay: all three methods decay all parameters.
+        rate: drop probability, of weights (bridgeout) or of activations (dropout).
+        target: fraction that may be dropped, the weakest first.
+        q: norm of the bridge penalty.
+    """
+
+    learning_rate: float
+    weight_decay: float
+    rate: float = 0.0
+    target: float = 1.0
+    q: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """One architecture, with what does not depend on how it was trained.
+
+    Attributes:
+        name: key of `MODELS`.
+        net: the module without dropout, which is the one that is evaluated.
+        init: jitted ``net.init``.
+        groups: which filters can be cut, and what else goes with them.
+        predict: ``(variables, data) -> logits``.
+    """
+
+    name: str
+    net: nn.Module
+    init: Callable[..., Any]
+    groups: Groups
+    predict: Callable[[Any, Dataset], np.ndarray]
+
+
+def subject(name: str, spec: Spec) -> Subject:
+    """Builds the architecture of that name for a data set and traces it."""
+    net = MODELS[name](num_classes=spec.num_classes)
+    init, image = jax.jit(net.init), jnp.zeros((1, *spec.image_shape))
+    shapes = jax.eval_shape(init, jax.random.key(0), image)
+    groups = jaxprune.trace(net.apply, shapes, image)
+    return Subject(name, net, init, groups, make_predict(net.apply))
+
+
+def training_net(name: str, method: str, hyper: Hyper, spec: Spec) -> nn.Module:
+    """The module that is trained: with dropout if that is the method."""
+    drop = {"dropout_rate": hyper.rate, "dropout_target": hyper.target}
+    return MODELS[name](
+        num_classes=spec.num_classes, **(drop if method == "dropout" else {})
+    )
+
+
+def optimizer(
+    method: str, hyper: Hyper, learning_rate: optax.ScalarOrSchedule, seed: int = 0
+) -> optax.GradientTransformation:
+    """SGD as in the paper, behind Batch Bridgeout if that is the method.
+
+    Clipping is for Bridgeout, whose pull-back has heavy tails at small weights; the
+    others get it too and hardly notice. The seed only enters the initial state: one
+    compiled step serves all seeds.
+    """
+    links = [
+        optax.clip_by_global_norm(5.0),
+        optax.add_decayed_weights(hyper.weight_decay),
+        optax.sgd(learning_rate, momentum=0.9, nesterov=True),
+    ]
+    if method == "bridgeout":
+        noise = jaxprune.bridgeout(
+            hyper.rate,
+            hyper.q,
+            target_fraction=hyper.target,
+            mask=convolutions,
+            key=jax.random.key(seed, impl=PRNG),
+        )
+        links.insert(0, noise)
+    return optax.chain(*links)
+
+
+def convolutions(params: Any) -> Any:
+    """True for kernels of convolutions: in the paper the classifier gets no noise."""
+    return jax.tree.map(lambda leaf: leaf.ndim == 4, params)
+
+
+def perturb(method: str) -> Callable[[Any, Any], Any]:
+    """Where the gradient is taken."""
+    if method == "bridgeout":
+        return jaxprune.noisy_params
+    return lambda params, opt_state: params
+
+
+def filter_norms(groups: Groups, params: Any) -> dict[str, np.ndarray]:
+    """The L2 norm of every filter: of all kernels that write the unit.
+
+    That is one convolution in a plain chain. On a residual stream several write the
+    same channel, and they are cut together.
+    """
+    kernels = {
+        name: dataclasses.replace(
+            group,
+            members=tuple(
+                member
+                for member in group.members
+                if len(shape := groups.shapes[member.path]) > 1
+                and member.axis == len(shape) - 1
+            ),
+        )
+        for name, group in groups.items()
+    }
+    written = dataclasses.replace(groups, by_name=kernels)
+    norms = jaxprune.group_scores(written, scores.l2(params), reduce="l2")
+    return {name: np.asarray(norm) for name, norm in norms.items()}
+
+
+def lowest_filters(
+    groups: Groups, params: Any, fraction: float
+) -> dict[str, np.ndarray]:
+    """Cuts the same fraction of every layer, ``int(fraction * filters)`` of each.
+
+    Returns:
+        Group name -> bool ``[size]``, True = kept.
+    """
+    # 0.1 is a little more than a tenth of 10 filters in floating point, or less.
+    shares = {
+        name: int(fraction * group.size + 1e-9) / group.size
+        for name, group in groups.items()
+    }
+    return select.per_group(groups, filter_norms(groups, params), sparsity=shares)
+
+
+def one_shot_masks(subject: Subject, variables: Any, fraction: float) -> Any:
+    """Masks that cut this fraction of every layer at once."""
+    keep = lowest_filters(subject.groups, variables["params"], fraction)
+    return jaxprune.expand_masks(subject.groups, keep)
+
+
+def area(accuracies: Sequence[float]) -> float:
+    """Area under accuracy against the share that is cut: the mean over `FRACTIONS`."""
+    return float(np.mean(accuracies))
