@@ -1,0 +1,16 @@
+"""Scores: how much every weight matters, and how much every unit of a group.
+
+A score function maps a tree of parameters to a tree of floats like it; larger matters
+more; None where a leaf has no score. `group_scores` sums these numbers over everything
+a unit occupies. So a published criterion is named by two choices: what a weight counts
+(`magnitude`, ...) and how a unit adds up (``reduce``).
+"""
+
+from jaxprune.scores.grouping import Normalize as Normalize
+from jaxprune.scores.grouping import Reduce as Reduce
+from jaxprune.scores.grouping import group_scores as group_scores
+from jaxprune.scores.weights import batch_norm_scale as batch_norm_scale
+from jaxprune.scores.weights import l1 as l1
+from jaxprune.scores.weights import l2 as l2
+from jaxprune.scores.weights import magnitude as magnitude
+from jaxprune.scores.weights import random as random
