@@ -57,12 +57,13 @@ def group_scores(
 
     Example:
         >>> import jax, jax.numpy as jnp, numpy as np
+        >>> from jaxprune import scores
         >>> from jaxprune.coupling.groups import Group, Groups, Member
         >>> params = {"w": jnp.array([[3.0, 0.0], [4.0, 1.0]])}
         >>> hidden = Group("h", 2, (Member("w", 1, np.arange(2)[:, None]),))
         >>> treedef = jax.tree.structure(params)
         >>> groups = Groups({"h": hidden}, (), {"w": (2, 2)}, treedef)
-        >>> group_scores(groups, magnitude(params))
+        >>> group_scores(groups, scores.magnitude(params))
         {'h': Array([5., 1.], dtype=float32)}
 
     References:
