@@ -1,7 +1,7 @@
 """`prune`: the five questions in one call."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -16,11 +16,15 @@ from jaxprune.slicing import slice_params
 
 Scope = Literal["group", "global"]
 
+# What a weight scores, and how the scores of a unit add up.
 _SCORES: dict[str, tuple[Callable[..., PyTree], dict[str, Any]]] = {
     "l1": (scoring.magnitude, {"reduce": "l1"}),
     "l2": (scoring.magnitude, {"reduce": "l2"}),
+    "lamp": (scoring.magnitude, {"reduce": "l2", "normalize": "lamp"}),
     "batch_norm_scale": (scoring.batch_norm_scale, {"reduce": "l1"}),
+    "activation_probability": (scoring.activation_probability, {"reduce": "mean"}),
 }
+_NAMES = (*_SCORES, "geometric_median")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,10 +49,10 @@ def prune(
     variables: PyTree,
     *args: Any,
     sparsity: float,
-    score: str | Callable[[PyTree], PyTree] = "l2",
+    score: str | Callable[[PyTree], PyTree] | PyTree = "l2",
     scope: Scope = "group",
     normalize: scoring.Normalize | None = None,
-    members: Literal["all", "first"] = "all",
+    members: scoring.Members = "all",
     multiple_of: int = 1,
     min_keep: int = 1,
     exact: bool = True,
@@ -65,11 +69,14 @@ def prune(
         variables: its variables, e.g. ``{"params": ..., "batch_stats": ...}``.
         *args: example arguments, arrays or shapes.
         sparsity: fraction of units to remove, in [0, 1].
-        score: "l1", "l2", "batch_norm_scale", or a function from parameters to a tree
-            of scores like them (larger matters more).
+        score: "l1", "l2", "lamp", "geometric_median", "batch_norm_scale" or
+            "activation_probability"; or a function of the variables; or what it would
+            return (larger matters more): a tree of scores like the variables, or
+            scores of units ``{group: float[size]}`` for exactly these groups.
         scope: "group" removes the fraction from every group, "global" ranks the units
             of all groups together.
-        normalize: how the scores of a group are scaled, see `group_scores`.
+        normalize: how the scores of a group are scaled, see `group_scores`; "lamp"
+            scores are always scaled its own way.
         members: which members of a group score, see `group_scores`.
         multiple_of: kept counts are multiples of this.
         min_keep: how many units every group keeps at least.
@@ -119,19 +126,27 @@ def prune(
 def _unit_scores(
     groups: Groups,
     variables: PyTree,
-    score: str | Callable[[PyTree], PyTree],
+    score: str | Callable[[PyTree], PyTree] | PyTree,
     normalize: scoring.Normalize | None,
-    members: Literal["all", "first"],
-) -> dict[str, jax.Array]:
-    options: dict[str, Any] = {"normalize": normalize, "members": members}
-    if callable(score):
-        return scoring.group_scores(groups, score(variables), **options)
-    if score not in _SCORES:
-        raise ValueError(
-            f"unknown score {score!r}; expected a function or one of {list(_SCORES)}"
-        )
-    function, defaults = _SCORES[score]
-    return scoring.group_scores(groups, function(variables), **defaults, **options)
+    members: scoring.Members,
+) -> Mapping[str, jax.Array]:
+    options: dict[str, Any] = {"members": members}
+    if isinstance(score, str):
+        if score == "geometric_median":
+            units = scoring.geometric_median(groups, variables, members=members)
+            return scoring.normalized(units, normalize)
+        if score not in _SCORES:
+            raise ValueError(
+                f"unknown score {score!r}; expected a function, scores or one of "
+                f"{_NAMES}"
+            )
+        function, defaults = _SCORES[score]
+        options |= {"normalize": normalize, **defaults}
+        return scoring.group_scores(groups, function(variables), **options)
+    numbers = score(variables) if callable(score) else score
+    if isinstance(numbers, Mapping) and set(numbers) == set(groups):
+        return scoring.normalized(numbers, normalize)
+    return scoring.group_scores(groups, numbers, normalize=normalize, **options)
 
 
 def _literal(name: str) -> str:

@@ -55,6 +55,42 @@ def test_a_function_can_score(params):
     assert pruned.variables["w1"].shape == (3, 6)
 
 
+def test_scores_made_elsewhere_are_taken_as_they_are(params):
+    units = {"w1:1": jnp.arange(8.0), "w2:1": jnp.array([3.0, 1.0, 2.0, 0.0])}
+    pruned = jaxprune.prune(mlp, params, X, sparsity=0.5, score=units)
+    np.testing.assert_array_equal(np.flatnonzero(pruned.masks["w3"][:, 0]), [0, 2])
+    np.testing.assert_array_equal(np.flatnonzero(pruned.masks["b1"]), [4, 5, 6, 7])
+    weights = {**jax.tree.map(jnp.zeros_like, params), "b1": jnp.arange(8.0)[::-1]}
+    pruned = jaxprune.prune(mlp, params, X, sparsity=0.5, score=weights)
+    np.testing.assert_array_equal(np.flatnonzero(pruned.masks["b1"]), [0, 1, 2, 3])
+
+
+def test_geometric_median_keeps_one_of_two_equal_units(params):
+    for name, axis in (("w1", 1), ("b1", 0), ("w2", 0)):
+        values = jnp.moveaxis(params[name], axis, 0)
+        values = values.at[4:].set(0.01 * values[4:])  # a cluster, and four apart
+        params[name] = jnp.moveaxis(values, 0, axis)
+    pruned = jaxprune.prune(mlp, params, X, sparsity=0.25, score="geometric_median")
+    assert np.flatnonzero(~pruned.masks["b1"]).min() >= 4
+
+
+def test_lamp_ranks_units_across_groups_by_what_they_add_to_their_group(params):
+    params["w3"] = params["w3"] * 100  # magnitude would empty the first layer first
+    pruned = jaxprune.prune(mlp, params, X, sparsity=0.5, scope="global", score="lamp")
+    groups = pruned.groups
+    norms = jaxprune.group_scores(groups, jaxprune.scores.magnitude(params))
+    lamp = {}
+    for name, each in norms.items():
+        squares = np.square(np.asarray(each, np.float64))
+        lamp |= {
+            (name, u): s / squares[squares >= s].sum() for u, s in enumerate(squares)
+        }
+    lowest = sorted(lamp, key=lamp.get)[:6]
+    kept = {"w1:1": pruned.masks["b1"], "w2:1": pruned.masks["w3"][:, 0]}
+    cut = {(name, u) for name in kept for u in np.flatnonzero(~kept[name])}
+    assert cut == set(lowest)
+
+
 def test_inexact_groups_are_cut_only_on_demand():
     def gate(params, x):
         return jax.nn.softmax(x @ params["w1"]) @ params["w2"]

@@ -1,10 +1,12 @@
 import itertools
+import typing
 
 import chain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contract import quick_jit
 
 from jaxprune import scores
 from jaxprune.coupling.groups import Group, Groups, Member
@@ -12,9 +14,16 @@ from jaxprune.masks import named_leaves
 
 SCORES = {
     "magnitude": scores.magnitude,
-    "random": lambda params: scores.random(params, jax.random.key(0)),
+    "l1": scores.l1,
+    "l2": scores.l2,
+    "lp": lambda params: scores.lp(params, 3.0),
+    "lamp": scores.lamp,
+    # This generator compiles in no time.
+    "random": lambda params: scores.random(params, jax.random.key(0, impl="rbg")),
     "batch_norm_scale": scores.batch_norm_scale,
+    "activation_probability": scores.activation_probability,
 }
+KEEP_DTYPE = ("magnitude", "l1", "l2", "batch_norm_scale")
 
 
 @pytest.fixture
@@ -22,16 +31,153 @@ def variables():
     return jax.tree.map(jnp.asarray, chain.variables())
 
 
+@pytest.fixture
+def layer():
+    rng = np.random.default_rng(0)
+    shapes = {"bias": (4,), "kernel": (6, 4), "scale": (4,)}
+    return {n: jnp.array(rng.normal(size=s), jnp.float32) for n, s in shapes.items()}
+
+
 @pytest.mark.parametrize("name", SCORES)
-def test_every_score_is_finite_like_params_and_compiles_to_itself(name, variables):
-    score, paths = SCORES[name], named_leaves(variables)
-    plain = named_leaves(score(variables))
-    compiled = named_leaves(jax.jit(score)(variables))
+def test_every_score_is_finite_like_params_and_compiles_to_itself(name, layer):
+    score, paths = SCORES[name], named_leaves(layer)
+    plain = named_leaves(score(layer))
+    compiled = named_leaves(quick_jit(score)(layer))
     assert plain.keys() == compiled.keys() and plain.keys() <= paths.keys()
     for path, values in plain.items():
         assert values.shape == paths[path].shape and values.dtype == jnp.float32
         assert np.isfinite(values).all() and (values >= 0).all()
-        np.testing.assert_array_equal(values, compiled[path])
+        np.testing.assert_allclose(values, compiled[path], rtol=2e-6)
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_every_score_takes_bfloat16_and_counts_in_float32(name, layer):
+    half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), layer)
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), half)
+    found, expected = named_leaves(SCORES[name](half)), named_leaves(SCORES[name](wide))
+    for path, values in found.items():
+        kept = jnp.bfloat16 if name in KEEP_DTYPE else jnp.float32
+        assert values.dtype == kept
+        np.testing.assert_array_equal(values.astype(jnp.float32), expected[path])
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_every_score_is_finite_on_zeros_and_on_a_single_weight(name):
+    for leaf in (jnp.zeros((6, 4)), jnp.ones((1, 1))):
+        params = {"scale": leaf, "bias": leaf}
+        for values in jax.tree.leaves(SCORES[name](params)):
+            assert np.isfinite(values).all()
+    assert (SCORES["lamp"]({"w": jnp.zeros((6, 4))})["w"] == 0).all()
+
+
+@pytest.mark.parametrize("name", [name for name in SCORES if name != "random"])
+def test_every_score_goes_with_its_weight(name, layer):
+    order = np.array([2, 0, 3, 1])
+    before = named_leaves(SCORES[name](layer))
+    after = SCORES[name](jax.tree.map(lambda leaf: leaf[..., order], layer))
+    for path, values in named_leaves(after).items():
+        np.testing.assert_allclose(values, before[path][..., order], rtol=1e-6)
+
+
+def test_lp_is_a_power_and_its_sum_a_norm(variables):
+    units = scores.group_scores(chain.groups(), scores.lp(variables, 3.0), reduce="sum")
+    for name, values in units.items():
+        norms = [np.linalg.norm(unit_entries(name, u), 3) for u in range(len(values))]
+        np.testing.assert_allclose(values ** (1 / 3), norms, rtol=1e-5)
+    with pytest.raises(ValueError, match="p must be above 0, got 0"):
+        scores.lp(variables, 0)
+
+
+def brute_force_lamp(weights):
+    squares = np.asarray(weights, np.float64).ravel() ** 2
+    found = [
+        square / max(squares[squares >= square].sum(), 1e-300) for square in squares
+    ]
+    return np.reshape(found, np.shape(weights))
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_lamp_equals_the_published_formula(ties, variables):
+    kernel = variables["params"]["conv2"]["kernel"]
+    kernel = jnp.round(kernel) if ties else kernel
+    found = scores.lamp({"kernel": kernel, "bias": jnp.ones(3)})
+    assert found["bias"] is None
+    np.testing.assert_allclose(found["kernel"], brute_force_lamp(kernel), rtol=1e-5)
+    if not ties:
+        assert found["kernel"].max() == 1.0
+
+
+def test_activation_probability_equals_monte_carlo(key):
+    gamma = jnp.array([1.0, -0.5, 2.0, 0.3, 0.0, 0.0, 0.0, 1e-30])
+    beta = jnp.array([-0.7, 0.4, 0.0, 1.0, -0.1, 0.1, 0.0, -0.1])
+    found = scores.activation_probability({"bn": {"scale": gamma, "bias": beta}})
+    found = found["bn"]["scale"]
+    draws = jax.random.normal(key, (100_000, 1)) * gamma[None] + beta[None]
+    share = (draws > 0).mean(0)
+    np.testing.assert_allclose(found, share, atol=5 * np.sqrt(0.25 / 1e5))
+    np.testing.assert_array_equal(found[4:], [0, 1, 0, 0])
+
+
+def test_activation_probability_pairs_the_leaves_of_a_layer():
+    params = {
+        "a": {"scale": jnp.array([2.0]), "bias": jnp.array([-2.0])},
+        "b": {"scale": jnp.array([1.0])},
+        "dense": {"bias": jnp.array([9.0])},
+    }
+    found = scores.activation_probability(params)
+    assert found["dense"]["bias"] is None and found["a"]["bias"] is None
+    np.testing.assert_allclose(found["a"]["scale"], [0.15865525], rtol=1e-6)
+    np.testing.assert_allclose(found["b"]["scale"], [0.5])
+    with pytest.raises(ValueError, match=r"no leaf is called 'gamma'.*bias, scale"):
+        scores.activation_probability(params, scale="gamma")
+    with pytest.raises(ValueError, match=r"'beta' lies beside one called 'scale'"):
+        scores.activation_probability(params, bias="beta")
+
+
+def brute_force_median(name, members=None):
+    units = range(chain.groups()[name].size)
+    vectors = [unit_entries(name, u, members) for u in units]
+    return [sum(np.linalg.norm(v - w) for w in vectors) for v in vectors]
+
+
+def test_geometric_median_equals_a_loop_over_pairs(variables):
+    groups, choices = chain.groups(), {"all": None, "first": 1}
+    found = quick_jit(
+        lambda v: {m: scores.geometric_median(groups, v, members=m) for m in choices}
+    )(variables)
+    for members, most in choices.items():
+        for name, values in found[members].items():
+            expected = brute_force_median(name, most)
+            np.testing.assert_allclose(values, expected, rtol=1e-5)
+
+
+def one_leaf(size):
+    group = Group("g", size, (Member("w", 0, np.arange(size)[:, None]),))
+    return Groups({"g": group}, (), {"w": (size, 2)}, jax.tree.structure({"w": 0}))
+
+
+def test_geometric_median_sees_signs():
+    # Torch-Pruning's distances are of |w|: these four filters score the same there.
+    filters = jnp.array([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, 3.0]])
+    found = scores.geometric_median(one_leaf(4), {"w": filters})["g"]
+    two, ten = np.sqrt(2), np.sqrt(10)
+    np.testing.assert_allclose(
+        found, [2 + two + ten, 2 + two + ten, 2 * two + 2, 2 * ten + 2], rtol=1e-6
+    )
+
+
+def test_geometric_median_of_close_filters_far_from_zero():
+    # Distances 1 at offset 10^3: without centring, float32 has no digit left.
+    filters = jnp.array([[1000.0, 1000.0], [1001.0, 1000.0], [1003.0, 1000.0]])
+    found = scores.geometric_median(one_leaf(3), {"w": filters})["g"]
+    np.testing.assert_allclose(found, [4, 3, 5], rtol=1e-5)
+
+
+def test_geometric_median_of_a_single_unit_and_of_equal_units_is_zero():
+    for size in (1, 3):
+        filters = {"w": jnp.full((size, 2), 0.3)}
+        found = scores.geometric_median(one_leaf(size), filters)["g"]
+        np.testing.assert_array_equal(found, np.zeros(size))
 
 
 def test_magnitude_is_the_absolute_value_and_skips_what_is_not_float():
@@ -90,6 +236,8 @@ REDUCTIONS = {
     "sum": lambda w: w.sum(),
     "mean": lambda w: w.mean(),
     "max": lambda w: w.max(),
+    "abs_of_sum": lambda w: abs(w.sum()),
+    "square_of_sum": lambda w: w.sum() ** 2,
 }
 
 
@@ -154,7 +302,7 @@ def test_units_keep_their_scores_under_permutation(variables):
     np.testing.assert_allclose(after["conv2"], before["conv2"], rtol=1e-6)
 
 
-@pytest.mark.parametrize("normalize", ["sum", "mean", "max", "gaussian"])
+@pytest.mark.parametrize("normalize", typing.get_args(scores.Normalize))
 def test_normalize_scales_every_group_alone(normalize, variables):
     plain = scores.group_scores(chain.groups(), variables)
     found = scores.group_scores(chain.groups(), variables, normalize=normalize)
@@ -165,11 +313,12 @@ def test_normalize_scales_every_group_alone(normalize, variables):
             "mean": values / values.mean(),
             "max": values / values.max(),
             "gaussian": (values - values.mean()) / values.std(),
+            "lamp": brute_force_lamp(values),
         }[normalize]
         np.testing.assert_allclose(found[name], expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("normalize", ["sum", "mean", "max", "gaussian"])
+@pytest.mark.parametrize("normalize", typing.get_args(scores.Normalize))
 @pytest.mark.parametrize("value", [0.0, 0.1])
 def test_equal_scores_stay_equal_and_finite(normalize, value, variables):
     same = jax.tree.map(lambda leaf: jnp.full_like(leaf, value), variables)
@@ -178,7 +327,8 @@ def test_equal_scores_stay_equal_and_finite(normalize, value, variables):
         if normalize == "gaussian":
             expected = 0.0
         else:
-            scale = {"sum": 1 / values.size}.get(normalize, 1.0)
+            every = 1 / values.size
+            scale = {"sum": every, "lamp": every}.get(normalize, 1.0)
             expected = scale if value else 0.0
         np.testing.assert_allclose(values, expected, atol=1e-6, err_msg=name)
 
@@ -204,7 +354,7 @@ def test_group_norm_of_a_dead_unit_has_gradient_zero(variables):
 
 def test_group_scores_compile_to_themselves(variables):
     groups = chain.groups()
-    found = jax.jit(lambda v: scores.group_scores(groups, v))(variables)
+    found = quick_jit(lambda v: scores.group_scores(groups, v))(variables)
     for name, values in scores.group_scores(groups, variables).items():
         np.testing.assert_allclose(found[name], values, rtol=1e-6)
 

@@ -1,16 +1,24 @@
 """Scores: how much every weight matters, and how much every unit of a group.
 
-A score function maps a tree of parameters to a tree of floats like it; larger matters
-more; None where a leaf has no score. `group_scores` sums these numbers over everything
-a unit occupies. So a published criterion is named by two choices: what a weight counts
-(`magnitude`, ...) and how a unit adds up (``reduce``).
+A score maps a tree of parameters to a tree of floats like it; larger matters more;
+None where a leaf has no score. `group_scores` adds these numbers up over everything a
+unit occupies. So a published criterion is named by two choices: what a weight counts
+(`magnitude`, ...) and how a unit adds up (``reduce``). Scores that are of units from
+the start (`geometric_median`, ...) take the groups first and return what
+`group_scores` returns.
 """
 
+from jaxprune.scores.geometry import geometric_median as geometric_median
+from jaxprune.scores.grouping import Members as Members
 from jaxprune.scores.grouping import Normalize as Normalize
 from jaxprune.scores.grouping import Reduce as Reduce
 from jaxprune.scores.grouping import group_scores as group_scores
+from jaxprune.scores.grouping import normalized as normalized
+from jaxprune.scores.weights import activation_probability as activation_probability
 from jaxprune.scores.weights import batch_norm_scale as batch_norm_scale
 from jaxprune.scores.weights import l1 as l1
 from jaxprune.scores.weights import l2 as l2
+from jaxprune.scores.weights import lamp as lamp
+from jaxprune.scores.weights import lp as lp
 from jaxprune.scores.weights import magnitude as magnitude
 from jaxprune.scores.weights import random as random

@@ -2,16 +2,18 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
 from jaxprune.coupling.groups import Group, Groups, Member
 from jaxprune.masks import PyTree, named_leaves, parameter_paths
+from jaxprune.scores.weights import share_of_larger, widened
 
-Reduce = Literal["l1", "l2", "sum", "mean", "max"]
-Normalize = Literal["sum", "mean", "max", "gaussian"]
+Reduce = Literal["l1", "l2", "sum", "mean", "max", "abs_of_sum", "square_of_sum"]
+Normalize = Literal["sum", "mean", "max", "gaussian", "lamp"]
+Members = Literal["all", "first"]
 
 
 def group_scores(
@@ -20,7 +22,7 @@ def group_scores(
     *,
     reduce: Reduce = "l2",
     normalize: Normalize | None = None,
-    members: Literal["all", "first"] = "all",
+    members: Members = "all",
 ) -> dict[str, jax.Array]:
     """Adds up the scores of everything a unit occupies.
 
@@ -29,11 +31,15 @@ def group_scores(
 
         "l1"  sum |s|     "l2"  sqrt(sum s^2)     "sum"  sum s
         "max" max s       "mean" sum s / number of entries
+        "abs_of_sum" |sum s|     "square_of_sum" (sum s)^2
 
-    and ``normalize`` divides the scores of each group by their sum, mean or maximum,
-    or ("gaussian") subtracts their mean and divides by their standard deviation, so
-    that groups of different scale can be ranked together. A group of equal scores
-    keeps finite numbers. Accumulates in float32 or wider; jit-able in `scores`.
+    (the last two for signed scores, such as ``taylor(form="signed")``, that may
+    cancel) and ``normalize`` divides the scores of each group by their sum, mean or
+    maximum, or ("gaussian") subtracts their mean and divides by their standard
+    deviation, or ("lamp", see `lamp`) divides their squares by the sum of all squares
+    that are not smaller, so that groups of different scale can be ranked together. A
+    group of equal scores keeps finite numbers. Accumulates in float32 or wider;
+    jit-able in `scores`.
 
     An entry that a unit occupies through two members of one leaf (the diagonal of a
     recurrent kernel) counts in each. Only parameters count: BatchNorm statistics are
@@ -73,21 +79,38 @@ def group_scores(
         (all coupled members)
     """
     _check_choice("reduce", reduce, _TERMS)
-    _check_choice("normalize", normalize, (None, "sum", "mean", "max", "gaussian"))
-    _check_choice("members", members, ("all", "first"))
-    leaves = _scored_leaves(groups, scores)
-    return {
-        name: _normalized(
-            _unit_scores(
-                group,
-                group.members[: 1 if members == "first" else None],
-                leaves,
-                reduce,
-            ),
-            normalize,
-        )
-        for name, group in groups.items()
-    }
+    leaves = scored_leaves(groups, scores)
+    return normalized(
+        {
+            name: _unit_scores(scored_members(group, leaves, members), leaves, reduce)
+            for name, group in groups.items()
+        },
+        normalize,
+    )
+
+
+def normalized(
+    unit_scores: Mapping[str, jax.Array], normalize: Normalize | None
+) -> dict[str, jax.Array]:
+    """Scales the scores of every group, as `group_scores` does.
+
+    Args:
+        unit_scores: group name -> float ``[size]``.
+        normalize: how, see `group_scores`; None for not at all.
+
+    Returns:
+        Group name -> float ``[size]``.
+
+    Raises:
+        ValueError: if the option is unknown.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> normalized({"h": jnp.array([3.0, 1.0])}, "sum")
+        {'h': Array([0.75, 0.25], dtype=float32)}
+    """
+    _check_choice("normalize", normalize, (None, *get_args(Normalize)))
+    return {name: _normalized(each, normalize) for name, each in unit_scores.items()}
 
 
 _TERMS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
@@ -96,21 +119,15 @@ _TERMS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
     "sum": lambda s: s,
     "mean": lambda s: s,
     "max": lambda s: s,
+    "abs_of_sum": lambda s: s,
+    "square_of_sum": lambda s: s,
 }
 
 
 def _unit_scores(
-    group: Group,
-    members: tuple[Member, ...],
-    leaves: Mapping[str, jax.Array],
-    reduce: Reduce,
+    members: list[Member], leaves: Mapping[str, jax.Array], reduce: Reduce
 ) -> jax.Array:
-    scored = [
-        (member, leaves[member.path]) for member in members if member.path in leaves
-    ]
-    if not scored:
-        paths = ", ".join(member.path for member in members)
-        raise ValueError(f"group {group.name} has no score: none of {paths} has one")
+    scored = [(member, leaves[member.path]) for member in members]
     parts = jnp.stack([_member_scores(member, leaf, reduce) for member, leaf in scored])
     if reduce == "max":
         return parts.max(0)
@@ -120,12 +137,13 @@ def _unit_scores(
     if reduce == "mean":
         entries = [m.repeats * math.prod(s.shape) // s.shape[m.axis] for m, s in scored]
         return total / sum(entries)
-    return total
+    if reduce == "abs_of_sum":
+        return jnp.abs(total)
+    return jnp.square(total) if reduce == "square_of_sum" else total
 
 
 def _member_scores(member: Member, scores: jax.Array, reduce: Reduce) -> jax.Array:
-    wide = scores.dtype if scores.dtype == jnp.float64 else jnp.float32
-    terms = _TERMS[reduce](scores.astype(wide))
+    terms = _TERMS[reduce](widened(scores))
     others = tuple(axis for axis in range(scores.ndim) if axis != member.axis)
     # Reduce first, then pick: the gather is over one axis, never over the parameter.
     if reduce == "max":
@@ -147,11 +165,30 @@ def _normalized(scores: jax.Array, normalize: Normalize | None) -> jax.Array:
         equal = scores.max() == scores.min()
         spread = jnp.where(equal, jnp.inf, scores.std())
         return (scores - scores.mean()) / spread
+    if normalize == "lamp":
+        return share_of_larger(jnp.square(scores))
     scale = getattr(jnp, normalize)(scores)
     return scores / jnp.where(scale == 0, 1, scale)
 
 
-def _scored_leaves(groups: Groups, scores: PyTree) -> dict[str, jax.Array]:
+def scored_members(
+    group: Group, leaves: Mapping[str, jax.Array], members: Members
+) -> list[Member]:
+    """The members of a group that have a score.
+
+    Raises:
+        ValueError: if there is none, or `members` is unknown.
+    """
+    _check_choice("members", members, get_args(Members))
+    chosen = group.members[: 1 if members == "first" else None]
+    scored = [member for member in chosen if member.path in leaves]
+    if not scored:
+        paths = ", ".join(member.path for member in chosen)
+        raise ValueError(f"group {group.name} has no score: none of {paths} has one")
+    return scored
+
+
+def scored_leaves(groups: Groups, scores: PyTree) -> dict[str, jax.Array]:
     """Traced path -> score, for parameters only."""
     leaves = named_leaves(scores)
     if not all(path in groups.shapes for path in leaves):

@@ -30,7 +30,7 @@ def magnitude(params: PyTree) -> PyTree:
         Han et al., `Learning both Weights and Connections for Efficient Neural
         Networks <https://arxiv.org/abs/1506.02626>`_, 2015
     """
-    return jax.tree.map(lambda leaf: jnp.abs(leaf) if _is_float(leaf) else None, params)
+    return jax.tree.map(lambda leaf: jnp.abs(leaf) if is_float(leaf) else None, params)
 
 
 def l1(params: PyTree) -> PyTree:
@@ -70,6 +70,87 @@ def l2(params: PyTree) -> PyTree:
     return magnitude(params)
 
 
+def lp(params: PyTree, p: float) -> PyTree:
+    """The absolute value of every weight to the power p, ``|w|^p``.
+
+    With ``group_scores(reduce="sum")`` a unit scores the p-th power of the Lp norm of
+    its weights.
+
+    Args:
+        params: tree of arrays; also variables.
+        p: the order of the norm, above 0.
+
+    Returns:
+        Tree like `params` of float32 or wider, None for leaves that are not floating
+        point.
+
+    Raises:
+        ValueError: if p is not above 0.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> lp({"w": jnp.array([-2.0, 1.0])}, p=3.0)
+        {'w': Array([8., 1.], dtype=float32)}
+    """
+    if not p > 0:
+        raise ValueError(f"p must be above 0, got {p}")
+    return jax.tree.map(
+        lambda leaf: jnp.abs(widened(leaf)) ** p if is_float(leaf) else None, params
+    )
+
+
+def lamp(params: PyTree) -> PyTree:
+    """The square of every weight over the squares of all that are not smaller.
+
+    Layer-adaptive magnitude-based pruning: within a leaf, the weights rank by
+    magnitude; across leaves, one threshold removes of each leaf what distorts the
+    model least::
+
+        score(u) = w_u^2 / sum of w_v^2 over all v of the leaf with |w_v| >= |w_u|
+
+    Equal weights score the same (the paper breaks ties by position), so the largest
+    weight of a leaf scores 1 divided by the number of weights as large. An all-zero
+    leaf scores 0. Ranks a whole leaf, so a sharded leaf is gathered.
+
+    For whole units, ``group_scores(magnitude(params), normalize="lamp")`` puts the
+    norms of the units of a group in the place of weights.
+
+    Args:
+        params: tree of arrays.
+
+    Returns:
+        Tree like `params` of float32 or wider in [0, 1]; None for leaves with fewer
+        than two axes (a bias of a few entries would outrank every kernel) and for
+        those that are not floating point.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> lamp({"w": jnp.array([[3.0, -1.0], [0.0, -2.0]]), "b": jnp.ones(2)})["w"]
+        Array([[1.        , 0.07142857],
+               [0.        , 0.30769232]], dtype=float32)
+
+    References:
+        Lee et al., `Layer-adaptive sparsity for the Magnitude-based Pruning
+        <https://arxiv.org/abs/2010.07611>`_, 2020
+    """
+
+    def score(leaf: Any) -> jax.Array | None:
+        if not is_float(leaf) or leaf.ndim < 2:
+            return None
+        squares = jnp.square(jnp.abs(widened(leaf)))
+        return share_of_larger(squares.ravel()).reshape(leaf.shape)
+
+    return jax.tree.map(score, params)
+
+
+def share_of_larger(values: jax.Array) -> jax.Array:
+    """Every value over the sum of those that are not smaller: ``[n]`` to ``[n]``."""
+    ordered = jnp.sort(values)
+    tails = jnp.cumsum(ordered[::-1])[::-1]
+    total = tails[jnp.searchsorted(ordered, values)]
+    return values / jnp.where(total == 0, 1, total)
+
+
 def random(params: PyTree, key: jax.Array) -> PyTree:
     """Independent uniform numbers in [0, 1): the control every criterion must beat.
 
@@ -91,7 +172,7 @@ def random(params: PyTree, key: jax.Array) -> PyTree:
     leaves, treedef = jax.tree.flatten(params)
     keys = jax.random.split(key, len(leaves))
     return treedef.unflatten(
-        jax.random.uniform(key, leaf.shape, jnp.float32) if _is_float(leaf) else None
+        jax.random.uniform(key, leaf.shape, jnp.float32) if is_float(leaf) else None
         for key, leaf in zip(keys, leaves, strict=True)
     )
 
@@ -124,18 +205,97 @@ def batch_norm_scale(params: PyTree, *, name: str = "scale") -> PyTree:
         <https://arxiv.org/abs/1708.06519>`_, 2017
     """
     leaves = named_leaves(params)
-    # A Flax NNX state ends every path in "value".
-    names = [path.removesuffix("/value").split("/")[-1] for path in leaves]
-    if name not in names:
-        raise ValueError(
-            f"no leaf is called {name!r}, so nothing scores; the leaves are called "
-            f"{', '.join(sorted(set(names)))}"
-        )
+    places = [_place(path) for path in leaves]
+    _check_called(places, name)
     return jax.tree.structure(params).unflatten(
         jnp.abs(leaf) if own == name else None
-        for own, leaf in zip(names, leaves.values(), strict=True)
+        for (_, own), leaf in zip(places, leaves.values(), strict=True)
     )
 
 
-def _is_float(leaf: Any) -> bool:
+def activation_probability(
+    params: PyTree, *, scale: str = "scale", bias: str = "bias"
+) -> PyTree:
+    """How likely ReLU lets a channel through after BatchNorm, ``Phi(beta/|gamma|)``.
+
+    BatchNorm hands on ``gamma x + beta`` with x standard normal, which is above 0 with
+    probability ``Phi(beta / |gamma|)``, Phi the normal distribution function. A
+    channel with gamma 0 is constant: 1 if beta is above 0, else 0.
+
+    Args:
+        params: tree of arrays.
+        scale: what the scale factors are called: the last part of a leaf's path.
+        bias: what the shift beside it is called. A layer without one has beta 0.
+
+    Returns:
+        Tree like `params`: float32 or wider in [0, 1] for the leaves called `scale`,
+        else None.
+
+    Raises:
+        ValueError: if no leaf is called `scale`, or none beside it `bias`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> gamma, beta = jnp.array([1.0, -2.0, 0.0]), jnp.array([0.0, 0.0, -1.0])
+        >>> activation_probability({"scale": gamma, "bias": beta})["scale"]
+        Array([0.5, 0.5, 0. ], dtype=float32)
+
+    References:
+        Shao et al., `BWCP: Probabilistic Learning-to-Prune Channels for ConvNets via
+        Batch Whitening <https://arxiv.org/abs/2105.06423>`_, 2021
+    """
+    leaves = named_leaves(params)
+    places = [_place(path) for path in leaves]
+    _check_called(places, scale)
+    shifts = {
+        layer: leaf
+        for (layer, own), leaf in zip(places, leaves.values(), strict=True)
+        if own == bias
+    }
+    if not any(own == scale and layer in shifts for layer, own in places):
+        raise ValueError(
+            f"no leaf called {bias!r} lies beside one called {scale!r}; the leaves are "
+            f"called {_called(places)}"
+        )
+    return jax.tree.structure(params).unflatten(
+        _above_zero(leaf, shifts.get(layer)) if own == scale else None
+        for (layer, own), leaf in zip(places, leaves.values(), strict=True)
+    )
+
+
+def _above_zero(gamma: jax.Array, beta: jax.Array | None) -> jax.Array:
+    spread = jnp.abs(widened(gamma))
+    shift = jnp.zeros_like(spread) if beta is None else widened(beta)
+    constant = spread == 0
+    ratio = shift / jnp.where(constant, 1, spread)
+    certain = (shift > 0).astype(spread.dtype)
+    return jnp.where(constant, certain, jax.scipy.special.ndtr(ratio))
+
+
+def _place(path: str) -> tuple[str, str]:
+    """(layer, name) of a leaf; a Flax NNX state ends every path in "value"."""
+    layer, _, name = path.removesuffix("/value").rpartition("/")
+    return layer, name
+
+
+def _called(places: list[tuple[str, str]]) -> str:
+    return ", ".join(sorted({own for _, own in places}))
+
+
+def _check_called(places: list[tuple[str, str]], name: str) -> None:
+    if name not in {own for _, own in places}:
+        raise ValueError(
+            f"no leaf is called {name!r}, so nothing scores; the leaves are called "
+            f"{_called(places)}"
+        )
+
+
+def is_float(leaf: Any) -> bool:
+    """Can this leaf have a score?"""
     return jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def widened(leaf: Any) -> jax.Array:
+    """The leaf in at least single precision."""
+    leaf = jnp.asarray(leaf)
+    return leaf if jnp.finfo(leaf.dtype).bits >= 32 else leaf.astype(jnp.float32)
