@@ -15,7 +15,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     ["coupling.groups", "coupling.jaxprs"],
     ["masks"],
-    ["coupling"],
+    ["coupling", "packing", "schedules", "thresholds"],
     ["slicing", "scores", "costs", "optimizers", "data", "models", "checkpoints"],
     ["select", "export", "plans", "modules", "pictures"],
     ["pruning"],
