@@ -227,7 +227,7 @@ def test_a_sparsity_per_group_must_name_groups():
         select.per_group(groups, scores, sparsity={"c": 0.5})
     with pytest.raises(ValueError, match="must name groups in full; a is missing"):
         select.per_group(groups, scores, sparsity={"*": 0.5})
-    with pytest.raises(ValueError, match="only and a sparsity per group both"):
+    with pytest.raises(ValueError, match="only and a sparsity by name both"):
         select.per_group(groups, scores, sparsity={"a": 0.5}, only="a")
     with pytest.raises(TypeError, match="sparsity is traced"):
         jax.jit(lambda s: select.across_groups(groups, scores, sparsity=s))(0.5)

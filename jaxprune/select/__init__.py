@@ -1,0 +1,28 @@
+"""Select: scores and a budget decide what stays.
+
+Whole units: `per_group`, `across_groups`, `to_budget`, ... give group name -> bool
+``[size]``. Single weights: `per_leaf`, `across_leaves`, `n_of_m`, `blocks` give masks.
+
+All of them remove the lowest-scoring entries and share their guarantees: the count
+follows from the budget, not from a threshold, so equal scores or a layer of small
+scores cannot change it; no group and no leaf is emptied; ties are broken by position.
+With ``multiple_of > 1`` units leave in blocks (a block is rated by its best unit), and
+the count is met to half a block. Limits are one value, or name or pattern -> value.
+
+Scores may be traced: then the decision is traced too.
+"""
+
+from jaxprune.select.layerwise import erk as erk
+from jaxprune.select.layerwise import lamp as lamp
+from jaxprune.select.layerwise import proportional as proportional
+from jaxprune.select.layerwise import uniform as uniform
+from jaxprune.select.layerwise import widths_from_nonzeros as widths_from_nonzeros
+from jaxprune.select.patterns import blocks as blocks
+from jaxprune.select.patterns import n_of_m as n_of_m
+from jaxprune.select.units import across_groups as across_groups
+from jaxprune.select.units import per_group as per_group
+from jaxprune.select.units import random as random
+from jaxprune.select.units import to_sizes as to_sizes
+from jaxprune.select.weights import across_leaves as across_leaves
+from jaxprune.select.weights import per_leaf as per_leaf
+from jaxprune.select.weights import threshold as threshold

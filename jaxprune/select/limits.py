@@ -1,0 +1,141 @@
+"""Limits: what a selection may not do to a group, and which groups it is about."""
+
+import fnmatch
+import math
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+import numpy as np
+from jax.core import Tracer
+
+T = TypeVar("T")
+
+# One value for all, or name or pattern -> value; later entries win, the rest is free.
+Each: TypeAlias = T | Mapping[str, T]
+
+
+class Limits(NamedTuple):
+    """What a group may lose.
+
+    Attributes:
+        min_keep: how many units stay at least.
+        multiple_of: kept counts are multiples of this.
+        max_sparsity: the largest fraction that may go.
+    """
+
+    min_keep: int = 1
+    multiple_of: int = 1
+    max_sparsity: float = 1.0
+
+    def __str__(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self._asdict().items())
+
+    def least(self, size: int) -> int:
+        """How many of `size` units stay at least, rounding aside."""
+        capped = math.ceil(size - self.max_sparsity * size - 1e-9)
+        return min(max(self.min_keep, capped), size)
+
+    def blocks(self, size: int) -> np.ndarray:
+        """Sizes of the blocks a group can lose, in order of leaving.
+
+        The first block leaves a multiple behind; what the limits protect is in none.
+        """
+        least = -(-self.least(size) // self.multiple_of) * self.multiple_of
+        if least >= size:
+            return np.zeros(0, np.int32)
+        first = size % self.multiple_of or self.multiple_of
+        more = (size - least - first) // self.multiple_of
+        return np.array([first] + [self.multiple_of] * more, np.int32)
+
+    def widths(self, size: int) -> np.ndarray:
+        """The counts that a group may keep, from all to the fewest."""
+        return size - np.concatenate([[0], np.cumsum(self.blocks(size), dtype=int)])
+
+
+def limits_of(
+    names: Collection[str],
+    min_keep: Each[int] = 1,
+    multiple_of: Each[int] = 1,
+    max_sparsity: Each[float] = 1.0,
+) -> dict[str, Limits]:
+    """The limits of every group."""
+    columns = {
+        "min_keep": _each(names, min_keep, 1),
+        "multiple_of": _each(names, multiple_of, 1),
+        "max_sparsity": _each(names, max_sparsity, 1.0),
+    }
+    found = {}
+    for name in names:
+        limits = Limits(**{option: values[name] for option, values in columns.items()})
+        fraction("max_sparsity", limits.max_sparsity)
+        if limits.min_keep < 1 or limits.multiple_of < 1:
+            raise ValueError(
+                f"min_keep and multiple_of must be 1 or more, got {limits} for {name}"
+            )
+        found[name] = limits
+    return found
+
+
+def _each(names: Collection[str], value: Each[T], default: T) -> dict[str, T]:
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(names, value)
+    found = dict.fromkeys(names, default)
+    for pattern, own in value.items():
+        found |= dict.fromkeys(selected(names, pattern), own)
+    return found
+
+
+def selected(
+    names: Collection[str], only: str | Sequence[str] | None, what: str = "groups"
+) -> list[str]:
+    """The names that any of the patterns matches, in their own order.
+
+    Raises:
+        ValueError: if a pattern matches none.
+    """
+    if only is None:
+        return list(names)
+    chosen: set[str] = set()
+    for pattern in [only] if isinstance(only, str) else only:
+        # A full name is taken literally, whatever characters it contains.
+        found = [n for n in names if n == pattern or fnmatch.fnmatchcase(n, pattern)]
+        if not found:
+            raise ValueError(
+                f"{pattern!r} matches none of the {len(names)} {what}: "
+                + ", ".join(list(names)[:5])
+            )
+        chosen.update(found)
+    return [name for name in names if name in chosen]
+
+
+def fraction(what: str, value: Any) -> float:
+    """A static number in [0, 1]."""
+    if isinstance(value, Tracer):
+        raise TypeError(
+            f"{what} is traced, but decides how many units go: make it static"
+        )
+    if not 0 <= value <= 1:
+        raise ValueError(f"{what} must be a fraction in [0, 1], got {value}")
+    return float(value)
+
+
+def fractions(
+    names: Collection[str],
+    sparsity: Any,
+    only: str | Sequence[str] | None,
+    what: str = "groups",
+) -> dict[str, Any]:
+    """Name -> fraction to remove, for the names that are to lose any.
+
+    `sparsity` is one fraction for those that `only` selects, or a mapping that names
+    each in full.
+    """
+    if not isinstance(sparsity, Mapping):
+        return dict.fromkeys(selected(names, only, what), sparsity)
+    if only is not None:
+        raise ValueError(f"only and a sparsity by name both select {what}: give one")
+    chosen = selected(names, list(sparsity), what)
+    for name in chosen:
+        if name not in sparsity:
+            raise ValueError(f"sparsity must name {what} in full; {name} is missing")
+    return {name: sparsity[name] for name in chosen}

@@ -1,0 +1,338 @@
+"""Masks of single weights: per leaf, global, n of m, blocks; the exact threshold."""
+
+import os
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from contract import quick_jit
+
+from jaxprune import select
+from jaxprune.masks import apply_masks
+from jaxprune.select import bisection
+from jaxprune.select import lowest as thresholds
+
+
+def ranked(leaves, count, caps):
+    """The slow way: every entry of every leaf in one sorted list."""
+    flat = [np.asarray(leaf, np.float64).ravel() for leaf in leaves]
+    rows = sorted(
+        (value, k, place) for k, x in enumerate(flat) for place, value in enumerate(x)
+    )
+    gone, lost = [np.zeros(x.size, bool) for x in flat], [0] * len(flat)
+    for _, k, place in rows:
+        if sum(lost) < count and lost[k] < caps[k]:
+            gone[k][place] = True
+            lost[k] += 1
+    return [x.reshape(np.shape(leaf)) for x, leaf in zip(gone, leaves, strict=True)]
+
+
+def cases(seed):
+    """Leaves with many ties, negative scores, both zeros; caps and a count."""
+    rng = np.random.default_rng(seed)
+    leaves = []
+    for shape in [(3, 4), (7,), (2, 2, 2)]:
+        values = rng.integers(-3, 4, shape) * rng.choice([0.5, 100.0])
+        leaves.append((values + rng.choice([0, 2]) * -1.0).astype(np.float32))
+    caps = [int(rng.integers(0, x.size + 1)) for x in leaves]
+    return leaves, int(rng.integers(0, sum(caps) + 1)), caps
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_lowest_is_the_sorted_list(seed):
+    leaves, count, caps = cases(seed)
+    got = thresholds.lowest(leaves, count, caps)
+    for a, b in zip(got, ranked(leaves, count, caps), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_bisection_is_the_sorted_list():
+    limits = {}
+
+    @quick_jit
+    def traced(leaves, count, caps):
+        limits.update(count=limits.get("count", 0) + 1)
+        wide = bisection.Wide(count >> 16, count & 0xFFFF)
+        return bisection.lowest_traced(leaves, wide, list(caps))
+
+    # Caps are static in the library; traced here, so that one program serves all.
+    original = bisection._clipped
+    bisection._clipped = lambda wanted, most: wanted
+    try:
+        for seed in range(60):
+            leaves, count, caps = cases(seed)
+            caps_ = [jnp.uint32(cap) for cap in caps]
+            got = traced(leaves, jnp.uint32(count), caps_)
+            for a, b in zip(got, ranked(leaves, count, caps), strict=True):
+                np.testing.assert_array_equal(a, b)
+    finally:
+        bisection._clipped = original
+    assert limits["count"] == 1
+
+
+def test_counts_above_32_bits_do_not_overflow():
+    numbers = [2**32 - 1, 2**32 - 5, 70_000, 0, 2**31]
+    wide = bisection._sum([jnp.uint32(n) for n in numbers])
+    assert (int(wide.high) << 16) + int(wide.low) == sum(numbers)
+    below = bisection._difference(wide, bisection.wide(2**32 + 123))
+    assert (int(below.high) << 16) + int(below.low) == sum(numbers) - 2**32 - 123
+    assert bool(bisection._less(bisection.wide(2**40), bisection.wide(2**40 + 1)))
+    assert not bool(bisection._less(bisection.wide(2**40), bisection.wide(2**40)))
+    clipped = bisection._clipped(bisection.wide(2**41), 2**40 + 7)
+    assert (int(clipped.high) << 16) + int(clipped.low) == 2**40 + 7
+
+
+def test_five_billion_weights_are_counted_in_full(monkeypatch):
+    """From shapes: the budget of a net too large to allocate reaches the bisection."""
+    seen = {}
+
+    def spy(count):
+        seen["count"] = count
+        return bisection.Wide(jnp.uint32(count >> 16), jnp.uint32(count & 0xFFFF))
+
+    monkeypatch.setattr(bisection, "wide", spy)
+    leaf = jax.ShapeDtypeStruct((50_000, 50_000), jnp.float32)
+    jax.eval_shape(
+        lambda s: select.across_leaves(s, sparsity=0.5), {"a": leaf, "b": leaf}
+    )
+    assert seen["count"] in (2_500_000_000, 5_000_000_000 - 2)
+    with pytest.raises(ValueError, match=r"\(70000, 70000\) has 4900000000 scores"):
+        huge = jax.ShapeDtypeStruct((70_000, 70_000), jnp.float32)
+        jax.eval_shape(lambda s: select.per_leaf(s, sparsity=0.5), {"a": huge})
+
+
+@pytest.mark.parametrize("share", [0.0, 2e-5, 0.1, 0.3, 0.5, 0.9, 1 - 3e-5])
+@pytest.mark.parametrize("kind", ["normal", "mostly zeros", "sorted", "two values"])
+def test_the_threshold_is_an_entry_at_its_place(share, kind, monkeypatch):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=90_000).astype(np.float32)
+    values = {
+        "normal": x,
+        "mostly zeros": np.where(rng.random(x.size) < 0.8, 0, x).astype(np.float32),
+        "sorted": np.sort(x),
+        "two values": (x > 0.3).astype(np.float32),
+    }[kind]
+    monkeypatch.setattr(thresholds, "_SAMPLE", 1 << 12)
+    monkeypatch.setattr(thresholds, "_CHUNK", 1 << 10)
+    scores = {"a": values[:30_000].reshape(300, 100), "b": values[30_000:]}
+    expected = np.sort(values)[round(share * values.size)]
+    assert select.threshold(scores, sparsity=share) == expected
+    masks = select.across_leaves(scores, sparsity=share)
+    removed = sum(int((~mask).sum()) for mask in masks.values())
+    assert removed == round(share * values.size)
+    for name, mask in masks.items():
+        # One entry of a leaf that is below throughout stays, and another goes for it.
+        assert (scores[name][mask] < expected).sum() <= 1
+        assert (scores[name][~mask] > expected).sum() <= 1
+
+
+def test_a_bracket_that_misses_is_searched_again(monkeypatch):
+    rng = np.random.default_rng(0)
+    values = rng.permutation(50_000).astype(np.float32)
+    monkeypatch.setattr(thresholds, "_SAMPLE", 1 << 10)
+    for bracket in [(10.0, 20.0), (40_000.0, 40_001.0), (7.0, 7.0)]:
+        monkeypatch.setattr(thresholds, "_bracket", lambda *_, b=bracket: b)
+        for k in (0, 7, 10, 15, 20, 25_000, 40_000, 40_001, 49_999):
+            assert thresholds.kth_smallest([values], k) == k
+
+
+def test_the_threshold_is_the_same_in_a_jit():
+    rng = np.random.default_rng(0)
+    scores = {"a": rng.normal(size=(20, 30)), "b": -np.abs(rng.normal(size=50))}
+    scores = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), scores)
+    inside = quick_jit(lambda s: select.threshold(s, sparsity=0.3))(scores)
+    assert inside == select.threshold(scores, sparsity=0.3)
+
+
+def test_zeros_of_either_sign_are_equal():
+    scores = {"w": np.array([0.0, -0.0, 0.0, -0.0], np.float32)}
+    for masks in (
+        select.per_leaf(scores, sparsity=0.5),
+        quick_jit(lambda s: select.per_leaf(s, sparsity=0.5))(scores),
+    ):
+        np.testing.assert_array_equal(masks["w"], [False, False, True, True])
+
+
+def test_a_leaf_of_small_scores_keeps_what_it_must_and_others_pay():
+    scores = {"low": np.arange(20) * 1e-6, "high": 1.0 + np.arange(20)}
+    masks = select.across_leaves(scores, sparsity=0.6)
+    assert {k: int(m.sum()) for k, m in masks.items()} == {"low": 1, "high": 15}
+    masks = select.across_leaves(scores, sparsity=0.4, max_sparsity={"low": 0.5})
+    assert {k: int(m.sum()) for k, m in masks.items()} == {"low": 10, "high": 14}
+    with pytest.raises(ValueError, match="36 of 40 entries.*leave only 34 to remove"):
+        select.across_leaves(scores, sparsity=0.9, min_keep=3)
+
+
+def test_a_traced_sparsity_follows_a_schedule():
+    rng = np.random.default_rng(0)
+    scores = {"a": rng.random((8, 9), np.float32), "b": rng.random(30, np.float32)}
+    everywhere = quick_jit(lambda s: select.across_leaves(scores, sparsity=s))
+    each = quick_jit(lambda s: select.per_leaf(scores, sparsity=s))
+    for share in (0.0, 0.25, 0.8, 1.0):
+        masks = everywhere(share)
+        removed = sum(int((~mask).sum()) for mask in masks.values())
+        assert removed == min(round(share * 102), 102 - 2)
+        for name, mask in each(share).items():
+            size = scores[name].size
+            assert int((~mask).sum()) == min(round(share * size), size - 1)
+
+
+def test_leaves_without_scores_are_left_alone():
+    params = {"w": jnp.arange(6.0), "steps": jnp.array(3), "none": None}
+    scores = {"w": jnp.arange(6.0), "steps": None, "none": None}
+    masks = select.per_leaf(scores, sparsity=0.5)
+    assert masks["steps"].shape == () and masks["steps"]
+    # A leaf that is None in the parameters too has no mask to apply.
+    del params["none"], masks["none"]
+    np.testing.assert_array_equal(apply_masks(params, masks)["w"], [0, 0, 0, 3, 4, 5])
+
+
+def test_patterns_and_fractions_by_path():
+    scores = {"a": {"kernel": np.arange(8.0), "bias": np.arange(4.0)}}
+    masks = select.per_leaf(scores, sparsity=0.5, only="*/kernel")
+    assert masks["a"]["bias"].shape == () and masks["a"]["kernel"].sum() == 4
+    masks = select.per_leaf(scores, sparsity={"a/bias": 0.25})
+    assert masks["a"]["kernel"].shape == () and masks["a"]["bias"].sum() == 3
+    with pytest.raises(ValueError, match="'x' matches none of the 2 leaves: a/bias"):
+        select.across_leaves(scores, sparsity=0.5, only="x")
+    with pytest.raises(ValueError, match="must name leaves in full; a/bias is missing"):
+        select.per_leaf(scores, sparsity={"*": 0.5})
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        lambda s: select.per_leaf(s, sparsity=0.5),
+        lambda s: select.across_leaves(s, sparsity=0.5),
+        lambda s: select.n_of_m(s, 1, 2),
+        lambda s: select.blocks(s, shape=(1, 2), sparsity=0.5),
+        lambda s: select.threshold(s, sparsity=0.5),
+    ],
+)
+def test_nan_is_refused_outside_jit(how):
+    scores = {"a": np.ones((2, 4)), "b": np.array([[1.0, np.nan, np.nan, 2.0]] * 2)}
+    with pytest.raises(ValueError, match=r"scores\[b\] is NaN for 4 entries"):
+        how(scores)
+
+
+# --- patterns ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 3), (4, 4), (1, 1)])
+@pytest.mark.parametrize("axis", [-2, 0, -1])
+def test_n_of_m_keeps_the_best_of_every_run(n, m, axis):
+    rng = np.random.default_rng(0)
+    leaf = rng.permutation(3 * 10 * 7).reshape(3, 10, 7).astype(np.float32)
+    mask = np.moveaxis(select.n_of_m({"w": leaf}, n, m, axis=axis)["w"], axis, -1)
+    moved = np.moveaxis(leaf, axis, -1)
+    for place in np.ndindex(mask.shape[:-1]):
+        for start in range(0, mask.shape[-1], m):
+            run = moved[place][start : start + m]
+            best = np.sort(run)[-n:]
+            np.testing.assert_array_equal(
+                mask[place][start : start + m], np.isin(run, best)
+            )
+    inside = quick_jit(lambda s: select.n_of_m(s, n, m, axis=axis))({"w": leaf})
+    np.testing.assert_array_equal(np.moveaxis(inside["w"], axis, -1), mask)
+
+
+def test_n_of_m_leaves_other_leaves_alone_and_refuses_nonsense():
+    scores = {"bias": np.ones(4), "kernel": np.ones((4, 1))}
+    masks = select.n_of_m(scores, 2, 4)
+    assert masks["bias"].shape == ()
+    np.testing.assert_array_equal(masks["kernel"][:, 0], [False, False, True, True])
+    with pytest.raises(ValueError, match=r"1 <= n <= m, got n=5 and m=4"):
+        select.n_of_m(scores, 5, 4)
+
+
+@pytest.mark.parametrize("pool", ["mean", "sum", "max"])
+def test_blocks_go_whole_lowest_first(pool):
+    rng = np.random.default_rng(0)
+    leaf = rng.random((2, 5, 7)).astype(np.float32)
+    masks = select.blocks({"w": leaf}, shape=(2, 3), sparsity=0.5, pool=pool)["w"]
+    pooled, kept = [], []
+    for k in range(2):
+        for r in range(0, 5, 2):
+            for c in range(0, 7, 3):
+                place = k, slice(r, r + 2), slice(c, c + 3)
+                pooled.append(getattr(leaf[place], pool)())
+                assert len(np.unique(masks[place])) == 1, "a block is one piece"
+                kept.append(bool(masks[place].flat[0]))
+    expected = np.argsort(np.argsort(pooled)) >= round(0.5 * len(pooled))
+    np.testing.assert_array_equal(kept, expected)
+
+
+def test_blocks_across_leaves_and_under_jit():
+    rng = np.random.default_rng(0)
+    scores = {"a": rng.random((4, 6), np.float32), "b": rng.random((8, 4), np.float32)}
+    options = {"shape": (2, 2), "sparsity": 0.5, "across": True}
+    masks = select.blocks(scores, **options)
+    blocks = sum(int((~mask).sum()) for mask in masks.values()) // 4
+    assert blocks == round(0.5 * (6 + 8))
+    inside = quick_jit(lambda s: select.blocks(s, **options))(scores)
+    jax.tree.map(np.testing.assert_array_equal, inside, masks)
+    with pytest.raises(ValueError, match=r"height and width of a block, got \(0, 2\)"):
+        select.blocks(scores, shape=(0, 2), sparsity=0.5)
+    with pytest.raises(ValueError, match="pool must be one of.*'median'"):
+        select.blocks(scores, shape=(2, 2), sparsity=0.5, pool="median")
+
+
+# --- sharded -------------------------------------------------------------------------
+
+SHARDED = r"""
+    import re
+    import jax, jax.numpy as jnp, numpy as np
+    from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+    from jaxprune import select
+
+    assert jax.device_count() == 4
+    rng = np.random.default_rng(0)
+    host = {
+        "a": rng.normal(size=(32, 24)).astype(np.float32),
+        "b": rng.choice(3, size=(16, 8)).astype(np.float32) * 1e-9,
+    }
+    for kind in (AxisType.Auto, AxisType.Explicit):
+        mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind,) * 2)
+        specs = {"a": P("data", "model"), "b": P(None, "model")}
+        put = {
+            name: jax.device_put(leaf, NamedSharding(mesh, specs[name]))
+            for name, leaf in host.items()
+        }
+        fn = jax.jit(lambda s: select.across_leaves(s, sparsity=0.6))
+        with jax.set_mesh(mesh):
+            compiled = fn.lower(put).compile()
+            masks = compiled(put)
+        text = compiled.as_text()
+        moved = set(re.findall(r"\b(all-\w+|collective-\w+|reduce-scatter)", text))
+        assert moved == {"all-reduce"}, (kind, moved)
+        for name, mask in select.across_leaves(host, sparsity=0.6).items():
+            np.testing.assert_array_equal(np.asarray(masks[name]), mask)
+            assert masks[name].sharding.spec == specs[name], name
+    leaf = {"b": put["b"]}
+    outside = select.per_leaf(leaf, sparsity=0.6)["b"]
+    assert outside.sharding.spec == specs["b"]
+    np.testing.assert_array_equal(
+        np.asarray(outside), select.per_leaf(host, sparsity=0.6)["b"]
+    )
+    print("same")
+"""
+
+
+def test_sharded_scores_exchange_counts_alone():
+    flags = (
+        "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    )
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(SHARDED)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == "same"
