@@ -148,6 +148,16 @@ def test_the_threshold_is_the_same_in_a_jit():
     assert inside == select.threshold(scores, sparsity=0.3)
 
 
+def test_the_smallest_numbers_are_not_zeros():
+    tiny = np.float32(1e-45)
+    scores = {"w": np.array([3 * tiny, 0.0, 2 * tiny, -tiny], np.float32)}
+    for masks in (
+        select.per_leaf(scores, sparsity=0.5),
+        quick_jit(lambda s: select.per_leaf(s, sparsity=0.5))(scores),
+    ):
+        np.testing.assert_array_equal(masks["w"], [True, False, True, False])
+
+
 def test_zeros_of_either_sign_are_equal():
     scores = {"w": np.array([0.0, -0.0, 0.0, -0.0], np.float32)}
     for masks in (

@@ -90,8 +90,9 @@ def _keys(leaves: Sequence[Any]) -> list[Any]:
 
 def _key(values: Any) -> Any:
     kind, top = _top(values.dtype.itemsize)
-    values = jnp.where(values == 0, jnp.zeros_like(values), values)
     pattern = lax.bitcast_convert_type(values, kind)
+    # -0 equals 0; compared as bits, because XLA on CPU flushes denormal numbers to 0.
+    pattern = jnp.where(pattern == top, kind(0), pattern)
     ordered = jnp.where(pattern >= top, ~pattern, pattern | top)
     return jnp.where(jnp.isnan(values), ~kind(0), ordered)
 
