@@ -7,7 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments.methods import METHODS
+import numpy as np
+
+from experiments.methods import METHODS, subject
+from jaxprune.data import DATASETS
+from jaxprune.pictures import groups_figure
 from jaxprune.report import (
     Html,
     Interval,
@@ -274,7 +278,24 @@ def _rounds_section(results: Results) -> list[Html]:
         table(columns, rows),
         text("What each layer has left:"),
         _layers(rounds),
+        _picture(results),
     ]
+
+
+def _picture(results: Results) -> Html:
+    """The groups of the first model, with what the last round has removed."""
+    settings, last = results["settings"], results["records"]["rounds"][-1]
+    model = settings["models"][0]
+    # Which units went does not show in a picture, only how many of each group.
+    keep = {
+        name: np.arange(full) < kept for name, (kept, full) in last["units"].items()
+    }
+    groups = subject(model, DATASETS[settings["dataset"]]).groups
+    return figure(
+        groups_figure(groups, keep),
+        f"{model} after the last round: every column a layer, every bar an axis of its "
+        "kernel, every colour a group of channels that is cut together.",
+    )
 
 
 def _layers(rounds: list[Results]) -> Html:
