@@ -8,7 +8,9 @@ matter (`scores`, `group_scores`), which ones stay (`select`), what if they were
 from jaxprune import plans as plans
 from jaxprune import scores as scores
 from jaxprune import select as select
+from jaxprune.costs import CostModel as CostModel
 from jaxprune.costs import Costs as Costs
+from jaxprune.costs import cost_model as cost_model
 from jaxprune.costs import costs as costs
 from jaxprune.coupling.groups import Group as Group
 from jaxprune.coupling.groups import Groups as Groups
