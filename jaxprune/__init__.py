@@ -8,6 +8,7 @@ matter (`scores`, `group_scores`), which ones stay (`select`), what if they were
 from jaxprune import plans as plans
 from jaxprune import scores as scores
 from jaxprune import select as select
+from jaxprune import taps as taps
 from jaxprune.costs import CostModel as CostModel
 from jaxprune.costs import Costs as Costs
 from jaxprune.costs import cost_model as cost_model

@@ -16,6 +16,7 @@ LAYERS = [
     ["coupling.groups", "coupling.jaxprs"],
     ["masks"],
     ["coupling", "packing", "schedules", "thresholds"],
+    ["taps"],
     ["slicing", "scores", "costs", "optimizers", "data", "models", "checkpoints"],
     ["select", "export", "plans", "modules", "pictures"],
     ["pruning"],

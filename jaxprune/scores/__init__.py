@@ -6,9 +6,26 @@ unit occupies. So a published criterion is named by two choices: what a weight c
 (`magnitude`, ...) and how a unit adds up (``reduce``). Scores that are of units from
 the start (`geometric_median`, ...) take the groups first and return what
 `group_scores` returns.
+
+Scores that look at data take the function that is differentiated or read, then the
+parameters, then batches: any iterable of trees of arrays with the examples along axis
+0. They stream them, with running sums in float32.
 """
 
+from jaxprune.scores.activations import apoz as apoz
+from jaxprune.scores.activations import entropy as entropy
+from jaxprune.scores.activations import mean_activation as mean_activation
+from jaxprune.scores.activations import wanda as wanda
+from jaxprune.scores.flow import synflow as synflow
+from jaxprune.scores.gates import group_fisher as group_fisher
 from jaxprune.scores.geometry import geometric_median as geometric_median
+from jaxprune.scores.gradients import fisher as fisher
+from jaxprune.scores.gradients import grasp as grasp
+from jaxprune.scores.gradients import hessian_diagonal as hessian_diagonal
+from jaxprune.scores.gradients import movement as movement
+from jaxprune.scores.gradients import obd as obd
+from jaxprune.scores.gradients import snip as snip
+from jaxprune.scores.gradients import taylor as taylor
 from jaxprune.scores.grouping import Members as Members
 from jaxprune.scores.grouping import Normalize as Normalize
 from jaxprune.scores.grouping import Reduce as Reduce

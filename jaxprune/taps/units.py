@@ -1,0 +1,372 @@
+"""Taps on the units of groups: where a program reads them, gates on them.
+
+What a unit does to the result, it does where its axis is summed away: in the products
+and reductions that run over it. The labels that `trace` puts on every axis say where
+that is, so these sites need no names: multiplying there by 0 is cutting the unit.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.coupling.groups import Group, Groups
+from jaxprune.coupling.jaxprs import Program, trace_program
+from jaxprune.coupling.labels import Value, is_live
+from jaxprune.coupling.ledger import Ledger
+from jaxprune.coupling.solve import Solution, solve
+from jaxprune.coupling.walk import Step, Walk, Walked
+from jaxprune.taps.named import call
+from jaxprune.taps.names import Kind, Naming, variable_kinds, variable_path
+from jaxprune.taps.program import Site, Tap, inner_program
+
+REDUCTIONS = (
+    "argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum"
+).split()
+
+
+class UnitSite(NamedTuple):
+    """Where an equation sums over the units of a group.
+
+    Attributes:
+        site: the operand.
+        axis: which axis of it the units are on.
+        units: int ``[n]``, the unit of every position of the axis; the size of the
+            group where a position is of no unit of it.
+        product: is it one factor of a product (not a plain reduction)?
+        data: does the operand depend on the arguments?
+        shape: of the operand.
+        steps: how often the equation runs: the lengths of the scans around it.
+    """
+
+    site: Site
+    axis: int
+    units: np.ndarray
+    product: bool
+    data: bool
+    shape: tuple[int, ...]
+    steps: int = 1
+
+
+def gate(apply_fn: Callable[..., Any], groups: Groups) -> Callable[..., Any]:
+    """Transforms a function into one with a gate on every unit.
+
+    A gate multiplies its unit where the program sums over it, so a gate of 0 is a
+    removed unit: with gates of 0 and 1 the result is that of the masked parameters,
+    for exact groups. The derivative by a gate at 1 is how the result changes as the
+    unit goes; all coupled sites add up in it.
+
+    Args:
+        apply_fn: the function; its first argument is the variables that `groups` were
+            traced for, or their ``params`` collection. It may do more than the function
+            traced, such as compute a loss.
+        groups: what `trace` returned.
+
+    Returns:
+        A function ``(gates, variables, *args, **kwargs)`` with gates ``{group:
+        float[size]}``; groups without gates are left alone. ``jax.vmap`` over gates
+        and a batch gives every example its own.
+
+    Raises:
+        ValueError: when called, if `gates` names no group or has another size, or a
+            group is used where taps cannot act.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxprune
+        >>> def mlp(params, x):
+        ...     return jax.nn.relu(x @ params["w1"]) @ params["w2"]
+        >>> params = {"w1": jnp.ones((1, 2)), "w2": jnp.array([[2.0], [5.0]])}
+        >>> x = jnp.array([[3.0]])
+        >>> gated = gate(mlp, jaxprune.trace(mlp, params, x))
+        >>> gated({"w1:1": jnp.array([1.0, 0.0])}, params, x)
+        Array([[6.]], dtype=float32)
+
+    References:
+        Liu et al., `Group Fisher Pruning for Practical Network Compression
+        <https://arxiv.org/abs/2108.00708>`_, 2021 (one gate for all coupled sites)
+    """
+
+    @functools.wraps(apply_fn)
+    def gated(
+        gates: Mapping[str, jax.Array], variables: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        _check_gates(groups, gates)
+        program = trace_program(apply_fn, variables, *args, **kwargs)
+        taps = [
+            Tap(site.site, _multiply(site, gates[name]))
+            for name, sites in unit_sites(program, groups).items()
+            for site in sites
+            if name in gates
+        ]
+        return call(program, taps, variables, *args, **kwargs)[0]
+
+    return gated
+
+
+def unit_sites(program: Program, groups: Groups) -> dict[str, list[UnitSite]]:
+    """For every group, where a program sums over its units.
+
+    Raises:
+        ValueError: if the program has none of the parameters of a group, or sums over
+            its units where taps cannot act.
+    """
+    ledger, inputs = Ledger(), []
+    for path, var in zip(program.paths, program.jaxpr.invars, strict=True):
+        shape = var.aval.shape
+        if variable_path(path) is None:
+            axes = (ledger.reason("an argument"),) * len(shape)
+        else:
+            axes = tuple(ledger.fresh_axis(n, zero=True) for n in shape)
+        inputs.append(Value(shape, axes))
+    walked = Walk(ledger).run(program.closed, inputs)
+    solution = solve(ledger)
+    own = map(variable_path, program.paths)
+    known = {p: v for p, v in zip(own, inputs, strict=True) if p is not None}
+    places = _Places(solution, groups, known)
+    naming = Naming()
+    naming.run(program.closed, variable_kinds(program), ())
+    found: dict[str, list[UnitSite]] = {name: [] for name in groups}
+    for met in _summed(walked, naming.kinds, (), 1, None):
+        for name, units in places.on(met.value.axes[met.axis]):
+            if met.closed:
+                raise ValueError(
+                    f"group {name} is used inside {met.closed}, where taps cannot act"
+                )
+            if not _taken(found[name], met, units, groups[name].size):
+                found[name].append(_site(met, units))
+    return found
+
+
+class _Met(NamedTuple):
+    """An axis of an operand that an equation sums over."""
+
+    site: Site
+    value: Value
+    axis: int
+    product: bool
+    data: bool
+    steps: int
+    closed: str | None  # the primitive around it that taps cannot enter
+
+
+def _site(met: _Met, units: np.ndarray) -> UnitSite:
+    shape = met.value.shape
+    return UnitSite(met.site, met.axis, units, met.product, met.data, shape, met.steps)
+
+
+def _taken(sites: list[UnitSite], met: _Met, units: np.ndarray, size: int) -> bool:
+    """Has the other factor of the same product these units already?"""
+    return any(
+        site.site.path == met.site.path
+        and site.site.position != met.site.position
+        and np.isin(site.units[site.units < size], units).any()
+        for site in sites
+    )
+
+
+def _summed(
+    walked: Walked,
+    kinds: Mapping[tuple[int, ...], list[Kind]],
+    path: tuple[int, ...],
+    steps: int,
+    closed: str | None,
+) -> Iterator[_Met]:
+    """Every operand axis that some equation sums over; data before parameters."""
+    numbers = {id(eqn): k for k, eqn in enumerate(walked.jaxpr.eqns)}
+    for step in walked.steps:
+        here = (*path, numbers.get(id(step.eqn), -1))
+        name = step.eqn.primitive.name
+        enters = inner_program(step.eqn) is not None
+        times = step.eqn.params["length"] if name == "scan" else 1
+        for sub in step.subs:
+            inside = closed or (None if enters else name)
+            yield from _summed(sub, kinds, here, steps * times, inside)
+        found = _summed_axes(step)
+        data = [kind.data for kind in kinds.get(here, [])] or [True] * len(step.ins)
+        for k, axis in sorted(found, key=lambda pair: (not data[pair[0]], pair)):
+            site, product = Site(here, k, operand=True), name not in REDUCTIONS
+            yield _Met(site, step.ins[k], axis, product, data[k], steps, closed)
+
+
+def _summed_axes(step: Step) -> list[tuple[int, int]]:
+    """(operand, axis) of everything that an equation sums over."""
+    name, params = step.eqn.primitive.name, step.eqn.params
+    if name in REDUCTIONS:
+        return [(0, axis) for axis in params["axes"]]
+    if name == "dot_general":
+        (lhs, rhs), _ = params["dimension_numbers"]
+    elif name == "ragged_dot_general":
+        numbers = params["ragged_dot_dimension_numbers"]
+        (lhs, rhs), _ = numbers.dot_dimension_numbers
+    elif name == "conv_general_dilated":
+        numbers = params["dimension_numbers"]
+        lhs, rhs = (numbers.lhs_spec[1],), (numbers.rhs_spec[1],)
+        if params["feature_group_count"] > 1:
+            return [(1, axis) for axis in rhs]  # the axis within a group
+    else:
+        return []
+    return [(0, axis) for axis in lhs] + [(1, axis) for axis in rhs]
+
+
+class _Places:
+    """Which unit of which group an atom of the solution is."""
+
+    def __init__(
+        self, solution: Solution, groups: Groups, known: Mapping[str, Value]
+    ) -> None:
+        self.solution, self.names = solution, list(groups)
+        self.sizes = [group.size for group in groups.values()]
+        self.group = np.full(len(solution.why), -1)
+        self.unit = np.full(len(solution.why), -1)
+        for number, group in enumerate(groups.values()):
+            atoms = _atoms_of(solution, group, known)
+            self.group[atoms] = number
+            self.unit[atoms] = np.arange(group.size)
+
+    def on(self, axis: Any) -> Iterator[tuple[str, np.ndarray]]:
+        """The groups with units on an axis, and the unit of every position.
+
+        A group comes twice where a position is of two of its units (a Gram matrix).
+        """
+        if not is_live(axis):
+            return
+        for column in axis:
+            for atoms in self.solution.atoms(column.units):
+                group = np.where(atoms >= 0, self.group[atoms], -1)
+                for number in np.unique(group[group >= 0]):
+                    none = self.sizes[number]
+                    units = np.where(group == number, self.unit[atoms], none)
+                    yield self.names[number], units
+
+
+def _atoms_of(
+    solution: Solution, group: Group, known: Mapping[str, Value]
+) -> np.ndarray:
+    """The atom of every unit: what is the same at all positions of the unit."""
+    met = False
+    for member in group.members:
+        value = known.get(member.path, known.get(member.path.removeprefix("params/")))
+        if value is None:
+            continue
+        met = True
+        axis = value.axes[member.axis]
+        assert not isinstance(axis, int)
+        for atoms in solution.atoms(axis[0].units):
+            held = atoms[member.index]
+            each = held[:, 0]
+            same = bool((held == each[:, None]).all())
+            if same and (each >= 0).all() and len(np.unique(each)) == len(each):
+                return each
+    paths = ", ".join(member.path for member in group.members)
+    raise ValueError(
+        f"group {group.name} cannot be found in the program: "
+        + (f"{paths} have other units here" if met else f"it has none of {paths}")
+        + "; were the groups traced for other variables?"
+    )
+
+
+def _multiply(site: UnitSite, gates: jax.Array) -> Callable[..., tuple[Any, None]]:
+    spread = spread_units(site, gates)
+
+    def act(value: Any, eqn: Any, operands: Any) -> tuple[Any, None]:
+        wide = jnp.asarray(value).astype(spread.dtype)
+        return (wide * spread).astype(value.dtype), None
+
+    return act
+
+
+def spread_units(site: UnitSite, gates: jax.Array) -> jax.Array:
+    """A number per unit, laid out over the operand's axes; 1 where there is no unit."""
+    gates = jnp.asarray(gates)
+    if not np.array_equal(site.units, np.arange(len(gates))):
+        gates = jnp.concatenate([gates, jnp.ones(1, gates.dtype)])[site.units]
+    shape = [1] * len(site.shape)
+    shape[site.axis] = -1
+    return gates.reshape(shape)
+
+
+def sum_units(site: UnitSite, size: int, values: jax.Array) -> jax.Array:
+    """Adds up an operand-shaped array over everything a unit holds: ``[size]``."""
+    others = tuple(axis for axis in range(values.ndim) if axis != site.axis)
+    sums = values.sum(others)
+    if np.array_equal(site.units, np.arange(size)):
+        return sums
+    return jnp.zeros(size + 1, sums.dtype).at[site.units].add(sums)[:size]
+
+
+def entries(site: UnitSite, size: int) -> np.ndarray:
+    """How many entries of the operand every unit holds, in all steps: ``[size]``."""
+    each = math.prod(site.shape) // site.shape[site.axis] * site.steps
+    return np.bincount(site.units, minlength=size + 1)[:size] * each
+
+
+def _check_gates(groups: Groups, gates: Mapping[str, Any]) -> None:
+    for name, values in gates.items():
+        if name not in groups:
+            raise ValueError(
+                f"gates names the group {name!r}, which does not exist; the groups are "
+                f"{', '.join(groups)}"
+            )
+        if np.shape(values) != (groups[name].size,):
+            raise ValueError(
+                f"gates[{name!r}] has shape {np.shape(values)}, but the group has "
+                f"{groups[name].size} units"
+            )
+
+
+Observe = Callable[[jax.Array], jax.Array]
+
+
+def observe(
+    program: Program, groups: Groups, what: Observe, args: Sequence[Any]
+) -> dict[str, list[tuple[jax.Array, np.ndarray]]]:
+    """Reads the activations that products take in, unit by unit.
+
+    Args:
+        program: traced from the variables and further arguments.
+        groups: what `trace` returned.
+        what: elementwise function of an activation.
+        args: the arguments, variables first.
+
+    Returns:
+        Group -> for every site the sum of ``what(activation)`` over everything that a
+        unit holds, ``[size]``, and over how many entries that is.
+
+    Raises:
+        ValueError: if no activation carries the units of a group.
+    """
+    chosen = {
+        name: [site for site in sites if site.product and site.data]
+        for name, sites in unit_sites(program, groups).items()
+    }
+    taps = []
+    for name, sites in chosen.items():
+        if not sites:
+            raise ValueError(
+                f"group {name} is in no activation that a product takes in, so its "
+                "units have no activation"
+            )
+        for k, site in enumerate(sites):
+            look = functools.partial(_look, site, groups[name].size, what)
+            taps.append(Tap(site.site, look, (name, k)))
+    _, notes = call(program, taps, *args)
+    return {
+        name: [
+            (
+                notes[name, k].reshape(-1, groups[name].size).sum(0),
+                entries(site, groups[name].size),
+            )
+            for k, site in enumerate(sites)
+        ]
+        for name, sites in chosen.items()
+    }
+
+
+def _look(
+    site: UnitSite, size: int, what: Observe, value: Any, eqn: Any, operands: Any
+) -> tuple[Any, Any]:
+    return value, sum_units(site, size, what(value))
