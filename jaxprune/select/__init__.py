@@ -12,6 +12,10 @@ the count is met to half a block. Limits are one value, or name or pattern -> va
 Scores may be traced: then the decision is traced too.
 """
 
+from jaxprune.select.budget import Selection as Selection
+from jaxprune.select.budget import bisect as bisect
+from jaxprune.select.budget import remove_one as remove_one
+from jaxprune.select.budget import to_budget as to_budget
 from jaxprune.select.layerwise import erk as erk
 from jaxprune.select.layerwise import lamp as lamp
 from jaxprune.select.layerwise import proportional as proportional
