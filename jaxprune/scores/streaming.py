@@ -53,11 +53,11 @@ def summed(
     compiled = jax.jit(accumulate)
     total, count = None, 0
     for k, batch in enumerate(shown(batches, title, progress)):
+        count += examples_in(batch)
         if total is None:
             part = jax.eval_shape(step, params, batch, k, *extra)
             total = jax.tree.map(lambda s: jnp.zeros_like(widened_shape(s)), part)
         total = compiled(total, params, batch, k, extra)
-        count += examples_in(batch)
     if total is None:
         raise ValueError(f"batches is empty, so {title} has nothing to look at")
     return total, count
@@ -142,7 +142,7 @@ def twice(batches: Batches, why: str) -> Batches:
 
 
 def shown(batches: Batches, title: str, progress: bool | None) -> Iterator[PyTree]:
-    """The batches, under a progress bar that goes when they end."""
+    """The batches, under a progress bar that leaves a terminal when they end."""
     console = rich.get_console()
     show = console.is_terminal if progress is None else progress
     bar = rich.progress.Progress(
@@ -150,7 +150,7 @@ def shown(batches: Batches, title: str, progress: bool | None) -> Iterator[PyTre
         rich.progress.BarColumn(),
         rich.progress.MofNCompleteColumn(),
         rich.progress.TimeElapsedColumn(),
-        transient=True,
+        transient=console.is_terminal,
         disable=not show,
     )
     total = len(batches) if isinstance(batches, Sized) else None

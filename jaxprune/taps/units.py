@@ -254,8 +254,7 @@ def _atoms_of(
             continue
         met = True
         axis = value.axes[member.axis]
-        assert not isinstance(axis, int)
-        for atoms in solution.atoms(axis[0].units):
+        for atoms in [] if isinstance(axis, int) else solution.atoms(axis[0].units):
             held = atoms[member.index]
             each = held[:, 0]
             same = bool((held == each[:, None]).all())
