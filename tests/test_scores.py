@@ -241,14 +241,17 @@ REDUCTIONS = {
 }
 
 
-@pytest.mark.parametrize("reduce", REDUCTIONS)
-def test_group_scores_equal_a_loop_over_entries(reduce, variables):
-    found = scores.group_scores(chain.groups(), variables, reduce=reduce)
-    for name, group in chain.groups().items():
-        expected = [
-            REDUCTIONS[reduce](unit_entries(name, unit)) for unit in range(group.size)
-        ]
-        np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-6)
+def test_group_scores_equal_a_loop_over_entries(variables):
+    groups = chain.groups()
+    found = quick_jit(
+        lambda v: {r: scores.group_scores(groups, v, reduce=r) for r in REDUCTIONS}
+    )(variables)
+    for reduce, expect in REDUCTIONS.items():
+        for name, group in groups.items():
+            expected = [expect(unit_entries(name, u)) for u in range(group.size)]
+            np.testing.assert_allclose(
+                found[reduce][name], expected, rtol=1e-5, atol=1e-6, err_msg=reduce
+            )
 
 
 @pytest.mark.parametrize(("reduce", "order"), [("l1", 1), ("l2", 2)])
@@ -302,12 +305,15 @@ def test_units_keep_their_scores_under_permutation(variables):
     np.testing.assert_allclose(after["conv2"], before["conv2"], rtol=1e-6)
 
 
+UNITS = {"a": [3.0, 1.0, 2.0, 1.0], "b": [0.5, 40.0, 7.0, 0.0]}
+
+
 @pytest.mark.parametrize("normalize", typing.get_args(scores.Normalize))
-def test_normalize_scales_every_group_alone(normalize, variables):
-    plain = scores.group_scores(chain.groups(), variables)
-    found = scores.group_scores(chain.groups(), variables, normalize=normalize)
-    for name, values in plain.items():
-        values = np.asarray(values, np.float64)
+def test_normalize_scales_every_group_alone(normalize):
+    units = {name: jnp.array(values) for name, values in UNITS.items()}
+    found = scores.normalized(units, normalize)
+    for name, values in UNITS.items():
+        values = np.array(values)
         expected = {
             "sum": values / values.sum(),
             "mean": values / values.mean(),
@@ -315,22 +321,19 @@ def test_normalize_scales_every_group_alone(normalize, variables):
             "gaussian": (values - values.mean()) / values.std(),
             "lamp": brute_force_lamp(values),
         }[normalize]
-        np.testing.assert_allclose(found[name], expected, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("normalize", typing.get_args(scores.Normalize))
 @pytest.mark.parametrize("value", [0.0, 0.1])
-def test_equal_scores_stay_equal_and_finite(normalize, value, variables):
-    same = jax.tree.map(lambda leaf: jnp.full_like(leaf, value), variables)
-    found = scores.group_scores(chain.groups(), same, normalize=normalize)
-    for name, values in found.items():
-        if normalize == "gaussian":
-            expected = 0.0
-        else:
-            every = 1 / values.size
-            scale = {"sum": every, "lamp": every}.get(normalize, 1.0)
-            expected = scale if value else 0.0
-        np.testing.assert_allclose(values, expected, atol=1e-6, err_msg=name)
+def test_equal_scores_stay_equal_and_finite(normalize, value):
+    found = scores.normalized({"a": jnp.full(4, value)}, normalize)["a"]
+    if normalize == "gaussian":
+        expected = 0.0
+    else:
+        scale = {"sum": 1 / 4, "lamp": 1 / 4}.get(normalize, 1.0)
+        expected = scale if value else 0.0
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
 def test_low_precision_scores_accumulate_in_float32():
@@ -354,9 +357,10 @@ def test_group_norm_of_a_dead_unit_has_gradient_zero(variables):
 
 def test_group_scores_compile_to_themselves(variables):
     groups = chain.groups()
-    found = quick_jit(lambda v: scores.group_scores(groups, v))(variables)
-    for name, values in scores.group_scores(groups, variables).items():
-        np.testing.assert_allclose(found[name], values, rtol=1e-6)
+    found = quick_jit(lambda v: scores.group_scores(groups, v, normalize="sum"))
+    plain = scores.normalized(scores.group_scores(groups, variables), "sum")
+    for name, values in found(variables).items():
+        np.testing.assert_allclose(values, plain[name], rtol=1e-6)
 
 
 def test_group_scores_refuse(variables):
