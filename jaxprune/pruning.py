@@ -24,7 +24,7 @@ _SCORES: dict[str, tuple[Callable[..., PyTree], dict[str, Any]]] = {
     "batch_norm_scale": (scoring.batch_norm_scale, {"reduce": "l1"}),
     "activation_probability": (scoring.activation_probability, {"reduce": "mean"}),
 }
-_NAMES = (*_SCORES, "geometric_median")
+_NAMES = (*_SCORES, "geometric_median", "synflow")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -69,10 +69,11 @@ def prune(
         variables: its variables, e.g. ``{"params": ..., "batch_stats": ...}``.
         *args: example arguments, arrays or shapes.
         sparsity: fraction of units to remove, in [0, 1].
-        score: "l1", "l2", "lamp", "geometric_median", "batch_norm_scale" or
-            "activation_probability"; or a function of the variables; or what it would
-            return (larger matters more): a tree of scores like the variables, or
-            scores of units ``{group: float[size]}`` for exactly these groups.
+        score: "l1", "l2", "lamp", "geometric_median", "batch_norm_scale",
+            "activation_probability" or "synflow" (see `scores`); or a function of the
+            variables; or what it would return (larger matters more): a tree of scores
+            like the variables, or scores of units ``{group: float[size]}`` for exactly
+            these groups, such as those that look at data.
         scope: "group" removes the fraction from every group, "global" ranks the units
             of all groups together.
         normalize: how the scores of a group are scaled, see `group_scores`; "lamp"
@@ -106,6 +107,9 @@ def prune(
     chosen = [name for name, group in groups.items() if group.exact or not exact]
     if not chosen:
         raise ValueError(_nothing(groups))
+    if isinstance(score, str) and score == "synflow":
+        flow = scoring.synflow(apply_fn, variables, *args, **kwargs)
+        score = scoring.group_scores(groups, flow, reduce="sum", members=members)
     numbers = _unit_scores(groups, variables, score, normalize, members)
     selection = {"group": select.per_group, "global": select.across_groups}
     if scope not in selection:

@@ -74,6 +74,16 @@ def test_geometric_median_keeps_one_of_two_equal_units(params):
     assert np.flatnonzero(~pruned.masks["b1"]).min() >= 4
 
 
+def test_synaptic_flow_keeps_the_units_with_the_heaviest_paths(params):
+    del params["b1"]
+    net = lambda p, x: jax.nn.relu(jax.nn.relu(x @ p["w1"]) @ p["w2"]) @ p["w3"]  # noqa: E731
+    pruned = jaxprune.prune(net, params, X, sparsity=0.5, score="synflow")
+    one, two, three = (np.abs(params[n]) for n in ("w1", "w2", "w3"))
+    paths = one.sum(0) * (two @ three).sum(1)
+    kept = np.flatnonzero(pruned.masks["w1"][0])
+    np.testing.assert_array_equal(kept, np.sort(np.argsort(paths)[4:]))
+
+
 def test_lamp_ranks_units_across_groups_by_what_they_add_to_their_group(params):
     params["w3"] = params["w3"] * 100  # magnitude would empty the first layer first
     pruned = jaxprune.prune(mlp, params, X, sparsity=0.5, scope="global", score="lamp")

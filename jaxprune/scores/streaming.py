@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import rich.errors
 import rich.progress
+from jax.core import Tracer
 
-from jaxprune.masks import PyTree
+from jaxprune.coupling.jaxprs import keystr
+from jaxprune.masks import PyTree, named_leaves
 from jaxprune.scores.weights import is_float, widened
 
 LossFn = Callable[[PyTree, Any], jax.Array]
@@ -50,22 +52,31 @@ def summed(
         part = jax.tree.map(widened, step(params, batch, k, *extra))
         return jax.tree.map(jnp.add, total, part)
 
-    compiled = jax.jit(accumulate)
+    compiled = jax.jit(accumulate, donate_argnums=0)
     total, count = None, 0
     for k, batch in enumerate(shown(batches, title, progress)):
         count += examples_in(batch)
         if total is None:
-            part = jax.eval_shape(step, params, batch, k, *extra)
-            total = jax.tree.map(lambda s: jnp.zeros_like(widened_shape(s)), part)
+            total = _zeros(jax.eval_shape(step, params, batch, k, *extra), params)
         total = compiled(total, params, batch, k, extra)
     if total is None:
         raise ValueError(f"batches is empty, so {title} has nothing to look at")
     return total, count
 
 
-def widened_shape(leaf: Any) -> jax.ShapeDtypeStruct:
-    """What `widened` makes of an array of this shape and type."""
-    return jax.eval_shape(widened, leaf)
+def _zeros(part: PyTree, params: PyTree) -> PyTree:
+    """Where the sums start; sharded like the parameters that they belong to."""
+    known = named_leaves(params)
+
+    def start(path: Any, leaf: Any) -> jax.Array:
+        twin = known.get(keystr(path))
+        concrete = isinstance(twin, jax.Array) and not isinstance(twin, Tracer)
+        same = concrete and getattr(twin, "shape", None) == leaf.shape
+        sharding = getattr(twin, "sharding", None) if same else None
+        dtype = jax.eval_shape(widened, leaf).dtype
+        return jnp.zeros(leaf.shape, dtype, device=sharding)
+
+    return jax.tree_util.tree_map_with_path(start, part)
 
 
 def averaged(
