@@ -292,6 +292,27 @@ def test_wanda_sees_through_moves_scans_and_leaves_the_rest():
         scores.wanda(lambda p, x: x * p["scale"].sum(), params, [x])
 
 
+def test_a_grouped_convolution_takes_in_the_channels_of_a_group():
+    def grouped(params, x):
+        h = jax.nn.relu(conv(x, params["a"]))
+        h = jax.lax.conv_general_dilated(
+            h, params["b"], (1, 1), "VALID", feature_group_count=2,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )  # fmt: skip
+        return jax.nn.relu(h).mean((1, 2)) @ params["c"]
+
+    shapes = {"a": (1, 1, 2, 6), "b": (1, 1, 3, 4), "c": (4, 2)}
+    params = {
+        n: jnp.asarray(RNG.normal(size=s), jnp.float32) for n, s in shapes.items()
+    }
+    groups = jaxprune.trace(grouped, params, IMAGES)
+    found = scores.mean_activation(groups, grouped, params, [IMAGES])
+    h = np.abs(np.asarray(jax.nn.relu(conv(IMAGES, params["a"])))).mean((0, 1, 2))
+    inner = [name for name in groups if groups[name].members[-1].path == "b"]
+    assert [groups[name].size for name in inner] == [3]  # one channel of each group
+    np.testing.assert_allclose(found[inner[0]], h.reshape(2, 3).mean(0), rtol=1e-5)
+
+
 def test_groups_without_an_activation_are_refused():
     def gathered(params, x):
         return (jnp.square(params["a"]) @ params["b"]).sum() * x

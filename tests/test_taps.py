@@ -298,4 +298,7 @@ def test_gates_refuse_what_they_cannot_do(params):
     args = built.inputs(2, 0)
     groups = jaxprune.trace(built.apply_fn, built.variables, *args)
     with pytest.raises(ValueError, match="used inside cond, where taps cannot act"):
-        taps.gate(built.apply_fn, groups)({}, built.variables, *args)
+        gates = {name: jnp.ones(group.size) for name, group in groups.items()}
+        taps.gate(built.apply_fn, groups)(gates, built.variables, *args)
+    free = taps.gate(built.apply_fn, groups)({}, built.variables, *args)
+    assert_same(free, built.apply_fn(built.variables, *args))

@@ -7,7 +7,7 @@ that is, so these sites need no names: multiplying there by 0 is cutting the uni
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxprune.coupling.groups import Group, Groups
 from jaxprune.coupling.jaxprs import Program, trace_program
-from jaxprune.coupling.labels import Value, is_live
+from jaxprune.coupling.labels import Axis, Value, is_live
 from jaxprune.coupling.ledger import Ledger
 from jaxprune.coupling.solve import Solution, solve
 from jaxprune.coupling.walk import Step, Walk, Walked
@@ -98,17 +98,18 @@ def gate(apply_fn: Callable[..., Any], groups: Groups) -> Callable[..., Any]:
         program = trace_program(apply_fn, variables, *args, **kwargs)
         taps = [
             Tap(site.site, _multiply(site, gates[name]))
-            for name, sites in unit_sites(program, groups).items()
+            for name, sites in unit_sites(program, groups, gates).items()
             for site in sites
-            if name in gates
         ]
         return call(program, taps, variables, *args, **kwargs)[0]
 
     return gated
 
 
-def unit_sites(program: Program, groups: Groups) -> dict[str, list[UnitSite]]:
-    """For every group, where a program sums over its units.
+def unit_sites(
+    program: Program, groups: Groups, chosen: Collection[str]
+) -> dict[str, list[UnitSite]]:
+    """For every chosen group, where a program sums over its units.
 
     Raises:
         ValueError: if the program has none of the parameters of a group, or sums over
@@ -129,9 +130,12 @@ def unit_sites(program: Program, groups: Groups) -> dict[str, list[UnitSite]]:
     places = _Places(solution, groups, known)
     naming = Naming()
     naming.run(program.closed, variable_kinds(program), ())
-    found: dict[str, list[UnitSite]] = {name: [] for name in groups}
+    found: dict[str, list[UnitSite]] = {name: [] for name in chosen}
     for met in _summed(walked, naming.kinds, (), 1, None):
+        within = None if met.within is None else {n for n, _ in places.on(met.within)}
         for name, units in places.on(met.value.axes[met.axis]):
+            if name not in found or (within is not None and name not in within):
+                continue
             if met.closed:
                 raise ValueError(
                     f"group {name} is used inside {met.closed}, where taps cannot act"
@@ -151,6 +155,7 @@ class _Met(NamedTuple):
     data: bool
     steps: int
     closed: str | None  # the primitive around it that taps cannot enter
+    within: Axis | None  # if given, only units that are on this axis too are summed
 
 
 def _site(met: _Met, units: np.ndarray) -> UnitSite:
@@ -189,7 +194,8 @@ def _summed(
         data = [kind.data for kind in kinds.get(here, [])] or [True] * len(step.ins)
         for k, axis in sorted(found, key=lambda pair: (not data[pair[0]], pair)):
             site, product = Site(here, k, operand=True), name not in REDUCTIONS
-            yield _Met(site, step.ins[k], axis, product, data[k], steps, closed)
+            within = _within(step) if k == 0 else None
+            yield _Met(site, step.ins[k], axis, product, data[k], steps, closed, within)
 
 
 def _summed_axes(step: Step) -> list[tuple[int, int]]:
@@ -205,11 +211,20 @@ def _summed_axes(step: Step) -> list[tuple[int, int]]:
     elif name == "conv_general_dilated":
         numbers = params["dimension_numbers"]
         lhs, rhs = (numbers.lhs_spec[1],), (numbers.rhs_spec[1],)
-        if params["feature_group_count"] > 1:
-            return [(1, axis) for axis in rhs]  # the axis within a group
     else:
         return []
     return [(0, axis) for axis in lhs] + [(1, axis) for axis in rhs]
+
+
+def _within(step: Step) -> Axis | None:
+    """Of the channels that a grouped convolution takes in, it sums those of a group.
+
+    The kernel's axis holds their units; those of whole groups pass through.
+    """
+    params = step.eqn.params
+    if params.get("feature_group_count", 1) == 1:
+        return None
+    return step.ins[1].axes[params["dimension_numbers"].rhs_spec[1]]
 
 
 class _Places:
@@ -323,7 +338,7 @@ Observe = Callable[[jax.Array], jax.Array]
 def observe(
     program: Program, groups: Groups, what: Observe, args: Sequence[Any]
 ) -> dict[str, list[tuple[jax.Array, np.ndarray]]]:
-    """Reads the activations that products take in, unit by unit.
+    """Reads the activations that products (if none, sums) take in, unit by unit.
 
     Args:
         program: traced from the variables and further arguments.
@@ -339,15 +354,15 @@ def observe(
         ValueError: if no activation carries the units of a group.
     """
     chosen = {
-        name: [site for site in sites if site.product and site.data]
-        for name, sites in unit_sites(program, groups).items()
+        name: [s for s in sites if s.data and s.product] or [s for s in sites if s.data]
+        for name, sites in unit_sites(program, groups, groups).items()
     }
     taps = []
     for name, sites in chosen.items():
         if not sites:
             raise ValueError(
-                f"group {name} is in no activation that a product takes in, so its "
-                "units have no activation"
+                f"group {name} is in no activation that a product or a sum takes in, "
+                "so its units have no activation"
             )
         for k, site in enumerate(sites):
             look = functools.partial(_look, site, groups[name].size, what)
