@@ -256,9 +256,11 @@ def test_group_scores_equal_a_loop_over_entries(variables):
 
 @pytest.mark.parametrize(("reduce", "order"), [("l1", 1), ("l2", 2)])
 def test_magnitude_reduces_to_the_norm_of_the_unit(reduce, order, variables):
-    found = scores.group_scores(
-        chain.groups(), scores.magnitude(variables), reduce=reduce
-    )
+    found = quick_jit(
+        lambda v: scores.group_scores(
+            chain.groups(), scores.magnitude(v), reduce=reduce
+        )
+    )(variables)
     for name, group in chain.groups().items():
         norms = [
             np.linalg.norm(unit_entries(name, unit), order)
@@ -276,18 +278,19 @@ def test_first_member_is_the_classic_filter_norm(variables):
 
 def test_scores_of_the_params_collection_alone_give_the_same(variables):
     groups, options = chain.groups(), {"reduce": "l1"}
-    whole = scores.group_scores(groups, scores.magnitude(variables), **options)
-    alone = scores.group_scores(
-        groups, scores.magnitude(variables["params"]), **options
+    score = quick_jit(
+        lambda v: scores.group_scores(groups, scores.magnitude(v), **options)
     )
+    whole, alone = score(variables), score(variables["params"])
     jax.tree.map(np.testing.assert_array_equal, whole, alone)
 
 
 def test_statistics_never_count(variables):
     groups = chain.groups()
-    before = scores.group_scores(groups, variables)
+    score = quick_jit(lambda v: scores.group_scores(groups, v))
+    before = score(variables)
     stats = jax.tree.map(lambda leaf: leaf + 100.0, variables["batch_stats"])
-    after = scores.group_scores(groups, {**variables, "batch_stats": stats})
+    after = score({**variables, "batch_stats": stats})
     jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
@@ -299,8 +302,9 @@ def test_units_keep_their_scores_under_permutation(variables):
         "conv2": {"kernel": variables["params"]["conv2"]["kernel"][:, :, order]},
     }
     groups = chain.groups()
-    before = scores.group_scores(groups, variables)
-    after = scores.group_scores(groups, {"params": {**variables["params"], **kernels}})
+    score = quick_jit(lambda v: scores.group_scores(groups, v))
+    before = score(variables["params"])
+    after = score({**variables["params"], **kernels})
     np.testing.assert_allclose(after["conv1"], before["conv1"][order], rtol=1e-6)
     np.testing.assert_allclose(after["conv2"], before["conv2"], rtol=1e-6)
 
@@ -351,7 +355,7 @@ def test_group_norm_of_a_dead_unit_has_gradient_zero(variables):
     total = lambda v: sum(  # noqa: E731
         s.sum() for s in scores.group_scores(chain.groups(), v).values()
     )
-    for path, grad in named_leaves(jax.grad(total)(dead)).items():
+    for path, grad in named_leaves(quick_jit(jax.grad(total))(dead)).items():
         np.testing.assert_array_equal(grad, np.zeros(grad.shape), err_msg=path)
 
 
