@@ -39,7 +39,8 @@ def expand_masks(groups: Groups, keep: Mapping[str, BoolArray]) -> PyTree:
         removed, otherwise singleton on every axis that is not cut.
 
     Raises:
-        ValueError: if a name is no group or a length is not the group's size.
+        ValueError: if a name is no group, a length is not the group's size, or the
+            blocks of a balanced group keep different numbers of units.
         TypeError: if an array is not boolean.
 
     Example:
@@ -261,6 +262,14 @@ def _checked_units(groups: Groups, name: str, units: BoolArray) -> BoolArray:
             f"keep[{name}] has shape {units.shape}, but the group has "
             f"{groups[name].size} units; was it made for other groups?"
         )
+    if groups[name].blocks > 1 and not isinstance(units, Tracer):
+        kept = np.asarray(units).reshape(groups[name].blocks, -1).sum(axis=1)
+        if (kept != kept[0]).any():
+            raise ValueError(
+                f"keep[{name}] keeps {', '.join(map(str, kept[:8]))} units of the "
+                f"{len(kept)} blocks of {len(units) // len(kept)}; a balanced group "
+                "loses as many from every block"
+            )
     return units
 
 

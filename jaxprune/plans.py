@@ -8,7 +8,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -129,6 +129,7 @@ def verify(
     keep: Mapping[str, Any],
     key: jax.Array,
     tolerance: float = 2e-5,
+    balanced: Sequence[str] = (),
     **kwargs: Any,
 ) -> Proof:
     """Proves a plan on random numbers before it is committed.
@@ -145,6 +146,7 @@ def verify(
         keep: group name -> bool ``[size]``, True = kept.
         key: random key, consumed.
         tolerance: largest relative difference allowed.
+        balanced: the groups that the plan cuts block by block, see `trace`.
         **kwargs: further example arguments.
 
     Returns:
@@ -165,7 +167,7 @@ def verify(
         >>> proof.narrowed < 1e-6, proof.permuted["w1:1"] < 1e-6
         (True, True)
     """
-    groups = trace(apply_fn, variables, *args, **kwargs)
+    groups = trace(apply_fn, variables, *args, balanced=balanced, **kwargs)
     masks = expand_masks(groups, keep)
     key, variables_key, order_key = jax.random.split(key, 3)
     variables = _random_like(variables, variables_key)
@@ -249,10 +251,14 @@ def _can_permute(group: Group) -> bool:
 
 
 def _permuted(groups: Groups, name: str, variables: PyTree, key: jax.Array) -> PyTree:
-    """The variables with the units of one group in another order."""
-    order = np.asarray(jax.random.permutation(key, groups[name].size))
+    """The variables with the units of one group, block by block, in another order."""
+    group = groups[name]
+    grid = jnp.arange(group.size).reshape(group.blocks, -1)
+    order = np.asarray(
+        jax.random.permutation(key, grid, axis=1, independent=True)
+    ).ravel()
     leaves = dict(zip(groups.shapes, jax.tree.leaves(variables), strict=True))
-    for member in groups[name].members:
+    for member in group.members:
         source = np.arange(groups.shapes[member.path][member.axis])
         source[member.index.ravel()] = member.index[order].ravel()
         leaves[member.path] = jnp.take(leaves[member.path], source, axis=member.axis)

@@ -39,12 +39,15 @@ class _Places(NamedTuple):
     positions: np.ndarray
 
 
-class _Found(NamedTuple):
-    """The units of a group and, for every line they are on, the index of a `Member`.
+class Found(NamedTuple):
+    """A group before it has a name.
 
-    `place` orders groups: first axis, first position there, then coarse units and
-    those of close positions first: heads come before the dimensions of a head,
-    whichever the program names first.
+    Attributes:
+        place: orders groups: first axis, first position there, then coarse units and
+            those of close positions first: heads come before the dimensions of a head,
+            whichever the program names first.
+        units: the atoms, in order of position.
+        members: every line they are on, with the index of its `Member`s.
     """
 
     place: tuple[int, ...]
@@ -61,16 +64,27 @@ def collect_groups(
 ) -> Groups:
     """Gathers units with the same signature into groups, in order of first use."""
     lines = _lines(ledger, solution, variables)
+    groups: dict[str, Group] = {}
+    for each in _found(solution, lines):
+        group = _group(ledger, solution, each, groups)
+        groups[group.name] = group
+    return Groups(groups, _pinned(ledger, solution, lines), shapes, treedef)
+
+
+def find_groups(
+    ledger: Ledger, solution: Solution, variables: Mapping[str, Value]
+) -> list[Found]:
+    """The groups of `collect_groups`, in the same order."""
+    return _found(solution, _lines(ledger, solution, variables))
+
+
+def _found(solution: Solution, lines: list["_Line"]) -> list[Found]:
     alone = _alone(solution, lines)
     mixed = [line for line, one in zip(lines, alone, strict=True) if not one]
     found = [_whole(line) for line, one in zip(lines, alone, strict=True) if one]
     places = _places(mixed)
     found += [_parts(places, mixed, rows) for rows in _by_signature(places)]
-    groups: dict[str, Group] = {}
-    for each in sorted(found, key=lambda each: each.place):
-        group = _group(ledger, solution, each, groups)
-        groups[group.name] = group
-    return Groups(groups, _pinned(ledger, solution, lines), shapes, treedef)
+    return sorted(found, key=lambda each: each.place)
 
 
 def _lines(
@@ -107,11 +121,11 @@ def _alone(solution: Solution, lines: list[_Line]) -> list[bool]:
     ]
 
 
-def _whole(line: _Line) -> _Found:
+def _whole(line: _Line) -> Found:
     """A line that is a group by itself."""
     units = line.columns[0]
     index = np.arange(len(units), dtype=np.int32)[:, None]
-    return _Found((line.axes[0][0], 0, -1, 0), units, [(line, index)])
+    return Found((line.axes[0][0], 0, -1, 0), units, [(line, index)])
 
 
 def _places(lines: list[_Line]) -> _Places:
@@ -178,7 +192,7 @@ def _by_signature(places: _Places) -> list[np.ndarray]:
     return np.split(order, _starts(per_row[order])[1:])
 
 
-def _parts(places: _Places, lines: list[_Line], rows: np.ndarray) -> _Found:
+def _parts(places: _Places, lines: list[_Line], rows: np.ndarray) -> Found:
     """The group of some rows of `places`."""
     units = places.unit[rows[_starts(places.unit[rows])]]
     rows = rows.reshape(len(units), -1)  # every unit is on the same lines
@@ -190,11 +204,11 @@ def _parts(places: _Places, lines: list[_Line], rows: np.ndarray) -> _Found:
         index.append((lines[places.line[column[0]]], held.astype(np.int32)))
     lead, first = index[0]
     place = lead.axes[0][0], int(first[0, 0]), -first.shape[1], int(first[0, -1])
-    return _Found(place, units, index)
+    return Found(place, units, index)
 
 
 def _group(
-    ledger: Ledger, solution: Solution, found: _Found, taken: Mapping[str, Group]
+    ledger: Ledger, solution: Solution, found: Found, taken: Mapping[str, Group]
 ) -> Group:
     numbered = sorted(
         (number, path, d, index)

@@ -51,6 +51,8 @@ class Group:
         why: the reason when not exact, with the place in the user's program.
         ordered: the place of a unit matters (it is tied to an entry of a table, such
             as a rotary frequency), so units can be cut but not reordered.
+        blocks: the units come in this many blocks of equal size, one after the other
+            (see `balanced` of `trace`); a cut takes as many from every block.
     """
 
     name: str
@@ -59,6 +61,7 @@ class Group:
     exact: bool = True
     why: str = ""
     ordered: bool = False
+    blocks: int = 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from jaxprune.coupling.decide import SILENT, Alive
 from jaxprune.coupling.jaxprs import (
     Program,
     abstract,
@@ -16,7 +17,7 @@ from jaxprune.coupling.jaxprs import (
     keystr,
     trace_program,
 )
-from jaxprune.coupling.replay import SILENT, Alive, Restricted, restrict
+from jaxprune.coupling.replay import Restricted, restrict
 from jaxprune.masks import axis_keep
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +11,13 @@ from jax import lax
 from jax.core import Tracer
 from jax.extend.core import Literal
 
+from jaxprune.coupling.decide import Alive, decide
 from jaxprune.coupling.jaxprs import Program, abstract, bind, trace_program
 from jaxprune.coupling.labels import Axis, Value
 from jaxprune.coupling.ledger import Ledger
 from jaxprune.coupling.registry import RULES
-from jaxprune.coupling.solve import NEVER, NONE, Solution, solve
+from jaxprune.coupling.solve import solve
 from jaxprune.coupling.walk import Step, Walk, Walked
-
-Alive = np.ndarray | None  # bool[n] for one axis; None = every position lives
-SILENT = np.zeros(0, bool)  # in place of a mask: follow the axes it is coupled to
 
 
 class Kept:
@@ -200,102 +198,6 @@ def restrict(
         for v in program.jaxpr.invars
     ]
     walked = Walk(ledger).run(program.closed, inputs)
-    solution = solve(ledger)
-    decide = _Decisions(ledger, solution)
-    for k, (value, masks) in enumerate(zip(inputs, alive, strict=True)):
-        name = names[k] if names else f"input {k}"
-        for d, (axis, mask) in enumerate(zip(value.axes, masks, strict=True)):
-            if mask is not SILENT:
-                decide.add(f"{name} axis {d}", axis, mask)
-    return Restricted(program, walked, Kept(decide.settle()))
-
-
-class _Told(NamedTuple):
-    """What the mask of one axis says."""
-
-    name: str
-    units: np.ndarray
-    keep: np.ndarray
-    columns: list[np.ndarray]  # the classes that decide each position, see `atoms`
-
-
-class _Decisions:
-    """Collects what the masks say about every class, and checks that they agree.
-
-    A position that is kept keeps every class that it needs; one that is cut only says
-    that some class is dead, which may be another than the one in question. So a class
-    lives if any kept position needs it, and dies if only cut positions do.
-    """
-
-    def __init__(self, ledger: Ledger, solution: Solution) -> None:
-        self.ledger, self.solution = ledger, solution
-        self.axes: list[_Told] = []
-        self.seen = np.zeros(len(solution.why), bool)
-        self.kept_by = np.full(len(solution.why), NONE)  # number of an axis
-
-    def add(self, name: str, axis: Axis, mask: Alive) -> None:
-        """Takes in the mask of one axis."""
-        if isinstance(axis, int):
-            if mask is not None and not mask.all():
-                self._refuse(name, mask, axis)
-            return
-        units = axis[0].units
-        keep = np.ones(len(units), bool) if mask is None else mask
-        told = _Told(name, units, keep, self.solution.atoms(units))
-        for column in told.columns:
-            rows = column >= 0
-            self.seen[column[rows]] = True
-            self.kept_by[column[rows & keep]] = len(self.axes)
-        self.axes.append(told)
-
-    def settle(self) -> np.ndarray:
-        """For every unit: does it live?"""
-        alive = (self.kept_by != NONE) | ~self.seen
-        for told in self.axes:
-            implied = np.ones(len(told.units), bool)
-            for column in told.columns:
-                implied &= np.where(column >= 0, alive[column], True)
-            wrong = np.flatnonzero(implied != told.keep)
-            if len(wrong):
-                self._explain_mismatch(told, wrong)
-        return self._all_units(alive)
-
-    def _explain_mismatch(self, told: _Told, wrong: np.ndarray) -> None:
-        why = self.solution.why[self.solution.classes[told.units[wrong]]]
-        frozen = why != NEVER
-        if frozen.any():
-            self._refuse(told.name, told.keep, int(why[frozen][0]))
-        classes = told.columns[0][wrong]
-        if len(told.columns) == 1:
-            other = self.axes[self.kept_by[classes[0]]]
-            raise ValueError(
-                f"{told.name} and {other.name} are coupled but the masks keep "
-                f"{int(told.keep.sum())} positions of one and {int(other.keep.sum())} "
-                f"of the other (or not the same ones): {len(np.unique(classes))} units "
-                "are kept in one and cut in the other; build masks with expand_masks"
-            )
-        raise ValueError(
-            f"{told.name}: the kept positions {np.flatnonzero(told.keep)[:8].tolist()}"
-            "... do not form a product of its factors (heads x features, groups x "
-            "channels), so no smaller program computes them; cut whole units of its "
-            "groups"
-        )
-
-    def _refuse(self, name: str, mask: np.ndarray, why: int) -> None:
-        from jaxprune.coupling.collect import explain
-
-        raise ValueError(
-            f"{name}: the mask cuts {int((~mask).sum())} of {len(mask)} positions, "
-            f"but this axis cannot be cut: {explain(self.ledger, why)}"
-        )
-
-    def _all_units(self, alive: np.ndarray) -> np.ndarray:
-        """From classes to units; a conjunction lives if all of its factors do."""
-        factors = self.solution.factors
-        rows = np.flatnonzero(factors[:, 0] >= 0)
-        before = None
-        while before is None or (alive[rows] != before).any():
-            before = alive[rows]
-            inner = np.where(factors[rows] >= 0, alive[factors[rows]], True)
-            alive[rows] = inner.all(axis=1)
-        return alive[self.solution.classes]
+    names = names or [f"input {k}" for k in range(len(inputs))]
+    alive_units = decide(ledger, solve(ledger), walked, names, alive)
+    return Restricted(program, walked, Kept(alive_units))

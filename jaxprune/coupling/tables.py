@@ -121,6 +121,9 @@ def _group_row(group: "Group") -> _Row:
         repeats = f" x{member.repeats}" if member.repeats > 1 else ""
         cuts.append((layer, leaf + repeats))
     notes = [] if group.exact else [f"not exact: {group.why}"]
+    if group.blocks > 1:
+        each = _plural(group.size // group.blocks, "unit")
+        notes.append(f"{group.blocks} blocks of {each}: cut as many from each")
     notes += ["every unit has a place of its own: cut, never reorder"] * group.ordered
     return _Row(*split_axis(group.name), tuple(cuts), group.size, "; ".join(notes))
 

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 from jax.extend.core import Literal
 
-from jaxprune.coupling.collect import collect_groups
+from jaxprune.coupling.balance import Balance, balance_groups
+from jaxprune.coupling.collect import collect_groups, find_groups
 from jaxprune.coupling.groups import Groups
 from jaxprune.coupling.jaxprs import (
     Program,
@@ -29,6 +30,7 @@ def trace(
     *args: Any,
     pin: Sequence[str] = (),
     unpin: Sequence[str] = (),
+    balanced: Sequence[str] = (),
     **kwargs: Any,
 ) -> Groups:
     """Finds which parameter axes must be cut together.
@@ -49,6 +51,10 @@ def trace(
         pin: glob patterns of leaves (``"params/head/*"``) or single axes
             (``"params/head/kernel:0"``) that must not be cut.
         unpin: glob patterns of outputs (``"output/1/cache/*"``) that may shrink.
+        balanced: glob patterns of groups whose blocks (the channels of one group of a
+            convolution, the features of one head) lose units of their own, as many in
+            every block, instead of the same in all. Where the program computes a
+            group's blocks together it stays as it is.
         **kwargs: further arguments, treated like `args`.
 
     Returns:
@@ -56,7 +62,8 @@ def trace(
         of one, that cannot be cut.
 
     Raises:
-        ValueError: if a pattern matches nothing.
+        ValueError: if a pattern matches nothing, or `balanced` nothing that has
+            independent blocks.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxprune
@@ -80,7 +87,12 @@ def trace(
     walked = Walk(ledger).run(program.closed, inputs)
     _close_outputs(ledger, program, walked.outs, known, unpin)
     ordered = _order_by_use(ledger, walked, known)
-    return collect_groups(ledger, solve(ledger), ordered, shapes, treedef)
+    solution = solve(ledger)
+    groups = collect_groups(ledger, solution, ordered, shapes, treedef)
+    if not balanced:
+        return groups
+    balance = Balance(solution, walked, find_groups(ledger, solution, ordered))
+    return balance_groups(groups, balance, known, balanced)
 
 
 def _inputs(ledger: Ledger, program: Program, count: int) -> list[Value]:

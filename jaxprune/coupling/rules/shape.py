@@ -162,7 +162,8 @@ def _concatenate(walk: Any, eqn: Any, *values: Value) -> Value:
     return Value(shape, axes, all(v.is_zero for v in values))
 
 
-def _ranges(sizes: Any) -> list[slice]:
+def ranges(sizes: Any) -> list[slice]:
+    """The parts of a split as slices."""
     ends = np.cumsum([int(n) for n in sizes])
     return [slice(int(e) - int(n), int(e)) for e, n in zip(ends, sizes, strict=True)]
 
@@ -178,7 +179,7 @@ def _split(walk: Any, eqn: Any, value: Value) -> list[Value]:
     d = eqn.params["axis"]
     return [
         _moved(value, d, take(value.axes[d], span), span.stop - span.start)
-        for span in _ranges(eqn.params["sizes"])
+        for span in ranges(eqn.params["sizes"])
     ]
 
 
@@ -200,7 +201,8 @@ def narrow_take(kept: Any, x: Any, d: int, before: Axis, chosen: np.ndarray) -> 
     return kept.take(x, where, d)
 
 
-def _spans(eqn: Any) -> list[slice]:
+def spans(eqn: Any) -> list[slice]:
+    """The slice of every axis that a slice equation takes."""
     p = eqn.params
     steps = p["strides"] or (1,) * len(p["start_indices"])
     spans = zip(p["start_indices"], p["limit_indices"], steps, strict=True)
@@ -209,7 +211,7 @@ def _spans(eqn: Any) -> list[slice]:
 
 def _narrow_slice(kept: Any, step: Any, x: Any) -> Any:
     before, after = step.ins[0], step.outs[0]
-    for d, span in enumerate(_spans(step.eqn)):
+    for d, span in enumerate(spans(step.eqn)):
         chosen = np.arange(before.shape[d])[span]
         alive = kept.positions(after.axes[d])
         chosen = chosen if alive is None else chosen[alive]
@@ -222,7 +224,7 @@ def _narrow_slice(kept: Any, step: Any, x: Any) -> Any:
 def _slice(walk: Any, eqn: Any, value: Value) -> Value:
     axes = tuple(
         axis if span == slice(0, n, 1) else take(axis, span)
-        for axis, n, span in zip(value.axes, value.shape, _spans(eqn), strict=True)
+        for axis, n, span in zip(value.axes, value.shape, spans(eqn), strict=True)
     )
     return Value(eqn.outvars[0].aval.shape, axes, value.is_zero)
 
@@ -237,7 +239,7 @@ def _rev(walk: Any, eqn: Any, value: Value) -> Value:
     return Value(value.shape, axes, value.is_zero)
 
 
-def _pad_map(n: int, low: int, high: int, interior: int) -> np.ndarray:
+def pad_map(n: int, low: int, high: int, interior: int) -> np.ndarray:
     """For every output position, its input position or -1 where padding stands."""
     size = low + high + n + max(n - 1, 0) * interior
     source = np.full(size, -1)
@@ -254,7 +256,7 @@ def _narrow_pad(kept: Any, step: Any, x: Any, fill: Any) -> Any:
         alive = kept.positions(after.axes[d])
         if alive is None and kept.positions(before.axes[d]) is None:
             continue
-        stays = _pad_map(before.shape[d], low, high, interior)
+        stays = pad_map(before.shape[d], low, high, interior)
         stays = stays if alive is None else stays[alive]
         inner = np.flatnonzero(stays >= 0)
         x = narrow_take(kept, x, d, before.axes[d], stays[inner])
@@ -292,7 +294,7 @@ def _padded(
 ) -> Axis:
     if isinstance(axis, int):
         return axis
-    source = _pad_map(n, *span)
+    source = pad_map(n, *span)
     new = source < 0
     # Padding is a unit of its own: it goes when its consumer's position goes.
     fill = walk.ledger.fresh(len(source))

@@ -134,13 +134,13 @@ def _narrow_permute(kept: Any, step: Any, x: Any) -> Any:
     if (grid == functools.reduce(np.logical_and.outer, lines)).all():  # still a grid
         smaller = tuple(int(line.sum()) for line in lines)
         return step.eqn.primitive.bind(x, **{**params, "sizes": smaller})
-    chosen = _order(params)
+    chosen = moved_order(params)
     if kept.mask(after) is not None:
         chosen = chosen[kept.mask(after)]
     return narrow_take(kept, x, d, before, chosen)
 
 
-def _order(params: dict[str, Any]) -> np.ndarray:
+def moved_order(params: dict[str, Any]) -> np.ndarray:
     """For every position of the result, the position it comes from."""
     places = np.arange(math.prod(params["sizes"])).reshape(params["sizes"])
     return places.transpose(params["order"]).ravel()
@@ -150,5 +150,5 @@ def _order(params: dict[str, Any]) -> np.ndarray:
 def _permute(walk: Any, eqn: Any, value: Value) -> Value:
     d = eqn.params["axis"]
     axes = list(value.axes)
-    axes[d] = take(axes[d], _order(eqn.params))
+    axes[d] = take(axes[d], moved_order(eqn.params))
     return Value(value.shape, tuple(axes), value.is_zero)
