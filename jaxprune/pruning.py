@@ -57,6 +57,7 @@ def prune(
     min_keep: int = 1,
     exact: bool = True,
     pin: Sequence[str] = (),
+    balanced: Sequence[str] = (),
     **kwargs: Any,
 ) -> Pruned:
     """Cuts the least important units of any JAX function.
@@ -84,6 +85,7 @@ def prune(
         exact: cut only groups for which cutting equals masking; with False also
             those whose `Group.why` names a difference.
         pin: patterns of leaves or axes not to cut, see `trace`.
+        balanced: patterns of groups whose blocks lose units of their own, see `trace`.
         **kwargs: further example arguments.
 
     Returns:
@@ -103,7 +105,7 @@ def prune(
         >>> pruned.apply_fn(pruned.variables, jnp.ones((1, 3))).shape
         (1, 2)
     """
-    groups = trace(apply_fn, variables, *args, pin=pin, **kwargs)
+    groups = trace(apply_fn, variables, *args, pin=pin, balanced=balanced, **kwargs)
     chosen = [name for name, group in groups.items() if group.exact or not exact]
     if not chosen:
         raise ValueError(_nothing(groups))

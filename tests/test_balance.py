@@ -285,6 +285,61 @@ def test_a_plan_of_blocks_is_proven_and_replayed(tmp_path, key):
     assert "3 blocks of 5 units: cut as many from each" in repr(groups)
 
 
+# --- selection -----------------------------------------------------------------------
+
+SCORES = np.array([5, 1, 4, 2, 3, 9, 8, 7, 6, 0, 1, 2, 3, 4, 5], float)  # 3 blocks of 5
+
+
+def test_selection_takes_the_lowest_of_every_block():
+    params = weights(**ATTENTION)
+    groups = jaxprune.trace(attention, params, X, balanced=["v:1"])
+    lowest = np.isin(np.arange(15), [1, 3, 9, 8, 10, 11])
+    select, scores = jaxprune.select, {"v:1": SCORES}
+    options = {"sparsity": 0.4, "only": "v:1"}
+    keep = select.per_group(groups, scores, **options)
+    np.testing.assert_array_equal(keep["v:1"], ~lowest)
+    keep = select.across_groups(groups, scores, **options)
+    np.testing.assert_array_equal(keep["v:1"], ~lowest)
+    keep = select.to_sizes(groups, scores, {"v:1": 9})
+    np.testing.assert_array_equal(keep["v:1"], ~lowest)
+    traced = jax.jit(lambda s: select.per_group(groups, {"v:1": s}, **options))(SCORES)
+    np.testing.assert_array_equal(traced["v:1"], ~lowest)
+    keep = select.per_group(groups, scores, **options, multiple_of=4)
+    assert keep["v:1"].reshape(3, 5).sum(1).tolist() == [4, 4, 4]
+    with pytest.raises(ValueError, match="must be a multiple of its 3 blocks, got 10"):
+        select.to_sizes(groups, scores, {"v:1": 10})
+
+
+def test_prune_by_blocks():
+    params = weights(**ATTENTION)
+    pruned = jaxprune.prune(attention, params, X, sparsity=0.4, balanced=["v:1"])
+    kept = np.asarray(pruned.masks["vb"]).reshape(3, -1)
+    assert kept.any() and not (kept == kept[0]).all()
+    expected = attention(jaxprune.apply_masks(params, pruned.masks), X)
+    assert_same(pruned.apply_fn(pruned.variables, X), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "group", "left"),
+    [
+        ("vit", "params/block/up/kernel:1", 8),
+        ("vit", "params/block/attention/query/kernel:2", 2),
+        ("vit", "params/block/attention/value/kernel:2", 2),
+        ("experts_one_hot", "up:0", 2),
+        ("resnet_projection", "params/out1/kernel:3", 4),
+    ],
+)
+def test_heads_dimensions_and_experts_are_kept_in_multiples(name, group, left):
+    built = MODELS[name].build()
+    groups = jaxprune.trace(built.apply_fn, built.variables, *built.inputs(2, 0))
+    scores = {group: np.arange(groups[group].size, dtype=float)}
+    options = {"sparsity": 0.4, "only": group, "multiple_of": left}
+    keep = jaxprune.select.per_group(groups, scores, **options)
+    assert keep[group].sum() == left
+    masks = jaxprune.expand_masks(groups, keep)
+    assert_same(*both(built.apply_fn, built.variables, masks, *built.inputs(2, 0)))
+
+
 # --- programs composed at random -----------------------------------------------------
 
 

@@ -21,14 +21,18 @@ class Limits(NamedTuple):
         min_keep: how many units stay at least.
         multiple_of: kept counts are multiples of this.
         max_sparsity: the largest fraction that may go.
+        parts: the units come in so many blocks that lose as many each (`Group.blocks`);
+            the other limits are about each of them.
     """
 
     min_keep: int = 1
     multiple_of: int = 1
     max_sparsity: float = 1.0
+    parts: int = 1
 
     def __str__(self) -> str:
-        return ", ".join(f"{name}={value}" for name, value in self._asdict().items())
+        told = zip(self._fields[:3], self, strict=False)
+        return ", ".join(f"{name}={value}" for name, value in told)
 
     def least(self, size: int) -> int:
         """How many of `size` units stay at least, rounding aside."""
@@ -40,12 +44,13 @@ class Limits(NamedTuple):
 
         The first block leaves a multiple behind; what the limits protect is in none.
         """
+        size //= self.parts
         least = -(-self.least(size) // self.multiple_of) * self.multiple_of
         if least >= size:
             return np.zeros(0, np.int32)
         first = size % self.multiple_of or self.multiple_of
         more = (size - least - first) // self.multiple_of
-        return np.array([first] + [self.multiple_of] * more, np.int32)
+        return np.array([first] + [self.multiple_of] * more, np.int32) * self.parts
 
     def widths(self, size: int) -> np.ndarray:
         """The counts that a group may keep, from all to the fewest."""
@@ -66,7 +71,9 @@ def limits_of(
     }
     found = {}
     for name in names:
-        limits = Limits(**{option: values[name] for option, values in columns.items()})
+        options = {option: values[name] for option, values in columns.items()}
+        group = names[name] if isinstance(names, Mapping) else None
+        limits = Limits(**options, parts=getattr(group, "blocks", 1))
         fraction("max_sparsity", limits.max_sparsity)
         if limits.min_keep < 1 or limits.multiple_of < 1:
             raise ValueError(

@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jaxprune.costs import Cost
 from jaxprune.coupling.groups import Groups
 from jaxprune.select.limits import Each, Limits, limits_of, selected
-from jaxprune.select.ranking import unit_scores
+from jaxprune.select.ranking import best_up_to, leaving_order, unit_scores
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,10 +41,10 @@ class Queue:
 
 def queue(scores: np.ndarray, limits: Limits) -> Queue:
     """The queue of a group with these scores; ties by position."""
-    order = np.argsort(scores, kind="stable")
+    order = leaving_order(scores, limits.parts)
     widths = limits.widths(len(scores))
     ends = len(scores) - widths
-    best = scores[order[ends[1:] - 1]]
+    best = best_up_to(scores[order], ends[1:], limits.parts)
     losses = [scores[order[a:b]].sum() for a, b in itertools.pairwise(ends)]
     return Queue(scores, order, widths, np.array(losses), best)
 

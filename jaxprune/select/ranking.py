@@ -32,11 +32,28 @@ def rank(name: str, size: int, scores: Mapping[str, Any], limits: Limits) -> Ran
     """Orders the units of one group by score, the lowest first; ties by position."""
     values = unit_scores(name, size, scores)
     xp = jnp if isinstance(values, Tracer) else np
-    order = xp.argsort(values, stable=True)
+    order = leaving_order(values, limits.parts)
     blocks = limits.blocks(size)
     ends = np.cumsum(blocks, dtype=np.int32)
-    best = values[order[ends - 1]]
+    best = best_up_to(values[order], ends, limits.parts)
     return Ranking(xp.argsort(order), blocks, best, ends / np.float32(size))
+
+
+def leaving_order(values: Any, parts: int) -> Any:
+    """The units by score, the lowest first; one of every part after the other.
+
+    Example:
+        >>> leaving_order(np.array([3.0, 1.0, 2.0, 4.0, 6.0, 5.0]), 2)
+        array([1, 3, 2, 5, 0, 4])
+    """
+    xp = jnp if isinstance(values, Tracer) else np
+    inside = xp.argsort(values.reshape(parts, -1), axis=1, stable=True)
+    return (inside + np.arange(0, len(values), len(values) // parts)[:, None]).T.ravel()
+
+
+def best_up_to(ordered: Any, ends: np.ndarray, parts: int) -> Any:
+    """The largest of the first so many scores, whole rounds through all parts."""
+    return ordered.reshape(-1, parts).max(axis=1)[ends // parts - 1]
 
 
 def unit_scores(name: str, size: int, scores: Mapping[str, Any]) -> Any:

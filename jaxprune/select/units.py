@@ -88,6 +88,9 @@ def across_groups(
     any group goes instead, so the budget is met to one unit (to half a block with
     ``multiple_of > 1``). Units of equal score leave their groups in proportion.
 
+    A group with blocks (see `balanced` of `trace`) loses its lowest unit of every
+    block at a time, rated by the best of them.
+
     Scores of different groups are compared as they are: see `normalize` of
     `group_scores`.
 
@@ -176,7 +179,12 @@ def to_sizes(
             raise ValueError(
                 f"sizes[{name}] must be a whole number from 1 to {size}, got {left}"
             )
-        ranking = rank(name, size, scores, Limits())
+        parts = groups[name].blocks
+        if left % parts:
+            raise ValueError(
+                f"sizes[{name}] must be a multiple of its {parts} blocks, got {left}"
+            )
+        ranking = rank(name, size, scores, Limits(parts=parts))
         keep |= remove_lowest({name: ranking}, size - int(left))
     return keep
 
