@@ -482,3 +482,30 @@ def test_a_resnet_cut_everywhere_holds_no_gather(resnet):
     found = opcodes(jaxprune.narrow(net.apply, masks), small, x)
     assert found["gather"] == found["dynamic-slice"] == found["scatter"] == 0
     assert found["fusion"] > 0
+
+
+def decoder(p, ids, queries=2):
+    """One layer of a decoder: grouped queries, a gated unit, a tied embedding."""
+    x = p["embedding"][ids]
+    q, k, v = ((x @ p[name]).reshape(*x.shape[:2], -1, 8) for name in ("q", "k", "v"))
+    q = q.reshape(*x.shape[:2], k.shape[2], queries, 8)
+    scores = jax.nn.softmax(jnp.einsum("btkgd,bskd->bkgts", q, k))
+    mixed = jnp.einsum("bkgts,bskd->btkgd", scores, v)
+    x = x + mixed.reshape(*x.shape[:2], -1) @ p["out"]
+    x = x + (jax.nn.silu(x @ p["gate"]) * (x @ p["up"])) @ p["down"]
+    return x @ p["embedding"].T
+
+
+def test_a_narrowed_decoder_compiles_to_what_a_small_one_compiles_to():
+    kernels = dict.fromkeys(("k", "v"), (16, 16))
+    glu = {"gate": (16, 24), "up": (16, 24), "down": (24, 16)}
+    p = weights(embedding=(11, 16), q=(16, 32), out=(32, 16), **kernels, **glu)
+    ids = np.arange(10, dtype=np.int32).reshape(2, 5)
+    groups = jaxprune.trace(decoder, p, ids)
+    assert {n: g.size for n, g in groups.items()}["q:1"] == 2  # kv heads
+    masks = jaxprune.expand_masks(groups, halve(groups, 0, ["q:1", "gate:1"]))
+    small = jaxprune.slice_params(p, masks)
+    assert (small["q"].shape, small["k"].shape) == ((16, 16), (16, 8))
+    narrowed = opcodes(jaxprune.narrow(decoder, masks), small, ids)
+    assert narrowed == opcodes(decoder, small, ids)
+    assert narrowed["gather"] == 1  # the embedding's own
