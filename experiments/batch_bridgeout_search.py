@@ -203,15 +203,15 @@ def main() -> None:
         run.close()
     versions = run.results["machine"]["versions"]
     records = {arm: run.results["records"][arm] for arm in arms}
-    write(settings | {"versions": versions, "candidates": records})
+    write_compact(RESULT, settings | {"versions": versions, "candidates": records})
 
 
-def write(found: dict[str, Any]) -> None:
-    """Writes the result, with a line for each list of numbers."""
+def write_compact(path: Path, found: dict[str, Any]) -> None:
+    """Writes a result, with a line for each list of numbers."""
     lines = json.dumps(found, indent=1)
     lists = re.compile(r"\[\s+([-\d.,\s]+?)\s+\]")
     lines = lists.sub(lambda m: "[" + re.sub(r"\s+", " ", m[1]) + "]", lines)
-    RESULT.write_text(lines + "\n")
+    path.write_text(lines + "\n")
 
 
 if __name__ == "__main__":

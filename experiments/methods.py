@@ -6,7 +6,7 @@ References:
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -17,11 +17,12 @@ import optax
 
 import jaxprune
 from experiments.training import PRNG, make_predict
-from jaxprune import Groups, scores, select
+from jaxprune import Groups, optimizers, scores, select
 from jaxprune.data import Dataset, Spec
 from jaxprune.models import MODELS
 
 METHODS = ("bridgeout", "dropout", "weight_decay")
+DROPOUTS = ("dropout", "targeted_dropout")
 FRACTIONS = tuple(i / 10 for i in range(10))
 
 
@@ -31,7 +32,8 @@ class Hyper(NamedTuple):
     Attributes:
         learning_rate: at the start; it falls to 0 along a cosine.
         weight_decay: all three methods decay all parameters.
-        rate: drop probability, of weights (bridgeout) or of activations (dropout).
+        rate: drop probability, of weights (bridgeout) or of activations (dropout);
+            the strength of a penalty.
         target: fraction that may be dropped, the weakest first.
         q: norm of the bridge penalty.
     """
@@ -64,7 +66,11 @@ class Subject:
 
 def subject(name: str, spec: Spec) -> Subject:
     """Builds the architecture of that name for a data set and traces it."""
-    net = MODELS[name](num_classes=spec.num_classes)
+    return subject_of(name, MODELS[name](num_classes=spec.num_classes), spec)
+
+
+def subject_of(name: str, net: nn.Module, spec: Spec) -> Subject:
+    """Traces a net for a data set."""
     init, image = jax.jit(net.init), jnp.zeros((1, *spec.image_shape))
     shapes = jax.eval_shape(init, jax.random.key(0), image)
     groups = jaxprune.trace(net.apply, shapes, image)
@@ -75,7 +81,7 @@ def training_net(name: str, method: str, hyper: Hyper, spec: Spec) -> nn.Module:
     """The module that is trained: with dropout if that is the method."""
     drop = {"dropout_rate": hyper.rate, "dropout_target": hyper.target}
     return MODELS[name](
-        num_classes=spec.num_classes, **(drop if method == "dropout" else {})
+        num_classes=spec.num_classes, **(drop if method in DROPOUTS else {})
     )
 
 
@@ -93,26 +99,62 @@ def optimizer(
         optax.add_decayed_weights(hyper.weight_decay),
         optax.sgd(learning_rate, momentum=0.9, nesterov=True),
     ]
-    if method == "bridgeout":
-        noise = jaxprune.bridgeout(
-            hyper.rate,
-            hyper.q,
-            target_fraction=hyper.target,
-            mask=convolutions,
-            key=jax.random.key(seed, impl=PRNG),
-        )
-        links.insert(0, noise)
+    if method in NOISES:
+        links.insert(0, NOISES[method](hyper, jax.random.key(seed, impl=PRNG)))
+    if method in PENALTIES:  # part of the loss as weight decay is: behind the clip
+        links.insert(1, PENALTIES[method](hyper))
     return optax.chain(*links)
 
 
-def convolutions(params: Any) -> Any:
-    """True for kernels of convolutions: in the paper the classifier gets no noise."""
-    return jax.tree.map(lambda leaf: leaf.ndim == 4, params)
+def hidden_kernels(params: Any) -> Any:
+    """True for kernels but the classifier's, which gets no noise in the paper."""
+    return jax.tree.map_with_path(
+        lambda path, leaf: leaf.ndim > 1 and path[0].key != "head", params
+    )
+
+
+def _bridgeout(hyper: Hyper, key: jax.Array) -> optax.GradientTransformation:
+    return jaxprune.bridgeout(
+        hyper.rate,
+        hyper.q,
+        target_fraction=hyper.target,
+        mask=hidden_kernels,
+        key=key,
+    )
+
+
+def _dropconnect(hyper: Hyper, key: jax.Array) -> optax.GradientTransformation:
+    return optimizers.dropconnect(
+        hyper.rate, target_fraction=hyper.target, mask=hidden_kernels, key=key
+    )
+
+
+def _group_bridgeout(hyper: Hyper, key: jax.Array) -> optax.GradientTransformation:
+    return optimizers.group_bridgeout(hyper.rate, hyper.q, mask=hidden_kernels, key=key)
+
+
+# Method -> (hyper, key) -> the noise on its weights.
+NOISES: Mapping[str, Callable[..., optax.GradientTransformation]] = {
+    "bridgeout": _bridgeout,
+    "untargeted_bridgeout": _bridgeout,
+    "dropconnect": _dropconnect,
+    "group_bridgeout": _group_bridgeout,
+}
+
+# Method -> hyper -> the penalty on its weights.
+PENALTIES: Mapping[str, Callable[..., optax.GradientTransformation]] = {
+    "bridge_penalty": lambda hyper: optimizers.bridge_penalty(
+        hyper.rate, hyper.q, mask=hidden_kernels
+    ),
+    "group_lasso": lambda hyper: optimizers.group_lasso(
+        hyper.rate, mask=hidden_kernels
+    ),
+}
 
 
 def perturb(method: str) -> Callable[[Any, Any], Any]:
     """Where the gradient is taken."""
-    if method == "bridgeout":
+    if method in NOISES:
         return jaxprune.noisy_params
     return lambda params, opt_state: params
 

@@ -24,9 +24,10 @@ from jaxprune.masks import apply_masks as apply_masks
 from jaxprune.masks import expand_masks as expand_masks
 from jaxprune.masks import sparsity as sparsity
 from jaxprune.optimizers.bridgeout import bridgeout as bridgeout
-from jaxprune.optimizers.bridgeout import noisy_params as noisy_params
+from jaxprune.optimizers.weight_noise import noisy_params as noisy_params
 from jaxprune.pruning import Pruned as Pruned
 from jaxprune.pruning import prune as prune
+from jaxprune.recalibration import recalibrate as recalibrate
 from jaxprune.scores import group_scores as group_scores
 from jaxprune.slicing import slice_opt_state as slice_opt_state
 from jaxprune.slicing import slice_params as slice_params

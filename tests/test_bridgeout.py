@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
 
-from jaxprune.optimizers.bridgeout import BridgeoutState, bridgeout, noisy_params
+from jaxprune.optimizers import BridgeoutState, bridgeout, noisy_params
 
 W = np.array([[-1.5], [-0.6], [0.2], [0.4], [0.9], [2.0]], np.float32)
 X = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
@@ -724,9 +724,9 @@ def dropconnect_noise(w, key, state):
 
 
 def test_another_noise_needs_a_state_and_a_function_only(monkeypatch, net):
-    module = importlib.import_module("jaxprune.optimizers.bridgeout")
-    monkeypatch.setattr(module, "_NOISES", {DropConnectState: dropconnect_noise})
-    tx = module._weight_noise(
+    module = importlib.import_module("jaxprune.optimizers.weight_noise")
+    monkeypatch.setattr(module, "NOISES", {DropConnectState: dropconnect_noise})
+    tx = module.weight_noise(
         DropConnectState,
         dict,
         lambda count: {"rate": jnp.float32(0.2)},

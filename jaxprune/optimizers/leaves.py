@@ -1,0 +1,90 @@
+"""Which leaves of the parameters a regulariser acts on."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def select_leaves(
+    params: Any, mask: Any = None, min_ndim: int = 0, gets: str = "noise"
+) -> Any:
+    """Paths of the chosen leaves, as the keys of a dict of None.
+
+    Such a dict is tree structure: it can sit in a state and is known while tracing.
+
+    Args:
+        params: tree of arrays.
+        mask: tree of bool like `params` or a prefix of it, or a function from `params`
+            to one; None chooses floating leaves of two axes or more that are not named
+            bias, b, scale or offset.
+        min_ndim: axes that a chosen leaf must have.
+        gets: what the chosen leaves get, for the messages.
+    """
+    leaves = named_leaves(params)
+    if not leaves:
+        # optax.tree.map_params calls init on an empty stand-in for the parameters; a
+        # single leaf there matches the dict of any real state.
+        return jnp.zeros((), bool)
+    chosen = _default_mask(params) if mask is None else _as_mask(mask, params, gets)
+    selected = {name: None for name in leaves if chosen[name]}
+    if not selected:
+        raise ValueError(
+            f"none of the {len(leaves)} leaves ({', '.join(list(leaves)[:5])}, ...) "
+            f"gets {gets}; give a mask that is True for some leaf (the default takes "
+            "kernels of two axes or more)"
+        )
+    for name in selected:
+        shape, dtype = leaves[name].shape, leaves[name].dtype
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(f"mask selects {name!r} of dtype {dtype}, expected floats")
+        if len(shape) < min_ndim:
+            raise ValueError(
+                f"target_fraction ranks the inputs of each output filter, but {name!r} "
+                f"has shape {shape}; leave it out of the mask"
+            )
+    return selected
+
+
+# What Flax, Haiku and Equinox call them. The number of axes alone does not tell:
+# attention biases, and biases and scales stacked over scanned layers, have two.
+_NOT_KERNELS = frozenset({"bias", "b", "scale", "offset"})
+
+
+def _default_mask(params: Any) -> dict[str, bool]:
+    return {
+        name: np.ndim(w) >= 2
+        and jnp.issubdtype(w.dtype, jnp.floating)
+        and name.rsplit("/", 1)[-1] not in _NOT_KERNELS
+        for name, w in named_leaves(params).items()
+    }
+
+
+def _as_mask(mask: Any, params: Any, gets: str) -> dict[str, bool]:
+    tree = mask(params) if callable(mask) else mask
+    for path, flag in jax.tree.leaves_with_path(tree):
+        if np.shape(flag) != () or np.asarray(flag).dtype.kind != "b":
+            raise TypeError(
+                f"mask[{name_of(path)!r}] is {flag!r}, expected one bool per leaf "
+                f"(True = gets {gets}); elementwise pruning masks go elsewhere"
+            )
+    try:
+        full = jax.tree.map(lambda m, sub: jax.tree.map(lambda _: m, sub), tree, params)
+    except ValueError as error:
+        raise ValueError(f"mask is no prefix of params: {error}") from error
+    return {name: bool(flag) for name, flag in named_leaves(full).items()}
+
+
+def name_of(path: Any) -> str:
+    """The path of a leaf as text, without the box that a framework puts around it."""
+    # A variable's box (Flax NNX Variable, Linen Partitioned) is not part of its name:
+    # the state may be made with boxes and updated without.
+    if path and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def named_leaves(tree: Any) -> dict[str, Any]:
+    """Path -> leaf, in tree order."""
+    return {name_of(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
