@@ -1,5 +1,6 @@
 """The Bridgeout family in the optimiser: one contract for all, and the law of each."""
 
+import dataclasses
 import itertools
 import math
 
@@ -10,6 +11,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from contract import quick_jit
 
 import jaxprune
 from jaxprune.optimizers import (
@@ -20,7 +22,6 @@ from jaxprune.optimizers import (
     group_lasso,
     noisy_params,
 )
-from tests.contract import quick_jit
 
 NOISES = {
     "bridgeout": lambda rate, **kw: bridgeout(rate, 1.0, **kw),
@@ -144,8 +145,9 @@ def test_inside_multi_steps(name):
     params, tx = kernel(), LINKS[name](0.3)
     many = optax.MultiSteps(tx, 2)
     state, grads = many.init(params), [{"kernel": jnp.asarray(W) * k} for k in (1, 3)]
-    for grad in grads:
-        updates, state = many.update(grad, state, params)
+    with jax.numpy_dtype_promotion("standard"):  # MultiSteps multiplies by a bool
+        for grad in grads:
+            updates, state = many.update(grad, state, params)
     mean = {"kernel": jnp.asarray(W) * 2}
     expected, _ = tx.update(mean, tx.init(params), params)
     np.testing.assert_allclose(updates["kernel"], expected["kernel"], rtol=1e-5)
@@ -352,8 +354,10 @@ def test_group_lasso_of_traced_units(collection):
 
     variables = {"params": params} if collection else params
     groups = jaxprune.trace(apply_fn, variables, np.ones((1, 3), np.float32))
-    (group,) = groups.values()
-    tx = group_lasso(0.1, groups)
+    # The copies can be cut too, but here it is the hidden units that are meant.
+    by_name = {n: g for n, g in groups.items() if g.size == 4}
+    (group,) = by_name.values()
+    tx = group_lasso(0.1, dataclasses.replace(groups, by_name=by_name))
     zeros = jax.tree.map(jnp.zeros_like, params)
     updates, _ = tx.update(zeros, tx.init(params), params)
     expected = jax.tree.map(np.zeros_like, params)
@@ -395,7 +399,8 @@ def test_penalties_touch_masked_leaves_only():
     updates, _ = tx.update(
         jax.tree.map(jnp.zeros_like, params), tx.init(params), params
     )
-    assert np.all(updates["u"] == 1) and np.all(updates["v"] == 0)
+    np.testing.assert_allclose(updates["u"], 1, rtol=1e-6)
+    assert np.all(updates["v"] == 0)
 
 
 # --------------------------------------------------------------------------- sparser nets
@@ -428,7 +433,8 @@ def trained_weights(q, seed):
     params = kernel(0.1 * rng.normal(size=(16, 1)))
     params = {"kernel": params["kernel"].astype(jnp.float32)}
     run = quick_jit(lambda c: jax.lax.scan(step, c, length=6_000)[0][0]["kernel"])
-    return np.abs(run((params, tx.init(params))))[4:]
+    with jax.numpy_dtype_promotion("standard"):  # the schedule divides by an integer
+        return np.abs(run((params, tx.init(params))))[4:]
 
 
 def test_the_smaller_q_the_sparser_the_irrelevant_weights():
