@@ -18,7 +18,7 @@ The criteria see training images only; the test set is read once, by the tables.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -98,17 +98,13 @@ class Trained:
         """For what is random in a criterion."""
         return jax.random.key(self.seed)
 
-    def inputs(self) -> Iterable[jax.Array]:
-        """Batches of images."""
-        for begin in range(0, len(self.images), BATCH):
-            yield self.images[begin : begin + BATCH]
-
-    def batches(self) -> Iterable[tuple[jax.Array, np.ndarray]]:
+    @property
+    def batches(self) -> list[tuple[jax.Array, np.ndarray]]:
         """Batches of images and labels."""
-        for begin, images in zip(
-            range(0, len(self.images), BATCH), self.inputs(), strict=False
-        ):
-            yield images, self.labels[begin : begin + BATCH]
+        begins = range(0, len(self.images), BATCH)
+        return [
+            (self.images[k : k + BATCH], self.labels[k : k + BATCH]) for k in begins
+        ]
 
     def loss(self, params: Any, batch: Any) -> jax.Array:
         """Mean cross-entropy with the statistics of BatchNorm fixed."""
@@ -124,12 +120,13 @@ class Trained:
     def gradient(self, score: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """A score that streams gradients of the loss."""
         params = self.variables["params"]
-        return score(self.loss, params, self.batches(), *args, progress=False, **kwargs)
+        return score(self.loss, params, self.batches, *args, progress=False, **kwargs)
 
     def activation(self, score: Callable[..., UnitScores]) -> UnitScores:
         """A score that streams activations."""
         groups, apply_fn = self.net.groups, self.net.net.apply
-        return score(groups, apply_fn, self.variables, self.inputs(), progress=False)
+        images = [images for images, _ in self.batches]
+        return score(groups, apply_fn, self.variables, images, progress=False)
 
 
 def _params(t: Trained) -> Any:
@@ -140,7 +137,7 @@ def _group_fisher(t: Trained) -> UnitScores:
     def loss(variables: Any, batch: Any) -> jax.Array:
         return t.loss(variables["params"], batch)
 
-    batches = t.batches()
+    batches = t.batches
     return scores.group_fisher(t.net.groups, loss, t.variables, batches, progress=False)
 
 

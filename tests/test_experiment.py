@@ -231,9 +231,6 @@ def test_settings_are_those_of_the_search():
         assert len(tried) == 1, "every method gets as many candidates"
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the committed search predates the accuracy floor; to be rerun"
-)
 def test_the_search_chose_the_best_that_is_accurate_enough():
     for candidates in json.loads(SEARCHED.read_text())["candidates"].values():
         most = max(len(candidate["curves"]) for candidate in candidates)
