@@ -23,6 +23,11 @@ from jaxprune.coupling.trace import trace as trace
 from jaxprune.masks import apply_masks as apply_masks
 from jaxprune.masks import expand_masks as expand_masks
 from jaxprune.masks import sparsity as sparsity
+from jaxprune.merging import Merged as Merged
+from jaxprune.merging import MergeError as MergeError
+from jaxprune.merging import deviation as deviation
+from jaxprune.merging import merge as merge
+from jaxprune.merging import merge_error as merge_error
 from jaxprune.optimizers.bridgeout import bridgeout as bridgeout
 from jaxprune.optimizers.weight_noise import noisy_params as noisy_params
 from jaxprune.pruning import Pruned as Pruned

@@ -26,6 +26,7 @@ LAYERS = [
         "pictures",
         "noisy_layers",
         "recalibration",
+        "merging",
     ],
     ["pruning"],
     [""],

@@ -1,5 +1,6 @@
 """From the solved ledger to `Groups`: units that occupy the same axes, together."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ from jaxprune.coupling.groups import Group, Groups, Member, Pinned
 from jaxprune.coupling.jaxprs import source_line
 from jaxprune.coupling.labels import Value
 from jaxprune.coupling.ledger import Ledger
+from jaxprune.coupling.roles import Whole, find_roles
 from jaxprune.coupling.solve import NEVER, Solution
 
 
@@ -61,13 +63,18 @@ def collect_groups(
     variables: Mapping[str, Value],
     shapes: Mapping[str, tuple[int, ...]],
     treedef: Any,
+    program: Whole | None = None,
 ) -> Groups:
     """Gathers units with the same signature into groups, in order of first use."""
     lines = _lines(ledger, solution, variables)
+    found = _found(solution, lines)
     groups: dict[str, Group] = {}
-    for each in _found(solution, lines):
+    for each in found:
         group = _group(ledger, solution, each, groups)
         groups[group.name] = group
+    if program is not None:
+        units = [each.units for each in found]
+        groups = _with_roles(ledger, solution, program, units, groups)
     return Groups(groups, _pinned(ledger, solution, lines), shapes, treedef)
 
 
@@ -222,6 +229,29 @@ def _group(
     name = _unique(f"{members[0].path}:{members[0].axis}", taken)
     ordered = bool(solution.ordered[found.units].any())
     return Group(name, len(found.units), members, exact, why, ordered)
+
+
+def _with_roles(
+    ledger: Ledger,
+    solution: Solution,
+    program: Whole,
+    units: list[np.ndarray],
+    groups: Mapping[str, Group],
+) -> dict[str, Group]:
+    """The groups with what is known about merging their units."""
+    consumers, refused = find_roles(ledger, solution, program, units)
+    reads = {(program.names[n], d, g) for n, d, g in consumers}
+    found = {}
+    for g, (name, group) in enumerate(groups.items()):
+        members = []
+        for m in group.members:
+            role = "consumer" if (m.path, m.axis, g) in reads else "producer"
+            members.append(dataclasses.replace(m, role=role))
+        obstacle = explain(ledger, refused[g]) if g in refused else ""
+        found[name] = dataclasses.replace(
+            group, members=tuple(members), obstacle=obstacle
+        )
+    return found
 
 
 def _unique(name: str, taken: Mapping[str, Group]) -> str:

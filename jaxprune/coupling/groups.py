@@ -27,11 +27,15 @@ class Member:
         axis: which axis of that leaf.
         index: int array ``[size, repeats]``; row ``u`` lists the positions that
             unit ``u`` occupies (several after a flatten or for a fused kernel).
+        role: ``"producer"`` if it makes the units, one by one (kernels that write
+            them, biases, norms); ``"consumer"`` if it reads them (it weighs them in
+            a sum); "" if `trace` was not asked for roles.
     """
 
     path: str
     axis: int
     index: np.ndarray
+    role: str = ""
 
     @property
     def repeats(self) -> int:
@@ -53,6 +57,8 @@ class Group:
             as a rotary frequency), so units can be cut but not reordered.
         blocks: the units come in this many blocks of equal size, one after the other
             (see `balanced` of `trace`); a cut takes as many from every block.
+        obstacle: why units that are equal cannot be merged (see `merge`), with the
+            place in the user's program; "" if they can be.
     """
 
     name: str
@@ -62,6 +68,7 @@ class Group:
     why: str = ""
     ordered: bool = False
     blocks: int = 1
+    obstacle: str = "traced without roles=True"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

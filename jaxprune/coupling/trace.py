@@ -20,6 +20,7 @@ from jaxprune.coupling.jaxprs import (
 )
 from jaxprune.coupling.labels import Value
 from jaxprune.coupling.ledger import Ledger
+from jaxprune.coupling.roles import Whole
 from jaxprune.coupling.solve import solve
 from jaxprune.coupling.walk import Walk, Walked
 
@@ -31,6 +32,7 @@ def trace(
     pin: Sequence[str] = (),
     unpin: Sequence[str] = (),
     balanced: Sequence[str] = (),
+    roles: bool = False,
     **kwargs: Any,
 ) -> Groups:
     """Finds which parameter axes must be cut together.
@@ -55,6 +57,9 @@ def trace(
             convolution, the features of one head) lose units of their own, as many in
             every block, instead of the same in all. Where the program computes a
             group's blocks together it stays as it is.
+        roles: also find which members make the units and which read them, and whether
+            equal units can be merged (`Member.role`, `Group.obstacle`); it is proven
+            on the program, in about half the time again.
         **kwargs: further arguments, treated like `args`.
 
     Returns:
@@ -85,10 +90,11 @@ def trace(
     known = dict(zip(arrays, inputs, strict=False))
     _pin(ledger, known, pin)
     walked = Walk(ledger).run(program.closed, inputs)
-    _close_outputs(ledger, program, walked.outs, known, unpin)
+    twins = _close_outputs(ledger, program, walked.outs, known, unpin)
     ordered = _order_by_use(ledger, walked, known)
     solution = solve(ledger)
-    groups = collect_groups(ledger, solution, ordered, shapes, treedef)
+    whole = Whole(walked, arrays, twins) if roles else None
+    groups = collect_groups(ledger, solution, ordered, shapes, treedef, whole)
     if not balanced:
         return groups
     balance = Balance(solution, walked, find_groups(ledger, solution, ordered))
@@ -142,8 +148,8 @@ def _close_outputs(
     outs: list[Value],
     known: dict[str, Value],
     unpin: Sequence[str],
-) -> None:
-    """Outputs keep their shape, unless they are new values of variables."""
+) -> list[int | None]:
+    """Outputs keep their shape, unless they are new values of variables: of which?"""
     names = ["/".join(filter(None, ("output", path))) for path in program.out_paths]
     for pattern in unpin:
         if not any(_matches(name, pattern) for name in names):
@@ -151,23 +157,25 @@ def _close_outputs(
                 f"unpin pattern {pattern!r} matches no output; the outputs are "
                 f"{_listed(names)}"
             )
-    for name, path, out in zip(names, program.out_paths, outs, strict=True):
-        twin = _twin(path, out, known)
+    twins = [_twin(p, v, known) for p, v in zip(program.out_paths, outs, strict=True)]
+    for name, twin, out in zip(names, twins, outs, strict=True):
         why = ledger.reason(f"coupled to the {name} of apply_fn")
         for d, axis in enumerate(out.axes):
             if twin is not None:
-                ledger.tie(axis, twin.axes[d])
+                ledger.tie(axis, known[twin].axes[d])
             elif not any(_matches(name, pattern) for pattern in unpin):
                 ledger.freeze(axis, why)
+    place = {name: k for k, name in enumerate(known)}
+    return [None if twin is None else place[twin] for twin in twins]
 
 
-def _twin(path: str, out: Value, known: dict[str, Value]) -> Value | None:
+def _twin(path: str, out: Value, known: dict[str, Value]) -> str | None:
     """The variable that this output is the new value of, if any."""
     parts = path.split("/")
     for start in range(len(parts)):
-        value = known.get("/".join(parts[start:]))
-        if value is not None and value.shape == out.shape:
-            return value
+        name = "/".join(parts[start:])
+        if name in known and known[name].shape == out.shape:
+            return name
     return None
 
 
