@@ -135,8 +135,8 @@ def deviation(
         for member in groups[name].members:
             leaf = leaves.get(member.path, leaves.get(_in_params(member.path)))
             if member.role == "producer" and leaf is not None:
-                rows = units_first(leaf, member).astype(jnp.float32)
-                total = total + jnp.sum((rows - cluster_means(rows, first)) ** 2)
+                rows = units_first(leaf, member).astype(np.float32)
+                total = total + ((rows - averaging_matrix(first) @ rows) ** 2).sum()
         found[name] = total
     return found
 
@@ -216,11 +216,17 @@ def units_first(leaf: Any, member: Member) -> Any:
     return line.reshape(size, -1)
 
 
-def cluster_means(rows: Any, first: np.ndarray) -> Any:
-    """The mean row of its cluster, for every row; `first` as `first_units` gives it."""
-    _, ids, counts = np.unique(first, return_inverse=True, return_counts=True)
-    sums = jax.ops.segment_sum(jnp.asarray(rows), ids, num_segments=len(counts))
-    return (sums / counts[:, None].astype(np.float32)).astype(rows.dtype)[ids]
+def averaging_matrix(first: np.ndarray) -> np.ndarray:
+    r"""The matrix :math:`\Gamma`: 1 / cluster size within a cluster, else 0.
+
+    Example:
+        >>> averaging_matrix(np.array([0, 1, 0]))
+        array([[0.5, 0. , 0.5],
+               [0. , 1. , 0. ],
+               [0.5, 0. , 0.5]], dtype=float32)
+    """
+    same = first[:, None] == first[None, :]
+    return (same / same.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
 def first_units(ids: np.ndarray) -> np.ndarray:
