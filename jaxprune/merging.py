@@ -2,8 +2,7 @@
 
 Pruning removes what hardly matters; merging removes what is there twice. Of units that
 are equal one stays, and whoever reads them reads the one that stays with the sum of
-their weights. Nothing is lost and nothing has to be fine-tuned. `centripetal` trains
-nets towards such units.
+their weights. Nothing is lost and nothing has to be fine-tuned.
 """
 
 from collections.abc import Callable, Mapping
@@ -52,7 +51,7 @@ def merge(
         variables: tree that `groups` was traced with; arrays, concrete or traced.
         groups: what ``trace(..., roles=True)`` returned.
         clusters: group -> int ``[size]``, the cluster of every unit; any numbers.
-            Groups that are not named stay whole. See `jaxprune.clusters`.
+            Groups that are not named stay whole.
 
     Returns:
         `Merged`. ``narrow(apply_fn, masks)(merged.variables, ...)`` equals ``apply_fn(
@@ -104,7 +103,7 @@ def deviation(
     .. math:: \sum_H \sum_{j \in H} \| F_j - \bar F_H \|^2
 
     over everything that makes the units, normalisation statistics included. Jit-able:
-    watch it go down while `centripetal` trains.
+    watch it while a regulariser draws units together.
 
     Args:
         variables: tree that `groups` was traced with, or its collection ``params``.

@@ -133,7 +133,7 @@ def softmax_over_units(p, x):
 
 
 def product_over_units(p, x):
-    return (x @ p["a"]).prod(-1, keepdims=True) * x
+    return (1.0 + x @ p["a"]).prod(-1, keepdims=True) * x
 
 
 def square_of_consumers(p, x):
@@ -159,9 +159,9 @@ REFUSED = {
     mean_over_units: "a sum over it counts every unit",
     softmax_over_units: "a sum over it counts every unit",
     product_over_units: "a reduction over it counts every unit",
-    square_of_consumers: "not linear",
-    shifted_consumers: "its consumers and something else are added",
-    tied: "a product of two of its consumers",
+    square_of_consumers: "a sum over it counts every unit",
+    shifted_consumers: "a sum over it counts every unit",
+    tied: "its consumers go through what is not linear",
     other_functions_of_other_units: "some of its units are more often on it",
 }
 
@@ -180,7 +180,7 @@ def test_what_would_lose_something_is_refused(fn):
     forced = forced_groups(groups, roles)
     variables = made_equal(variables, forced, clusters)
     off, _ = loss_of_merging(fn, variables, forced, clusters, (X,))
-    assert off > 1e-3
+    assert off > 1e-4  # rounding is below 1e-6
 
 
 def forced_groups(groups, roles):
@@ -244,7 +244,7 @@ def test_a_linear_chain_needs_a_choice_and_gets_one():
 
 def test_a_sum_instead_of_a_product_is_a_consumer_too():
     def net(p, x):
-        return (jax.nn.relu(x @ p["a"]) * p["w"]).sum(-1)
+        return (jax.nn.relu(x @ p["a"]) * p["w"][None]).sum(-1)
 
     variables = weights(a=(4, 6), w=(6,))
     groups = jaxprune.trace(net, variables, X, roles=True)

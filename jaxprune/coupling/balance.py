@@ -87,7 +87,13 @@ def _apart(
         for member, index in zip(group.members, every, strict=True)
     )
     size = group.size * blocks
-    return dataclasses.replace(group, size=size, members=members, blocks=blocks)
+    return dataclasses.replace(
+        group,
+        size=size,
+        members=members,
+        blocks=blocks,
+        obstacle="its blocks lose units of their own; trace it without balanced",
+    )
 
 
 class Balance:

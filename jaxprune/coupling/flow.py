@@ -269,7 +269,7 @@ def _permute(marking: Marking, run: Run, step: Step, operands: list[State]) -> A
 @_handles("slice")
 def _slice(marking: Marking, run: Run, step: Step, operands: list[State]) -> Any:
     (value,) = step.ins
-    spans = shape._spans(step.eqn)
+    spans = shape.spans(step.eqn)
     for axis, n, span in zip(value.axes, value.shape, spans, strict=True):
         marking.picked(axis, np.arange(n)[span])
     return _all_results(marking, step, operands, _alike(step), "add")
@@ -278,7 +278,7 @@ def _slice(marking: Marking, run: Run, step: Step, operands: list[State]) -> Any
 @_handles("split")
 def _split(marking: Marking, run: Run, step: Step, operands: list[State]) -> Any:
     axis = step.ins[0].axes[step.eqn.params["axis"]]
-    for span in shape._ranges(step.eqn.params["sizes"]):
+    for span in shape.ranges(step.eqn.params["sizes"]):
         marking.picked(axis, np.arange(span.start, span.stop))
     return _all_results(marking, step, operands, _alike(step), "add")
 
@@ -288,7 +288,7 @@ def _pad(marking: Marking, run: Run, step: Step, operands: list[State]) -> Any:
     value, fill = step.ins
     config = step.eqn.params["padding_config"]
     for axis, n, span in zip(value.axes, value.shape, config, strict=True):
-        source = shape._pad_map(n, *span)
+        source = shape.pad_map(n, *span)
         marking.picked(axis, source[source >= 0])
     kind = "add" if fill.is_zero else "apply"
     return _all_results(marking, step, operands[:1], _alike(step, 1), kind)
