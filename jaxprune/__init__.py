@@ -5,7 +5,10 @@ matter (`scores`, `group_scores`), which ones stay (`select`), what if they were
 (`expand_masks`, `apply_masks`, `bridgeout`), make them gone (`slice_params`, `narrow`).
 """
 
+from jaxprune import noisy_layers as noisy_layers
+from jaxprune import optimizers as optimizers
 from jaxprune import plans as plans
+from jaxprune import schedules as schedules
 from jaxprune import scores as scores
 from jaxprune import select as select
 from jaxprune import taps as taps
