@@ -4,7 +4,7 @@ Question   Filters are cut from a trained net in one shot, down to the same FLOP
            every criterion, and nothing is fine-tuned. Which criterion leaves the most
            accuracy, and is each better than chance and than its own reverse?
 Command    jaxprune run criteria                   (--quick for a first look)
-Leaves     runs/criteria-digits: results.json, table.txt
+Leaves     runs/criteria-digits: results.json, table.md
 Papers     named at each score in `jaxprune.scores`; the controls are those of Li et
            al., Pruning Filters for Efficient ConvNets, 2017,
            https://arxiv.org/abs/1608.08710
@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import rich.box
 import rich.console
 import rich.table
 
@@ -304,24 +305,32 @@ def _tell(name: str, record: Any) -> str:
 
 def _print(run: Run) -> None:
     """Prints the tables, and writes them into the folder of the run."""
-    with (run.folder / "table.txt").open("w") as file:
-        console = rich.console.Console(file=file, width=110)
-        for model, criteria in run.results["summary"].items():
-            table = _table(model, criteria)
-            console.print(table)
-            rich.console.Console(width=110).print(table)
+    for model, criteria in run.results["summary"].items():
+        for way in WAYS:
+            rich.console.Console().print(_table(f"{model}, {way}", criteria, way))
+    write_tables(run.folder / "table.md", run.results)
 
 
-def _table(model: str, criteria: Mapping[str, Any]) -> rich.table.Table:
-    title = f"{model}: test accuracy (%) at a share of the dense FLOPs, no fine-tuning"
-    table = rich.table.Table(title=title)
+def write_tables(path: Path, results: Mapping[str, Any]) -> None:
+    """Writes the tables in Markdown."""
+    with path.open("w") as file:
+        console = rich.console.Console(file=file, width=100)
+        for model, criteria in summarize(results).items():
+            for way in WAYS:
+                file.write(f"\n{model}, {way}\n")
+                console.print(_table(None, criteria, way, box=rich.box.MARKDOWN))
+
+
+def _table(
+    title: str | None, criteria: Mapping[str, Any], way: str, **style: Any
+) -> rich.table.Table:
+    """Test accuracy in % at each share of the dense FLOPs, with 95 % intervals."""
+    table = rich.table.Table(title=title, **style)
     table.add_column("criterion")
-    for way in WAYS:
-        for budget in BUDGETS:
-            table.add_column(f"{way} {100 * budget:.0f} %", justify="right")
+    for budget in BUDGETS:
+        table.add_column(f"{100 * budget:.0f} % of FLOPs", justify="right")
     for name, ways in criteria.items():
-        cells = [_cell(found) for way in WAYS for found in ways[way]]
-        table.add_row(name, *cells)
+        table.add_row(name, *[_cell(found) for found in ways[way]])
     return table
 
 

@@ -98,8 +98,7 @@ def to_budget(
         groups: what `trace` returned.
         scores: group name -> float ``[size]``, larger matters more (`group_scores`);
             concrete.
-        cost: what is to be spent: ``cost_model(...).multiply_adds`` and the like, or
-            a `latency_table`.
+        cost: what is to be spent: ``cost_model(...).multiply_adds`` and the like.
         budget: the highest cost allowed, in the unit of the cost
             (``0.5 * cost.full``).
         method: see above.
