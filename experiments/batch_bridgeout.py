@@ -4,8 +4,7 @@ Question   Filters are cut in one shot, the same share of every layer, lowest L2
            first, and nothing is fine-tuned. How much accuracy is left after training
            with Batch Bridgeout, with dropout, and with weight decay alone?
 Command    jaxprune run batch_bridgeout            (--quick for a first look)
-Time       6.5 minutes for --seeds 5 on 2 CPU cores (Intel Xeon, XLA on the CPU), 4 for the
-           default of 3 seeds
+Time       6.5 minutes for --seeds 5 on 2 CPU cores (Intel Xeon), 4 for the default of 3
 Expected   area under accuracy against cut: Batch Bridgeout above dropout and above
            weight decay (the paper's figures). Measured with 5 seeds, all methods tuned
            alike (batch_bridgeout.json): 0.871 to 0.744 and 0.759 on the VGG; on the
