@@ -87,7 +87,7 @@ class Config:
     rounds: int = 4
     """Rounds of cutting and fine-tuning; the last has cut 80 % of all filters."""
     quick: bool = False
-    """Less of everything: one architecture, 2 seeds, 4 epochs, 4 cuts, 2 rounds."""
+    """Less of everything: one architecture, one seed, 4 epochs, 4 cuts, one round."""
     out: Path | None = None
     """Folder of the run; by default runs/batch_bridgeout-DATASET. The same command
     goes on where it stopped."""

@@ -62,7 +62,7 @@ class Config:
     epochs: int | None = None
     """Passes over the training set; by default what suits the data set."""
     quick: bool = False
-    """Less of everything: one architecture, 2 seeds, 4 epochs."""
+    """Less of everything: one architecture, one seed, 4 epochs."""
     out: Path | None = None
     """Folder of the run; by default runs/criteria-DATASET."""
     data_dir: Path | None = None

@@ -18,7 +18,15 @@ import optax
 import pytest
 
 import jaxprune
-from experiments import batch_bridgeout, measure, methods, rounds, runs, training
+from experiments import (
+    batch_bridgeout,
+    batch_bridgeout_settings,
+    measure,
+    methods,
+    rounds,
+    runs,
+    training,
+)
 from experiments.batch_bridgeout_search import LEAST_ACCURACY, merit
 from experiments.batch_bridgeout_settings import SEARCHED, settings_for
 from experiments.methods import FRACTIONS, METHODS, Hyper
@@ -293,12 +301,14 @@ import test_experiment as t
 t.use_tiny(setattr)
 sys.exit(t.cli.main(["run", "batch_bridgeout", *t.WORDS, "--out", sys.argv[2]]))
 """
-WORDS = ["--models", "tiny", "--quick", "--epochs", "2", "--batch-size", "256"]
+WORDS = ["--models", "tiny", "--seeds", "2", "--epochs", "2", "--rounds", "2"]
+WORDS += ["--batch-size", "256"]
 
 
 def use_tiny(put):
-    """Makes "tiny" the name of a model."""
+    """Makes "tiny" the name of a model, and cuts less often."""
     models = {"tiny": TINY}
+    put(batch_bridgeout_settings, "FRACTIONS", FRACTIONS[::3])
     put(batch_bridgeout, "MODELS", models)
     put(methods, "MODELS", models)
 
@@ -409,9 +419,9 @@ def test_a_finished_run_is_not_run_again(finished, data_dir, monkeypatch):
 def test_other_settings_are_refused(finished, capsys, monkeypatch):
     use_tiny(monkeypatch.setattr)
     words = ["run", "batch_bridgeout", *WORDS, "--out", str(finished)]
-    assert cli.main([*words, "--seeds", "1"]) == 2
+    assert cli.main([*words, "--seeds", "3"]) == 2
     told = capsys.readouterr().err
-    assert "holds a run of other settings (seeds was 2 and is now 1)" in told
+    assert "holds a run of other settings (seeds was 2 and is now 3)" in told
     assert told.count("\n") == 1
 
 
