@@ -294,8 +294,10 @@ def test_every_default_model_exists():
 
 # ------------------------------------------------------------------------ the main job
 
+# A suite that was started in the background hands an ignored SIGINT down.
 RUN = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 sys.path.insert(0, sys.argv[1])
 import test_experiment as t
 t.use_tiny(setattr)
