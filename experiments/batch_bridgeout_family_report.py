@@ -1,0 +1,132 @@
+"""From the results of `batch_bridgeout_family` to docs/batch_bridgeout.md.
+
+    python -m experiments.batch_bridgeout_family_report
+
+Everything here is a function of batch_bridgeout_family.json. What the numbers say is
+written by hand in `NOTES`, and holds for the committed results only.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments.batch_bridgeout_family import NORMS, RATES, RESULT, SEEDS
+from experiments.methods import FRACTIONS
+from jaxprune.report import interval
+
+PAGE = Path(__file__).parents[1] / "docs" / "batch_bridgeout.md"
+STAGES = {"accuracy": "cut", "recalibrated": "recalibrated", "fine_tuned": "tuned"}
+
+NOTES = """\
+What it says, and what it does not. Differences are of areas, paired by seed, with 95
+% intervals that are not corrected for the number of comparisons.
+
+* Dense net: group Bridgeout (+0.073 [0.027, 0.118]) and DropConnect (+0.061 [0.023,
+  0.098]) are above weight decay; Batch Bridgeout (+0.020 [-0.062, 0.102]) cannot be
+  told from it. Targeted dropout is above dropout (+0.075 [0.016, 0.134]).
+* VGG: Batch Bridgeout is above dropout (+0.204 [0.100, 0.309]); over weight decay its
+  mean is higher, but the interval holds 0 (+0.071 [-0.024, 0.166]), and targeted
+  dropout is its equal (-0.005 [-0.078, 0.068]).
+* What follows the cut matters more than how the net was trained. Recalibrated
+  BatchNorm statistics raise the area by 0.19 to 0.32, 2 epochs of tuning by 0.36 to
+  0.53. Then Batch Bridgeout leads weight decay by 0.016 [0.003, 0.029]. Dropout gains
+  10 points from recalibration even uncut: its statistics are those of noisy
+  activations.
+* Smaller q did not give sparser weights in the dense net: with the other numbers
+  held, the share of weights below 1e-3 falls with q, against the published
+  expectation. (In a linear model it rises, see tests/test_noise_family.py.)
+* The search is small (6, 4 and 3 tries), and its floor on uncut accuracy was not met
+  by any try of dropout and of untargeted Bridgeout on the VGG, which therefore run at
+  settings that train badly: their rows are no verdict on them.
+* shapes32 decides nothing: after 620 steps this net is right on 34 % at best, and no
+  try of any method met the floor of 50 %. It needs a longer training, which was not
+  run.
+"""
+
+
+def main() -> None:
+    found = json.loads(RESULT.read_text())
+    PAGE.write_text("\n".join(page(found)))
+
+
+def page(found: Mapping[str, Any]) -> Iterator[str]:
+    """The lines of the page."""
+    machine, settings = found["machine"], found["settings"]
+    yield "# The Bridgeout family: which noise makes units dispensable?\n"
+    yield "    python -m experiments.batch_bridgeout_family"
+    yield "    python -m experiments.batch_bridgeout_family_report\n"
+    yield (
+        f"The second command makes this page. Means over {SEEDS} seeds with 95 %\n"
+        f"confidence intervals; {found['seconds']:.0f} s on {machine['cores']} busy "
+        f"cores\n({machine['cpu']}), jax {machine['versions']['jax']}, with\n"
+        "XLA_FLAGS=--xla_cpu_multi_thread_eigen=false. The same share of every layer\n"
+        "is cut at once, lowest L2 norm first. Area: mean accuracy over the cuts 0,\n"
+        "10, ..., 90 %. Sparsity: Hoyer's measure of the uncut kernels.\n"
+    )
+    yield NOTES
+    for arena, setting in settings.items():
+        yield f"## {arena}: {setting['dataset']}\n"
+        yield f"{setting['epochs']} epochs, {setting['tries']} tries for each method.\n"
+        yield from _methods(found["records"], arena, setting["methods"])
+        if setting["afterwards"]:
+            yield "\nAfter the cut: BatchNorm recalibrated, or tuned for 2 epochs.\n"
+            yield from _afterwards(found["records"], arena, setting["afterwards"])
+        if setting["sweep"]:
+            yield "\nq and rate of Batch Bridgeout; everything else as tuned.\n"
+            yield from _sweep(found["records"], arena)
+        yield ""
+
+
+def _methods(records: Any, arena: str, methods: Sequence[str]) -> Iterator[str]:
+    shown = FRACTIONS[:8]
+    head = ["method", "area", *(f"{100 * f:.0f} % cut" for f in shown), "sparsity"]
+    yield from _header(head)
+    for method in methods:
+        runs = [records[f"{arena}/{method}/seed{seed}"] for seed in range(SEEDS)]
+        curve = 100 * np.mean([run["accuracy"] for run in runs], axis=0)[: len(shown)]
+        hoyer = np.mean([run["sparsity"]["hoyer"] for run in runs])
+        area = interval([run["area"] for run in runs])
+        yield _row([method, area, *(f"{x:.1f}" for x in curve), f"{hoyer:.2f}"])
+
+
+def _afterwards(records: Any, arena: str, methods: Sequence[str]) -> Iterator[str]:
+    shown = FRACTIONS[:8]
+    head = ["method", "then", "area", *(f"{100 * f:.0f} % cut" for f in shown)]
+    yield from _header(head)
+    for method in methods:
+        runs = [records[f"{arena}/{method}/seed{seed}"] for seed in range(SEEDS)]
+        for stage, label in STAGES.items():
+            curve = 100 * np.mean([run[stage] for run in runs], axis=0)[: len(shown)]
+            area = interval([float(np.mean(run[stage])) for run in runs])
+            yield _row([method, label, area, *(f"{x:.1f}" for x in curve)])
+
+
+def _sweep(records: Any, arena: str) -> Iterator[str]:
+    yield from _header(["q", "rate", "area", "uncut", "weights below 1e-3", "sparsity"])
+    for q in NORMS:
+        for rate in RATES:
+            name = f"{arena}/sweep/q{q}/rate{rate}"
+            runs = [records[f"{name}/seed{seed}"] for seed in range(SEEDS)]
+            uncut = 100 * np.mean([run["accuracy"][0] for run in runs])
+            small = 100 * np.mean([run["sparsity"]["small"] for run in runs])
+            hoyer = np.mean([run["sparsity"]["hoyer"] for run in runs])
+            area = interval([run["area"] for run in runs])
+            yield _row(
+                [q, rate, area, f"{uncut:.1f}", f"{small:.1f} %", f"{hoyer:.2f}"]
+            )
+
+
+def _header(names: Sequence[str]) -> Iterator[str]:
+    yield _row(names)
+    yield _row(["---", *["---:"] * (len(names) - 1)])
+
+
+def _row(cells: Sequence[Any]) -> str:
+    return f"| {' | '.join(str(cell) for cell in cells)} |"
+
+
+if __name__ == "__main__":
+    main()
