@@ -23,6 +23,8 @@ from jaxprune.coupling.groups import Pinned as Pinned
 from jaxprune.coupling.narrow import narrow as narrow
 from jaxprune.coupling.registry import register_rule as register_rule
 from jaxprune.coupling.trace import trace as trace
+from jaxprune.latency import LatencyTable as LatencyTable
+from jaxprune.latency import latency_table as latency_table
 from jaxprune.masks import apply_masks as apply_masks
 from jaxprune.masks import expand_masks as expand_masks
 from jaxprune.masks import sparsity as sparsity
@@ -37,6 +39,8 @@ from jaxprune.pruning import Pruned as Pruned
 from jaxprune.pruning import prune as prune
 from jaxprune.recalibration import recalibrate as recalibrate
 from jaxprune.scores import group_scores as group_scores
+from jaxprune.sensitivity import Sensitivity as Sensitivity
+from jaxprune.sensitivity import sensitivity as sensitivity
 from jaxprune.slicing import slice_opt_state as slice_opt_state
 from jaxprune.slicing import slice_params as slice_params
 from jaxprune.slicing import unslice_params as unslice_params

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import scipy.stats
 
+from jaxprune.sensitivity import Sensitivity
+
 PACKAGES = ("jaxprune", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -119,6 +121,25 @@ def plot_runs(
             std = values.std(0, ddof=1)
             axes.fill_between(x, mean - std, mean + std, color=color, alpha=0.14, lw=0)
         axes.plot(x, mean, color=color, lw=2.2, marker="o", ms=4.5, label=label)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#e4e4e7", lw=0.8)
+    axes.set_axisbelow(True)
+
+
+def plot_sensitivity(axes: Any, scan: Sensitivity, colors: Sequence[str] = ()) -> None:
+    """Draws the metric of every group against the sparsity of that group alone.
+
+    Args:
+        axes: matplotlib axes.
+        scan: what `sensitivity` measured.
+        colors: one for every group; matplotlib's own if there are none.
+    """
+    for k, name in enumerate(scan.groups):
+        x, y = np.r_[0.0, scan.sparsity[k]], np.r_[scan.baseline, scan.value[k]]
+        color = {"color": colors[k]} if len(colors) else {}
+        axes.plot(x, y, lw=1.6, marker="o", ms=3.5, label=name, **color)
+    axes.axhline(scan.baseline, color="#71717a", lw=0.8, ls="--")
+    axes.set_xlabel("fraction of the group removed")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="#e4e4e7", lw=0.8)
     axes.set_axisbelow(True)

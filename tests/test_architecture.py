@@ -28,7 +28,7 @@ LAYERS = [
         "recalibration",
         "merging",
     ],
-    ["pruning"],
+    ["pruning", "latency", "sensitivity"],
     [""],
     ["report"],
     ["cli"],

@@ -192,6 +192,27 @@ def test_units_that_weigh_differently_are_said_and_averaged():
     assert len(set(values)) == 2 and np.mean(values) == pytest.approx(mean)
 
 
+def test_blocks_that_lose_units_of_their_own_cost_as_much():
+    def net(p, x):
+        heads = jnp.tanh((x @ p["v"]).reshape(2, 3, 5)).reshape(2, 15)
+        return heads @ p["out"]
+
+    params = {"v": jnp.ones((6, 15)), "out": jnp.ones((15, 4))}
+    x = jnp.ones((2, 6))
+    groups = jaxprune.trace(net, params, x, pin=["out:1"], balanced=["v:1#2"])
+    assert [group.blocks for group in groups.values()] == [1, 3]
+    model = cost_model(net, params, x, groups=groups)
+    rng = np.random.default_rng(0)
+    for left in (2, 4):
+        units = np.concatenate([rng.permutation(5) < left for _ in range(3)])
+        masks = jaxprune.expand_masks(groups, {"v:1#2": units})
+        small = jaxprune.slice_params(params, masks)
+        found = costs(jaxprune.narrow(net, masks), small, x)
+        sizes = {"v:1#2": 3 * left}
+        assert model.parameters.value(sizes) == found.parameters
+        assert model.multiply_adds.value(sizes) == found.multiply_adds
+
+
 def test_what_cannot_be_is_refused():
     model = cost_model(mlp, MLP, jnp.ones((5, 3)))
     with pytest.raises(

@@ -86,14 +86,17 @@ class Units:
     def __init__(self, groups: Groups, ledger: Ledger) -> None:
         self.groups = groups
         self.ledger = ledger
-        self.units = [ledger.fresh(group.size) for group in groups.values()]
+        # Blocks that lose as many units each are as long as if they lost the same.
+        self.units = [ledger.fresh(g.size // g.blocks) for g in groups.values()]
         self.derived: list[tuple[str, Any, list[tuple[np.ndarray, np.ndarray]]]] = []
         self._whole = {int(units[0]): units for units in self.units if len(units)}
         self._members: dict[tuple[str, int], list[tuple[np.ndarray, np.ndarray]]] = {}
         for own, group in zip(self.units, groups.values(), strict=True):
             for member in group.members:
                 place = self._members.setdefault((member.path, member.axis), [])
-                place.append((own, member.index))
+                blocks = member.index.reshape(group.blocks, len(own), -1)
+                each = [np.unique(blocks[:, k]) for k in range(len(own))]
+                place.append((own, np.stack(each)))
 
     def label(self, path: str, shape: tuple[int, ...]) -> Value:
         """The labels of a parameter."""

@@ -6,7 +6,9 @@ sizes, and with it what each equation costs.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
@@ -147,7 +149,7 @@ def cost_model(
         ins.append(units.label(paths[k], shape) if named else frozen)
     walked = Walk(ledger).run(program.closed, ins)
     lengths = Lengths(units, solve(ledger))
-    tally = _Tally(lengths, [group.size for group in groups.values()])
+    tally = _Tally(lengths, [len(own) for own in units.units])
     count = tally.program(walked)
     held = parameter_paths(named_leaves(variables))
     own = [lengths.size(v) for v, path in zip(ins, paths, strict=False) if path in held]
@@ -157,12 +159,17 @@ def cost_model(
 def _model(
     groups: Groups, count: "_Count", parameters: Sum, tally: "_Tally"
 ) -> CostModel:
-    names = list(groups)
+    names, blocks = list(groups), [group.blocks for group in groups.values()]
     sizes = {name: group.size for name, group in groups.items()}
+
+    def each_block(monomial: Monomial) -> Number:
+        """From the units of one block to those of all."""
+        scale = math.prod(blocks[g] ** power for g, power in monomial)
+        return 1 if scale == 1 else Fraction(1, scale)
 
     def made(total: Sum) -> Polynomial:
         terms = [
-            Term(c, tuple((names[g], power) for g, power in monomial))
+            Term(c * each_block(monomial), tuple((names[g], p) for g, p in monomial))
             for monomial, c in sorted(total.items())
         ]
         return Polynomial(sizes, tuple(terms))

@@ -180,11 +180,11 @@ class _After(NamedTuple):
 def _greedy(state: State, budget: float) -> _After:
     spent = float(state.value())
     while spent > budget * (1 + 1e-9) or state.value() > budget:
-        saved = state.changes(1)
+        saved, loss = state.changes(1), state.next_losses()
         with np.errstate(divide="ignore", invalid="ignore"):
-            price = np.where(saved > 0, state.next_losses() / saved, np.inf)
-        # What saves nothing goes last, if all that is left must go.
-        best = price.argmin() if np.isfinite(price).any() else saved.argmax()
+            price = np.where(saved > 0, loss / saved, np.inf)
+        # What saves nothing goes last: a step of a measured cost may lie beyond it.
+        best = price.argmin() if np.isfinite(price).any() else loss.argmin()
         state.gone[best] += 1
         spent -= saved[best]
     return _fill(state, budget)
