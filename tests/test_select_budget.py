@@ -319,3 +319,20 @@ def test_bad_input_is_refused():
     with pytest.raises(ValueError, match="needs a polynomial cost, got BitOperations"):
         select.to_budget(found, ones, bits, budget=0.5 * bits.full, method="exact")
     assert select.to_budget(found, ones, bits, budget=0.5 * bits.full).cost > 0
+
+
+def test_a_second_round_removes_once_what_was_asked():
+    """Decisions are values: nothing remembers, or repeats, the first."""
+    params = {"w1": np.ones((3, 20)), "b1": np.ones(20), "w2": np.ones((20, 12))}
+    params = {
+        n: x.astype(np.float32) for n, x in (params | {"w3": np.ones((12, 2))}).items()
+    }
+    fn, sizes = mlp, []
+    for _ in range(2):
+        groups = jaxprune.trace(fn, params, jnp.ones((1, 3)))
+        scores = jax.device_get(group_scores(groups, magnitude(params)))
+        keep = select.per_group(groups, scores, sparsity=0.5)
+        masks = jaxprune.expand_masks(groups, keep)
+        fn, params = jaxprune.narrow(fn, masks), jaxprune.slice_params(params, masks)
+        sizes.append([params["w1"].shape[1], params["w2"].shape[1]])
+    assert sizes == [[10, 6], [5, 3]]

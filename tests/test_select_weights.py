@@ -116,7 +116,7 @@ def test_the_threshold_is_an_entry_at_its_place(share, kind, monkeypatch):
         "sorted": np.sort(x),
         "two values": (x > 0.3).astype(np.float32),
     }[kind]
-    monkeypatch.setattr(thresholds, "_SAMPLE", 1 << 12)
+    monkeypatch.setattr(thresholds, "_SMALL", 1 << 9)
     monkeypatch.setattr(thresholds, "_CHUNK", 1 << 10)
     scores = {"a": values[:30_000].reshape(300, 100), "b": values[30_000:]}
     expected = np.sort(values)[round(share * values.size)]
@@ -133,11 +133,28 @@ def test_the_threshold_is_an_entry_at_its_place(share, kind, monkeypatch):
 def test_a_bracket_that_misses_is_searched_again(monkeypatch):
     rng = np.random.default_rng(0)
     values = rng.permutation(50_000).astype(np.float32)
-    monkeypatch.setattr(thresholds, "_SAMPLE", 1 << 10)
-    for bracket in [(10.0, 20.0), (40_000.0, 40_001.0), (7.0, 7.0)]:
-        monkeypatch.setattr(thresholds, "_bracket", lambda *_, b=bracket: b)
+    monkeypatch.setattr(thresholds, "_SMALL", 1 << 12)
+    right = thresholds._bracket
+    for wrong in [(10.0, 20.0), (40_000.0, 40_001.0), (7.0, 7.5)]:
+
+        def bracket(sample, share, spread, wrong=wrong):
+            return wrong if spread < 10 else right(sample, share, spread)
+
+        monkeypatch.setattr(thresholds, "_bracket", bracket)
         for k in (0, 7, 10, 15, 20, 25_000, 40_000, 40_001, 49_999):
             assert thresholds.kth_smallest([values], k) == k
+
+
+def test_infinite_scores_have_their_place():
+    values = np.r_[np.full(300, -np.inf), np.arange(400.0), np.full(300, np.inf)]
+    small, thresholds._SMALL = thresholds._SMALL, 100
+    try:
+        for k, expected in ((0, -np.inf), (299, -np.inf), (300, 0.0), (700, np.inf)):
+            assert thresholds.kth_smallest([values], k) == expected
+        with pytest.raises(FloatingPointError, match="NaN"):
+            thresholds.kth_smallest([np.r_[values, np.nan]], 500)
+    finally:
+        thresholds._SMALL = small
 
 
 def test_the_threshold_is_the_same_in_a_jit():

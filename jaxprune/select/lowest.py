@@ -9,7 +9,7 @@ order-preserving integers (`jaxprune.select.bisection`).
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,8 +17,8 @@ from jax.core import Tracer
 
 from jaxprune.select.bisection import Wide, kth_traced, lowest_traced
 
-_CHUNK = 1 << 16  # entries that stay in a core's cache with what is made of them
-_SAMPLE = 1 << 17
+_CHUNK = 1 << 18  # entries that stay in a core's cache with what is made of them
+_SMALL = 1 << 18  # so few are partitioned at once
 
 
 def lowest(leaves: Sequence[Any], count: int | Wide, caps: Sequence[int]) -> list[Any]:
@@ -81,24 +81,25 @@ def kth_smallest(arrays: Sequence[np.ndarray], k: int) -> Any:
         k: in ``[0, total)``.
     """
     total = sum(array.size for array in arrays)
-    if total <= 4 * _SAMPLE:
-        every = np.concatenate(arrays)
-        _refuse_nan(every)
-        return np.partition(every, k)[k]
-    low, high = _bracket(arrays, k, total)
-    while True:
-        upto_low, inside = _scan(arrays, low, high)
-        if k < upto_low:
-            # A sample misses about once in a million; what it misses is all below.
-            if sum(_count(np.less, array, low) for array in arrays) <= k:
-                return low
-            low, high = -np.inf, low
-        elif k < upto_low + len(inside):
-            return np.partition(inside, k - upto_low)[k - upto_low]
-        else:
-            if k < sum(_count(np.less_equal, array, high) for array in arrays):
-                return high
-            low, high = high, np.inf
+    if total <= _SMALL:
+        return _place(np.concatenate(arrays), k)
+    sample = _sample(arrays, total)
+    for spread in (4.0, 40.0, np.inf):  # standard deviations; one in 10 000 misses
+        low, high = _bracket(sample, k / total, spread)
+        upto, inside = _scan(arrays, low, high)
+        if 0 <= k - upto < len(inside):
+            return _place(inside, k - upto)
+        if k < upto and sum(_count(np.less, array, low) for array in arrays) <= k:
+            return low
+        if k >= upto and sum(_count(np.less_equal, x, high) for x in arrays) > k:
+            return high
+    raise AssertionError("between -inf and inf lies everything")
+
+
+def _place(array: np.ndarray, k: int) -> Any:
+    if np.isnan(array).any():
+        raise FloatingPointError("scores are NaN")
+    return np.partition(array, k)[k]
 
 
 def count_nan(leaf: Any) -> int:
@@ -109,40 +110,43 @@ def count_nan(leaf: Any) -> int:
     return int(np.isnan(array).sum())
 
 
-def _bracket(arrays: Sequence[np.ndarray], k: int, total: int) -> tuple[Any, Any]:
-    """Two entries between which entry `k` lies, almost surely."""
-    rng = np.random.default_rng(0)
-    run = 16  # entries of one cache line cost as much as one
+def _sample(arrays: Sequence[np.ndarray], total: int) -> np.ndarray:
+    """Every 64th entry or so, in runs: reading one costs as much as its neighbours."""
+    rng, run = np.random.default_rng(0), 64
     found = []
     for array in arrays:
-        starts = rng.integers(
-            max(array.size - run, 1), size=_SAMPLE * array.size // total // run + 1
-        )
-        found.append(array[(starts[:, None] + np.arange(run)).clip(max=array.size - 1)])
-    sample = np.sort(np.concatenate([part.ravel() for part in found]))
-    # Runs are correlated: count each as a few independent draws.
-    spread = 6 * np.sqrt(k / total * (1 - k / total) * 4 / len(sample)) + 1e-5
-    low = math.floor((k / total - spread) * len(sample))
-    high = math.ceil((k / total + spread) * len(sample))
-    below = sample[low] if low >= 0 else -np.inf
-    return below, sample[high] if high < len(sample) else np.inf
+        if array.size < run:
+            found.append(array)
+            continue
+        starts = rng.integers(array.size - run + 1, size=array.size // run**2 + 1)
+        windows = np.lib.stride_tricks.sliding_window_view(array, run)
+        found.append(windows[starts].ravel())
+    return np.concatenate(found)
+
+
+def _bracket(sample: np.ndarray, share: float, spread: float) -> tuple[Any, Any]:
+    """Two different numbers between which lies what a share of all is below."""
+    n = len(sample)
+    # Neighbours are alike: two of them count as one draw.
+    error = spread * (math.sqrt(share * (1 - share) * 2 / n) + 1 / n)
+    low, high = -np.inf, np.inf
+    if share - error > 0:
+        low = kth_smallest([sample], math.floor((share - error) * n))
+    if share + error < 1:
+        high = kth_smallest([sample], math.floor((share + error) * n))
+    return low, max(high, np.nextafter(low, sample.dtype.type(np.inf)))
 
 
 def _scan(arrays: Sequence[np.ndarray], low: Any, high: Any) -> tuple[int, np.ndarray]:
-    """How many entries are at most `low`, and those strictly between the two."""
+    """How many entries are at most `low`, and those between the two; NaN among them."""
 
     def part(array: np.ndarray) -> tuple[int, np.ndarray]:
-        _refuse_nan(array)
-        upto = array <= low
-        return int(np.count_nonzero(upto)), array[(array < high) > upto]
+        upto, above = array <= low, array >= high
+        # Never both, as low < high: equal means neither.
+        return int(np.count_nonzero(upto)), array[np.equal(upto, above, out=above)]
 
     found = _each_chunk(part, arrays)
     return sum(n for n, _ in found), np.concatenate([inside for _, inside in found])
-
-
-def _refuse_nan(array: np.ndarray) -> None:
-    if np.isnan(array.max()):  # the maximum is NaN if any entry is, and is fast to find
-        raise FloatingPointError("scores are NaN")
 
 
 def _count(compare: Any, array: np.ndarray, bound: Any) -> int:
@@ -161,62 +165,77 @@ def _each_chunk(
         for array in arrays
         for start in range(0, array.size, _CHUNK)
     ]
-    if len(chunks) < 64:
+    if len(chunks) < 16:
         return [fn(chunk) for chunk in chunks]
-    spans = [chunks[start : start + 32] for start in range(0, len(chunks), 32)]
+    spans = [chunks[start : start + 8] for start in range(0, len(chunks), 8)]
     with ThreadPoolExecutor() as pool:
         done = pool.map(lambda span: [fn(chunk) for chunk in span], spans)
         return [found for span in done for found in span]
 
 
+class _Loss(NamedTuple):
+    """What one leaf loses.
+
+    Attributes:
+        entries: how many.
+        bound: the largest of them, if `below` and `upto` are about it; else None.
+        below: how many entries are less than the bound.
+        upto: how many are at most the bound.
+    """
+
+    entries: int
+    bound: Any = None
+    below: int = 0
+    upto: int = 0
+
+
 def _lowest_on_host(
     flat: Sequence[np.ndarray], count: int, caps: Sequence[int]
 ) -> list[np.ndarray]:
-    losses, bound = _losses(flat, count, caps)
-    return [_mark(array, loss, bound) for array, loss in zip(flat, losses, strict=True)]
+    losses = _losses(flat, count, caps)
+    return [_mark(array, loss) for array, loss in zip(flat, losses, strict=True)]
 
 
-def _losses(
-    flat: Sequence[np.ndarray], count: int, caps: Sequence[int]
-) -> tuple[list[int], Any]:
-    """How many entries each leaf loses, and their common threshold.
+def _losses(flat: Sequence[np.ndarray], count: int, caps: Sequence[int]) -> list[_Loss]:
+    """What each leaf loses of `count` entries in all.
 
-    The threshold is the smallest t with ``sum_l min(cap_l, #(leaf_l <= t)) >= count``.
-    A leaf with more than its cap at or below a t that is too small has its cap at
-    every larger one too: it leaves the search, and the others share what is left.
+    The common threshold is the smallest t with ``sum_l min(cap_l, #(leaf_l <= t)) >=
+    count``. A leaf with more than its cap at or below a t that is too small has its cap
+    at every larger one too: it leaves the search, and the others share what is left.
     """
-    full = {k for k, array in enumerate(flat) if not array.size or not caps[k]}
-    while True:
-        rest = [k for k in range(len(flat)) if k not in full]
-        left = count - sum(caps[k] for k in full)
-        losses = [caps[k] if k in full else 0 for k in range(len(flat))]
-        if left <= 0 or not rest:
-            return losses, None
-        bound = kth_smallest([flat[k] for k in rest], left - 1)
+    losses = [_Loss(0)] * len(flat)
+    rest = [k for k, array in enumerate(flat) if array.size and caps[k]]
+    while rest and count:
+        bound = kth_smallest([flat[k] for k in rest], count - 1)
         upto = {k: _count(np.less_equal, flat[k], bound) for k in rest}
-        if sum(min(caps[k], upto[k]) for k in rest) >= left:
+        if sum(min(caps[k], upto[k]) for k in rest) >= count:
             break
-        full |= {k for k in rest if upto[k] > caps[k]}
+        for k in [k for k in rest if upto[k] > caps[k]]:
+            losses[k] = _Loss(caps[k])
+            count -= caps[k]
+            rest.remove(k)
+    else:
+        return losses
+    below = {k: _count(np.less, flat[k], bound) for k in rest}
+    ties = count - sum(min(caps[k], below[k]) for k in rest)
     for k in rest:
-        losses[k] = min(caps[k], _count(np.less, flat[k], bound))
-    for k in rest:
-        room = min(caps[k], upto[k]) - losses[k]
-        losses[k] += min(room, count - sum(losses))
-    return losses, bound
+        least = min(caps[k], below[k])
+        more = min(ties, min(caps[k], upto[k]) - least)
+        losses[k] = _Loss(least + more, bound, below[k], upto[k])
+        ties -= more
+    return losses
 
 
-def _mark(array: np.ndarray, loss: int, bound: Any) -> np.ndarray:
-    """The lowest `loss` entries; `bound` is where to start looking for the last."""
-    if not loss:
+def _mark(array: np.ndarray, loss: _Loss) -> np.ndarray:
+    """The lowest entries of a leaf; of equal ones the first."""
+    count, bound, below, upto = loss
+    if not count:
         return np.zeros(array.shape, bool)
-    upto, below = (
-        (0, 0)
-        if bound is None
-        else (_count(compare, array, bound) for compare in (np.less_equal, np.less))
-    )
-    if not below <= loss <= upto:
-        bound = kth_smallest([array], loss - 1)
+    if bound is None or below > count:  # held back by its cap: the bound is its own
+        bound = kth_smallest([array], count - 1)
+        below, upto = (_count(c, array, bound) for c in (np.less, np.less_equal))
+    if upto == count:
+        return array <= bound
     removed = array < bound
-    ties = loss - int(np.count_nonzero(removed))
-    removed[np.flatnonzero(array == bound)[:ties]] = True
+    removed[np.flatnonzero(array == bound)[: count - below]] = True
     return removed
