@@ -1,13 +1,27 @@
 """Strict numerics for every test: no silent rank or dtype promotion."""
 
+import atexit
 import os
+import shutil
+import tempfile
+
+# Tests meet the same small programs again and again: compile each once a run, for all
+# workers and the processes they start. Set the variable to keep the programs between runs.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="jaxprune-tests-")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import jax
 import pytest
 
-# Tests compile far more than they run: the same XLA programs, without LLVM's slow passes
-# (a third of all processor time). Read by the first computation, not by the import.
+# They compile far more than they run: the same XLA programs, without LLVM's slow passes
+# (a third of all processor time) and, where XLA still has the choice, without its MLIR
+# emitters (another third). Read by the first computation, not by the import.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+if jax.__version_info__ < (0, 11):
+    QUICK += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK}".strip()
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
