@@ -15,7 +15,6 @@ parameters, then batches: any iterable of trees of arrays with the examples alon
 from jaxprune.scores.activations import apoz as apoz
 from jaxprune.scores.activations import entropy as entropy
 from jaxprune.scores.activations import mean_activation as mean_activation
-from jaxprune.scores.activations import wanda as wanda
 from jaxprune.scores.curvature import fisher as fisher
 from jaxprune.scores.curvature import grasp as grasp
 from jaxprune.scores.curvature import hessian_diagonal as hessian_diagonal
@@ -31,6 +30,7 @@ from jaxprune.scores.grouping import Normalize as Normalize
 from jaxprune.scores.grouping import Reduce as Reduce
 from jaxprune.scores.grouping import group_scores as group_scores
 from jaxprune.scores.grouping import normalized as normalized
+from jaxprune.scores.products import wanda as wanda
 from jaxprune.scores.weights import activation_probability as activation_probability
 from jaxprune.scores.weights import batch_norm_scale as batch_norm_scale
 from jaxprune.scores.weights import l1 as l1

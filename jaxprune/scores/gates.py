@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxprune.coupling.groups import Groups
 from jaxprune.masks import PyTree
 from jaxprune.scores.streaming import Batches, LossFn, averaged, examples_in, singles
-from jaxprune.taps.units import gate
+from jaxprune.taps.gates import gate
 
 
 def group_fisher(

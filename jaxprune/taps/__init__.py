@@ -6,7 +6,7 @@ transformations of the function, like `jax.vmap`: they work under jit, grad and 
 on Linen, NNX, Equinox and plain code.
 """
 
+from jaxprune.taps.gates import gate as gate
 from jaxprune.taps.named import modify as modify
 from jaxprune.taps.named import names as names
 from jaxprune.taps.named import read as read
-from jaxprune.taps.units import gate as gate
