@@ -2,10 +2,12 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 from typing import Any
 
-SCRIPT = pathlib.Path(__file__).parent / "torch_pruning_side.py"
+MODULE = "benchmarks.torch_pruning_side"
+ROOT = pathlib.Path(__file__).parent.parent
 
 
 class TorchPruning:
@@ -17,9 +19,11 @@ class TorchPruning:
             self.missing = "no --torch-python given"
             return
         self.missing = f"{python} cannot import torch and torch_pruning"
+        command = pathlib.Path(shutil.which(python) or python).absolute()
         try:
             self._process = subprocess.Popen(
-                [python, str(SCRIPT)],
+                [str(command), "-m", MODULE],
+                cwd=ROOT,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

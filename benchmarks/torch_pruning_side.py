@@ -9,7 +9,7 @@ one line of JSON on stdout: seconds of wall and processor time to build the depe
 graph, to set up the pruner and to remove half of all channels, ranked globally by the
 L2 norm of their group. By hand::
 
-    echo '{"net": "resnet50"}' | torch-env/bin/python benchmarks/torch_pruning_side.py
+    echo '{"net": "resnet50"}' | torch-env/bin/python -m benchmarks.torch_pruning_side
 """
 
 import importlib.metadata
@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 import torch_pruning as tp
-from torch_nets import BUILDERS, Attention
+
+from benchmarks.torch_nets import BUILDERS, Attention
 
 
 def measure(net: str, sizes: list[int]) -> dict[str, Any]:

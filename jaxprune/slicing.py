@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
 
 from jaxprune.masks import (
     PyTree,
@@ -22,6 +21,7 @@ from jaxprune.masks import (
     pair_masks,
     zero_removed,
 )
+from jaxprune.placement import empty, on_host, placed_like
 
 
 def slice_params(params: PyTree, masks: PyTree) -> PyTree:
@@ -184,10 +184,12 @@ def _slice_leaf(path: str, leaf: Any, mask: Any) -> Any:
 def _take(leaf: Any, positions: np.ndarray, axis: int) -> Any:
     if isinstance(leaf, np.ndarray):
         return np.compress(positions, leaf, axis)
-    if _in_host_memory(leaf):
-        # Compiling a gather for every shape takes longer than the gathers.
-        smaller = np.compress(positions, np.asarray(leaf), axis)
-        return jax.device_put(smaller, leaf.sharding if leaf.committed else None)
+    if on_host(leaf):
+        shape = list(leaf.shape)
+        shape[axis] = int(positions.sum())
+        smaller = empty(shape, leaf.dtype)
+        np.compress(positions, np.asarray(leaf), axis, out=smaller)
+        return placed_like(smaller, leaf)
     return jnp.take(
         leaf,
         np.flatnonzero(positions),
@@ -195,18 +197,6 @@ def _take(leaf: Any, positions: np.ndarray, axis: int) -> Any:
         unique_indices=True,
         indices_are_sorted=True,
         mode="clip",
-    )
-
-
-def _in_host_memory(leaf: Any) -> bool:
-    """Is it a plain array on the only device of the host itself?"""
-    return (
-        isinstance(leaf, jax.Array)
-        and not isinstance(leaf, Tracer)
-        and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
-        and not leaf.weak_type
-        and {device.platform for device in leaf.sharding.device_set} == {"cpu"}
-        and len(leaf.sharding.device_set) == 1
     )
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from jaxprune.coupling.groups import Groups
 from jaxprune.coupling.jaxprs import trace_program
 from jaxprune.masks import PyTree
+from jaxprune.scores.leafwise import widened
 from jaxprune.scores.streaming import (
     Batches,
     averaged,
@@ -25,7 +26,6 @@ from jaxprune.scores.streaming import (
     shown,
     singles,
 )
-from jaxprune.scores.weights import widened
 from jaxprune.taps.gates import Observe, observe
 
 ApplyFn = Callable[[PyTree, Any], Any]

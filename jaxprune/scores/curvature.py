@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxprune.masks import PyTree
 from jaxprune.scores.gradients import mean_gradient
+from jaxprune.scores.leafwise import widened
 from jaxprune.scores.streaming import (
     Batches,
     LossFn,
@@ -22,7 +23,6 @@ from jaxprune.scores.streaming import (
     twice,
 )
 from jaxprune.scores.trees import scaled, times
-from jaxprune.scores.weights import widened
 
 
 def grasp(

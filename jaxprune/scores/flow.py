@@ -9,8 +9,8 @@ from jax.core import Tracer
 
 from jaxprune.coupling.jaxprs import is_array, keystr
 from jaxprune.masks import PyTree, named_leaves, parameter_paths
+from jaxprune.scores.leafwise import is_float, widened
 from jaxprune.scores.streaming import joined
-from jaxprune.scores.weights import is_float, widened
 
 
 def synflow(

@@ -1,12 +1,16 @@
 """Scores that compare the units of a group with each other."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxprune.coupling.groups import Groups, Member
 from jaxprune.masks import PyTree
+from jaxprune.placement import on_host, placed_like
 from jaxprune.scores.grouping import Members, scored_leaves, scored_members
-from jaxprune.scores.weights import widened
+from jaxprune.scores.leafwise import numbers, widened
 
 
 def geometric_median(
@@ -46,34 +50,42 @@ def geometric_median(
         Networks Acceleration <https://arxiv.org/abs/1811.00250>`_, 2018
     """
     leaves = scored_leaves(groups, params)
-    return {
-        name: _summed_distances(
-            [
-                _unit_vectors(member, leaves[member.path])
-                for member in scored_members(group, leaves, members)
-            ]
-        )
-        for name, group in groups.items()
-    }
+    found = {}
+    for name, group in groups.items():
+        scored = scored_members(group, leaves, members)
+        own = [leaves[member.path] for member in scored]
+        if on_host(*own):
+            with np.errstate(all="ignore"):  # as in JAX, inf and NaN are no events
+                distances = _summed_distances(
+                    np, scored, [numbers(leaf) for leaf in own]
+                )
+            found[name] = placed_like(distances, own[0])
+        else:
+            found[name] = _summed_distances(
+                jnp, scored, [widened(leaf) for leaf in own]
+            )
+    return found
 
 
-def _unit_vectors(member: Member, leaf: jax.Array) -> jax.Array:
+def _summed_distances(xp: Any, members: list[Member], leaves: list[Any]) -> Any:
+    vectors = [_unit_vectors(xp, *pair) for pair in zip(members, leaves, strict=True)]
+    squares = sum(_squared_distances(xp, each) for each in vectors)
+    # A unit is at distance 0 from itself, whatever rounding says.
+    off = ~xp.eye(len(vectors[0]), dtype=bool)
+    squares = xp.where(off, squares, xp.zeros_like(squares)).clip(min=0)
+    return xp.sqrt(squares).sum(1)
+
+
+def _unit_vectors(xp: Any, member: Member, leaf: Any) -> Any:
     """What every unit holds of a leaf, ``[size, entries]``."""
-    first = jnp.moveaxis(widened(leaf), member.axis, 0)
+    first = xp.moveaxis(leaf, member.axis, 0)
     return first[member.index].reshape(len(member.index), -1)
 
 
-def _summed_distances(vectors: list[jax.Array]) -> jax.Array:
-    squares = sum(_squared_distances(each) for each in vectors)
-    # A unit is at distance 0 from itself, whatever rounding says.
-    off = ~jnp.eye(len(vectors[0]), dtype=bool)
-    return jnp.sqrt(jnp.where(off, squares, 0).clip(min=0)).sum(1)
-
-
-def _squared_distances(vectors: jax.Array) -> jax.Array:
+def _squared_distances(xp: Any, vectors: Any) -> Any:
     """``|a|^2 + |b|^2 - 2ab``, centred first: what all units share must not cancel."""
     centred = vectors - vectors.mean(0, keepdims=True)
-    exact = jax.lax.Precision.HIGHEST
-    products = jnp.real(jnp.matmul(centred, centred.conj().T, precision=exact))
-    norms = jnp.diagonal(products)
+    exact = {"precision": jax.lax.Precision.HIGHEST} if xp is jnp else {}
+    products = xp.real(xp.matmul(centred, centred.conj().T, **exact))
+    norms = xp.diagonal(products)
     return norms[:, None] + norms[None, :] - 2 * products

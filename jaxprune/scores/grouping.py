@@ -1,15 +1,19 @@
 """From scores of single weights to one number per unit of a group."""
 
+import functools
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxprune.coupling.groups import Group, Groups, Member
 from jaxprune.masks import PyTree, named_leaves, parameter_paths
-from jaxprune.scores.weights import share_of_larger, widened
+from jaxprune.placement import on_host, placed_like
+from jaxprune.scores.leafwise import numbers, widened
+from jaxprune.scores.weights import share_of_larger
 
 Reduce = Literal["l1", "l2", "sum", "mean", "max", "abs_of_sum", "square_of_sum"]
 Normalize = Literal["sum", "mean", "max", "gaussian", "lamp"]
@@ -78,15 +82,15 @@ def group_scores(
         Fang et al., `DepGraph <https://arxiv.org/abs/2301.12900>`_, 2023
         (all coupled members)
     """
-    _check_choice("reduce", reduce, _TERMS)
+    _check_choice("reduce", reduce, get_args(Reduce))
     leaves = scored_leaves(groups, scores)
-    return normalized(
-        {
-            name: _unit_scores(scored_members(group, leaves, members), leaves, reduce)
-            for name, group in groups.items()
-        },
-        normalize,
-    )
+    chosen = [scored_members(group, leaves, members) for group in groups.values()]
+    leaves = {member.path: leaves[member.path] for each in chosen for member in each}
+    places = tuple(tuple((m.path, m.axis) for m in each) for each in chosen)
+    indices = [[member.index for member in each] for each in chosen]
+    compute = _scores_on_host if on_host(*leaves.values()) else _compiled_scores
+    found = compute(leaves, indices, places, reduce)
+    return normalized(dict(zip(groups, found, strict=True)), normalize)
 
 
 def normalized(
@@ -110,69 +114,144 @@ def normalized(
         {'h': Array([0.75, 0.25], dtype=float32)}
     """
     _check_choice("normalize", normalize, (None, *get_args(Normalize)))
-    return {name: _normalized(each, normalize) for name, each in unit_scores.items()}
+    if normalize is None:
+        return dict(unit_scores)
+    each = list(unit_scores.values())
+    if on_host(*each):
+        with np.errstate(all="ignore"):  # as in JAX, inf and NaN are no events
+            done = [_normalized(np, np.asarray(one), normalize) for one in each]
+        done = map(placed_like, done, each)
+    else:
+        done = _compiled_normalized(each, normalize)
+    return dict(zip(unit_scores, done, strict=True))
 
 
-_TERMS: Mapping[str, Callable[[jax.Array], jax.Array]] = {
-    "l1": jnp.abs,
-    "l2": jnp.square,
-    "sum": lambda s: s,
-    "mean": lambda s: s,
-    "max": lambda s: s,
-    "abs_of_sum": lambda s: s,
-    "square_of_sum": lambda s: s,
-}
+# --- the scores of all groups, in numpy on the host, else in one program -------------
+
+
+Leaves: TypeAlias = Mapping[str, Any]
+Places: TypeAlias = Sequence[Sequence[tuple[str, int]]]  # members' (path, axis)
+Indices: TypeAlias = Sequence[Sequence[np.ndarray]]  # and their positions
 
 
 def _unit_scores(
-    members: list[Member], leaves: Mapping[str, jax.Array], reduce: Reduce
-) -> jax.Array:
-    scored = [(member, leaves[member.path]) for member in members]
-    parts = jnp.stack([_member_scores(member, leaf, reduce) for member, leaf in scored])
-    if reduce == "max":
-        return parts.max(0)
-    total = parts.sum(0)
-    if reduce == "l2":
-        return _sqrt(total)
-    if reduce == "mean":
-        entries = [m.repeats * math.prod(s.shape) // s.shape[m.axis] for m, s in scored]
-        return total / sum(entries)
-    if reduce == "abs_of_sum":
-        return jnp.abs(total)
-    return jnp.square(total) if reduce == "square_of_sum" else total
-
-
-def _member_scores(member: Member, scores: jax.Array, reduce: Reduce) -> jax.Array:
-    terms = _TERMS[reduce](widened(scores))
-    others = tuple(axis for axis in range(scores.ndim) if axis != member.axis)
+    xp: Any, leaves: Leaves, indices: Indices, places: Places, reduce: Reduce
+) -> list[Any]:
+    """The scores of every group."""
+    add_up = _add_up if xp is jnp else _add_up_on_host
+    every = dict.fromkeys(place for each in places for place in each)
     # Reduce first, then pick: the gather is over one axis, never over the parameter.
+    lines = {(path, d): add_up(leaves[path], d, reduce) for path, d in every}
+    found = []
+    for each, own in zip(places, indices, strict=True):
+        parts = [(lines[at], index) for at, index in zip(each, own, strict=True)]
+        if reduce == "max":
+            found.append(xp.stack([line[i].max(1) for line, i in parts]).max(0))
+            continue
+        total = xp.stack([line[index].sum(1) for line, index in parts]).sum(0)
+        shapes = [(leaves[path].shape, d) for path, d in each]
+        entries = sum(
+            index.shape[1] * (math.prod(shape) // shape[d])
+            for (shape, d), index in zip(shapes, own, strict=True)
+        )
+        found.append(_finished(xp, total, reduce, entries))
+    return found
+
+
+_compiled_scores = jax.jit(
+    functools.partial(_unit_scores, jnp), static_argnames=("places", "reduce")
+)
+
+
+def _scores_on_host(
+    leaves: Leaves, indices: Indices, places: Places, reduce: Reduce
+) -> list[jax.Array]:
+    with np.errstate(all="ignore"):  # as in JAX, inf and NaN are no events
+        found = _unit_scores(np, leaves, indices, places, reduce)
+    done = []
+    for units, each in zip(found, places, strict=True):
+        own = [leaves[path] for path, _ in each]
+        dtype = np.result_type(*(_wide_dtype(leaf) for leaf in own))
+        done.append(placed_like(units.astype(dtype), own[0]))
+    return done
+
+
+def _wide_dtype(leaf: Any) -> Any:
+    return numbers(np.zeros(0, leaf.dtype)).dtype
+
+
+def _term(xp: Any, scores: Any, reduce: Reduce) -> Any:
+    """What one entry adds to the score of its unit."""
+    if reduce == "l1":
+        return xp.abs(scores)
+    return xp.square(scores) if reduce == "l2" else scores
+
+
+def _add_up(scores: jax.Array, axis: int, reduce: Reduce) -> jax.Array:
+    """The terms of all entries at every position of an axis, reduced."""
+    others = tuple(other for other in range(scores.ndim) if other != axis)
+    terms = _term(jnp, widened(scores), reduce)
+    return terms.max(others) if reduce == "max" else terms.sum(others)
+
+
+_CHUNK = 1 << 18  # entries that stay in a core's cache with their terms
+
+
+def _add_up_on_host(scores: Any, axis: int, reduce: Reduce) -> np.ndarray:
+    """`_add_up`, a chunk at a time; the sums of chunks add up in double precision."""
+    whole = np.asarray(scores)
+    before, size = math.prod(whole.shape[:axis]), whole.shape[axis]
+    grid = whole.reshape(before, size, math.prod(whole.shape[axis + 1 :]))
     if reduce == "max":
-        return terms.max(others)[member.index].max(1)
-    return terms.sum(others)[member.index].sum(1)
+        return grid.max((0, 2))
+    total = np.zeros(size, np.result_type(_wide_dtype(whole), np.float64))
+    columns = max(1, _CHUNK // max(1, grid.shape[2]))
+    rows = max(1, columns // max(1, size))
+    for start in range(0, before, rows):
+        for first in range(0, size, columns):
+            part = grid[start : start + rows, first : first + columns]
+            sums = _term(np, numbers(part), reduce).sum((0, 2))
+            total[first : first + columns] += sums
+    return total
 
 
-def _sqrt(total: jax.Array) -> jax.Array:
+def _finished(xp: Any, total: Any, reduce: Reduce, entries: int) -> Any:
+    if reduce == "l2":
+        return _sqrt(xp, total)
+    if reduce == "mean":
+        return total / entries
+    if reduce == "abs_of_sum":
+        return xp.abs(total)
+    return xp.square(total) if reduce == "square_of_sum" else total
+
+
+def _sqrt(xp: Any, total: Any) -> Any:
     """Square root with gradient 0 at 0, so that a dead unit does not yield NaN."""
     zero = total == 0
-    return jnp.where(zero, 0, jnp.sqrt(jnp.where(zero, 1, total)))
+    zeros, ones = xp.zeros_like(total), xp.ones_like(total)
+    return xp.where(zero, zeros, xp.sqrt(xp.where(zero, ones, total)))
 
 
-def _normalized(scores: jax.Array, normalize: Normalize | None) -> jax.Array:
-    if normalize is None:
-        return scores
+def _normalized(xp: Any, scores: Any, normalize: Normalize) -> Any:
     if normalize == "gaussian":
         # Rounding leaves a tiny deviation on equal scores; it must not be blown up.
         equal = scores.max() == scores.min()
-        spread = jnp.where(equal, jnp.inf, scores.std())
+        spread = scores.std()
+        spread = xp.where(equal, xp.full_like(spread, xp.inf), spread)
         return (scores - scores.mean()) / spread
     if normalize == "lamp":
-        return share_of_larger(jnp.square(scores))
-    scale = getattr(jnp, normalize)(scores)
-    return scores / jnp.where(scale == 0, 1, scale)
+        return share_of_larger(xp.square(scores), xp)
+    scale = getattr(xp, normalize)(scores)
+    return scores / xp.where(scale == 0, xp.ones_like(scale), scale)
+
+
+@functools.partial(jax.jit, static_argnames="normalize")
+def _compiled_normalized(unit_scores: list[Any], normalize: Normalize) -> list[Any]:
+    return [_normalized(jnp, each, normalize) for each in unit_scores]
 
 
 def scored_members(
-    group: Group, leaves: Mapping[str, jax.Array], members: Members
+    group: Group, leaves: Mapping[str, Any], members: Members
 ) -> list[Member]:
     """The members of a group that have a score.
 
@@ -188,7 +267,7 @@ def scored_members(
     return scored
 
 
-def scored_leaves(groups: Groups, scores: PyTree) -> dict[str, jax.Array]:
+def scored_leaves(groups: Groups, scores: PyTree) -> dict[str, Any]:
     """Traced path -> score, for parameters only."""
     leaves = named_leaves(scores)
     if not all(path in groups.shapes for path in leaves):
@@ -207,7 +286,7 @@ def scored_leaves(groups: Groups, scores: PyTree) -> dict[str, jax.Array]:
                 f"{groups.shapes[path]}; were they made after slicing?"
             )
     parameters = parameter_paths(groups.shapes)
-    return {path: jnp.asarray(s) for path, s in leaves.items() if path in parameters}
+    return {path: s for path, s in leaves.items() if path in parameters}
 
 
 def _check_choice(what: str, value: Any, choices: Any) -> None:

@@ -10,13 +10,13 @@ import numpy as np
 from jaxprune.coupling.jaxprs import keystr, trace_program
 from jaxprune.masks import PyTree
 from jaxprune.scores.activations import ApplyFn
+from jaxprune.scores.leafwise import widened
 from jaxprune.scores.streaming import (
     Batches,
     floating,
     joined,
     summed,
 )
-from jaxprune.scores.weights import widened
 from jaxprune.taps.named import call
 from jaxprune.taps.products import Product, products
 from jaxprune.taps.program import Tap

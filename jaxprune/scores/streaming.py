@@ -13,7 +13,7 @@ from jax.core import Tracer
 
 from jaxprune.coupling.jaxprs import keystr
 from jaxprune.masks import PyTree, named_leaves
-from jaxprune.scores.weights import is_float, widened
+from jaxprune.scores.leafwise import is_float, widened
 
 LossFn = Callable[[PyTree, Any], jax.Array]
 Batches = Iterable[PyTree]

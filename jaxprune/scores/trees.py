@@ -5,7 +5,7 @@ from typing import Any
 import jax
 
 from jaxprune.masks import PyTree
-from jaxprune.scores.weights import widened
+from jaxprune.scores.leafwise import widened
 
 
 def times(params: PyTree, other: PyTree) -> PyTree:

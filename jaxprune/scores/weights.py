@@ -4,8 +4,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import scipy.special
 
 from jaxprune.masks import PyTree, named_leaves
+from jaxprune.placement import empty, on_host, placed_like
+from jaxprune.scores.leafwise import each_leaf, is_float, numbers, wide, widened
 
 
 def magnitude(params: PyTree) -> PyTree:
@@ -30,7 +34,7 @@ def magnitude(params: PyTree) -> PyTree:
         Han et al., `Learning both Weights and Connections for Efficient Neural
         Networks <https://arxiv.org/abs/1506.02626>`_, 2015
     """
-    return jax.tree.map(lambda leaf: jnp.abs(leaf) if is_float(leaf) else None, params)
+    return each_leaf(_absolute, params, is_float)
 
 
 def l1(params: PyTree) -> PyTree:
@@ -94,9 +98,7 @@ def lp(params: PyTree, p: float) -> PyTree:
     """
     if not p > 0:
         raise ValueError(f"p must be above 0, got {p}")
-    return jax.tree.map(
-        lambda leaf: jnp.abs(widened(leaf)) ** p if is_float(leaf) else None, params
-    )
+    return each_leaf(_power, params, is_float, p)
 
 
 def lamp(params: PyTree) -> PyTree:
@@ -133,22 +135,7 @@ def lamp(params: PyTree) -> PyTree:
         Lee et al., `Layer-adaptive sparsity for the Magnitude-based Pruning
         <https://arxiv.org/abs/2010.07611>`_, 2020
     """
-
-    def score(leaf: Any) -> jax.Array | None:
-        if not is_float(leaf) or leaf.ndim < 2:
-            return None
-        squares = jnp.square(jnp.abs(widened(leaf)))
-        return share_of_larger(squares.ravel()).reshape(leaf.shape)
-
-    return jax.tree.map(score, params)
-
-
-def share_of_larger(values: jax.Array) -> jax.Array:
-    """Every value over the sum of those that are not smaller: ``[n]`` to ``[n]``."""
-    ordered = jnp.sort(values)
-    tails = jnp.cumsum(ordered[::-1])[::-1]
-    total = tails[jnp.searchsorted(ordered, values)]
-    return values / jnp.where(total == 0, 1, total)
+    return each_leaf(_lamp, params, lambda leaf: is_float(leaf) and leaf.ndim > 1)
 
 
 def random(params: PyTree, key: jax.Array) -> PyTree:
@@ -207,10 +194,13 @@ def batch_norm_scale(params: PyTree, *, name: str = "scale") -> PyTree:
     leaves = named_leaves(params)
     places = [_place(path) for path in leaves]
     _check_called(places, name)
-    return jax.tree.structure(params).unflatten(
-        jnp.abs(leaf) if own == name else None
-        for (_, own), leaf in zip(places, leaves.values(), strict=True)
-    )
+    scored = {
+        path: leaf
+        for (_, own), (path, leaf) in zip(places, leaves.items(), strict=True)
+        if own == name
+    }
+    found = each_leaf(_absolute, scored, lambda leaf: True)
+    return jax.tree.structure(params).unflatten(map(found.get, leaves))
 
 
 def activation_probability(
@@ -263,13 +253,21 @@ def activation_probability(
     )
 
 
-def _above_zero(gamma: jax.Array, beta: jax.Array | None) -> jax.Array:
-    spread = jnp.abs(widened(gamma))
-    shift = jnp.zeros_like(spread) if beta is None else widened(beta)
+def _above_zero(gamma: Any, beta: Any) -> jax.Array:
+    given = (gamma,) if beta is None else (gamma, beta)
+    if on_host(*given):
+        return placed_like(_likelihood(np, *map(numbers, given)), gamma)
+    return _likelihood(jnp, *map(widened, given))
+
+
+def _likelihood(xp: Any, gamma: Any, beta: Any = None) -> Any:
+    spread = xp.abs(gamma)
+    shift = xp.zeros_like(spread) if beta is None else beta
     constant = spread == 0
-    ratio = shift / jnp.where(constant, 1, spread)
+    ratio = shift / xp.where(constant, xp.ones_like(spread), spread)
+    ndtr = scipy.special.ndtr if xp is np else jax.scipy.special.ndtr
     certain = (shift > 0).astype(spread.dtype)
-    return jnp.where(constant, certain, jax.scipy.special.ndtr(ratio))
+    return xp.where(constant, certain, ndtr(ratio))
 
 
 def _place(path: str) -> tuple[str, str]:
@@ -290,12 +288,24 @@ def _check_called(places: list[tuple[str, str]], name: str) -> None:
         )
 
 
-def is_float(leaf: Any) -> bool:
-    """Can this leaf have a score?"""
-    return jnp.issubdtype(leaf.dtype, jnp.inexact)
+def _absolute(xp: Any, leaf: Any) -> Any:
+    if xp is jnp:
+        return jnp.abs(leaf)
+    return np.abs(leaf, out=empty(leaf.shape, np.abs(leaf[..., :0]).dtype))
 
 
-def widened(leaf: Any) -> jax.Array:
-    """The leaf in at least single precision."""
-    leaf = jnp.asarray(leaf)
-    return leaf if jnp.finfo(leaf.dtype).bits >= 32 else leaf.astype(jnp.float32)
+def _power(xp: Any, leaf: Any, p: float) -> Any:
+    return xp.abs(wide(xp, leaf)) ** p
+
+
+def _lamp(xp: Any, leaf: Any) -> Any:
+    squares = xp.square(xp.abs(wide(xp, leaf)))
+    return share_of_larger(squares.ravel(), xp).reshape(leaf.shape)
+
+
+def share_of_larger(values: Any, xp: Any = jnp) -> Any:
+    """Every value over the sum of those that are not smaller: ``[n]`` to ``[n]``."""
+    ordered = xp.sort(values)
+    tails = xp.cumsum(ordered[::-1])[::-1]
+    total = tails[xp.searchsorted(ordered, values)]
+    return values / xp.where(total == 0, xp.ones_like(total), total)

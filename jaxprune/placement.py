@@ -1,0 +1,55 @@
+"""Where arrays lie: what numpy can read in place needs no compiler.
+
+Most of pruning runs once, on arrays of many shapes. On the host, compiling an operation
+for every shape takes a hundred times longer than the operations; numpy starts at once.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+_ALIGNMENT = 64  # bytes; from such an address JAX reads an array without copying it
+
+
+def on_host(*leaves: Any) -> bool:
+    """Can numpy read all of these where they are, as plain numbers?
+
+    True for numpy arrays and for concrete jax arrays on one processor of this host,
+    the same for all. Weakly typed arrays are left to JAX: numpy has none.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> on_host(np.ones(2)), bool(jax.jit(lambda x: on_host(x))(jnp.ones(2)))
+        (True, False)
+    """
+    devices = set()
+    for leaf in leaves:
+        if isinstance(leaf, np.ndarray | np.generic):
+            continue
+        if not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer):
+            return False
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.extended) or leaf.weak_type:
+            return False
+        devices |= leaf.sharding.device_set
+    here = jax.process_index()
+    return len(devices) <= 1 and all(
+        device.platform == "cpu" and device.process_index == here for device in devices
+    )
+
+
+def empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
+    """An array without numbers yet, in memory that JAX takes over without copying."""
+    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def placed_like(array: np.ndarray, leaf: Any) -> jax.Array:
+    """A jax array of these numbers, where `leaf` lies; nobody else may hold `array`."""
+    committed = isinstance(leaf, jax.Array) and leaf.committed
+    return jax.device_put(array, leaf.sharding if committed else None)

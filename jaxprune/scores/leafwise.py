@@ -1,0 +1,69 @@
+"""Scores leaf by leaf: in numpy on the host, else all leaves in one program."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from jaxprune.masks import PyTree
+from jaxprune.placement import on_host, placed_like
+
+
+def each_leaf(
+    score: Callable[..., Any],
+    params: PyTree,
+    has_score: Callable[[Any], bool],
+    *options: Any,
+) -> PyTree:
+    """``score(numpy or jax.numpy, leaf, *options)`` of every leaf that has a score.
+
+    What lies on the host is counted by numpy, the rest in one program for all leaves
+    that share their devices.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    found: list[Any] = [None] * len(leaves)
+    remote: dict[Any, list[int]] = {}
+    for k, leaf in enumerate(leaves):
+        if not has_score(leaf):
+            continue
+        if on_host(leaf):
+            with np.errstate(all="ignore"):  # as in JAX, inf and NaN are no events
+                found[k] = placed_like(score(np, np.asarray(leaf), *options), leaf)
+        elif isinstance(leaf, Tracer):
+            found[k] = score(jnp, leaf, *options)
+        else:
+            remote.setdefault(frozenset(leaf.sharding.device_set), []).append(k)
+    for places in remote.values():
+        values = _compiled(score, [leaves[k] for k in places], options)
+        for k, value in zip(places, values, strict=True):
+            found[k] = value
+    return treedef.unflatten(found)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _compiled(score: Callable[..., Any], leaves: Sequence[Any], options: Any) -> Any:
+    return [score(jnp, leaf, *options) for leaf in leaves]
+
+
+def is_float(leaf: Any) -> bool:
+    """Can this leaf have a score?"""
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def widened(leaf: Any) -> jax.Array:
+    """The leaf in at least single precision."""
+    return wide(jnp, jnp.asarray(leaf))
+
+
+def numbers(leaf: Any) -> np.ndarray:
+    """A leaf of the host in at least single precision."""
+    return wide(np, np.asarray(leaf))
+
+
+def wide(xp: Any, leaf: Any) -> Any:
+    """The leaf in at least single precision, in numpy or jax.numpy."""
+    return leaf if jnp.finfo(leaf.dtype).bits >= 32 else leaf.astype(xp.float32)
