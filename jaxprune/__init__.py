@@ -5,6 +5,7 @@ matter (`scores`, `group_scores`), which ones stay (`select`), what if they were
 (`expand_masks`, `apply_masks`, `bridgeout`), make them gone (`slice_params`, `narrow`).
 """
 
+from jaxprune import clusters as clusters
 from jaxprune import noisy_layers as noisy_layers
 from jaxprune import optimizers as optimizers
 from jaxprune import plans as plans

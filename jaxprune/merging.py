@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.coupling.groups import Group, Groups, Member
+from jaxprune.clusters import checked_clusters, units_first
+from jaxprune.coupling.groups import Groups, Member
 from jaxprune.coupling.narrow import narrow
 from jaxprune.masks import PyTree, expand_masks, named_leaves
 from jaxprune.slicing import slice_params
@@ -81,7 +82,9 @@ def merge(
         Ding et al., `Centripetal SGD for Pruning Very Deep Convolutional Networks With
         Complicated Structure <https://arxiv.org/abs/1904.03837>`_, CVPR 2019, Sec. 3.3
     """
-    firsts = {name: _firsts(groups, name, ids) for name, ids in clusters.items()}
+    firsts = {
+        name: checked_clusters(groups, name, ids) for name, ids in clusters.items()
+    }
     leaves = named_leaves(variables)
     for name, first in firsts.items():
         for member in groups[name].members:
@@ -129,7 +132,7 @@ def deviation(
     leaves = named_leaves(variables)
     found = {}
     for name, ids in clusters.items():
-        first = _firsts(groups, name, ids)
+        first = checked_clusters(groups, name, ids)
         total: Any = 0.0
         for member in groups[name].members:
             leaf = leaves.get(member.path, leaves.get(_in_params(member.path)))
@@ -194,27 +197,6 @@ def merge_error(
     return MergeError(off, off / largest if largest else 0.0)
 
 
-def units_first(leaf: Any, member: Member) -> Any:
-    """The slices of every unit as rows: ``[size, ...]``.
-
-    Example:
-        >>> import numpy as np
-        >>> from jaxprune.coupling.groups import Member
-        >>> rows = units_first(np.arange(6).reshape(3, 2), Member("w", 1, np.array(
-        ...     [[0], [1]])))
-        >>> rows
-        array([[0, 2, 4],
-               [1, 3, 5]])
-    """
-    xp = np if isinstance(leaf, np.ndarray) else jnp
-    size = len(member.index)
-    line = xp.moveaxis(leaf, member.axis, 0)
-    flat = member.index.ravel()
-    if not np.array_equal(flat, np.arange(line.shape[0])):
-        line = xp.take(line, flat, axis=0)
-    return line.reshape(size, -1)
-
-
 def averaging_matrix(first: np.ndarray) -> np.ndarray:
     r"""The matrix :math:`\Gamma`: 1 / cluster size within a cluster, else 0.
 
@@ -226,42 +208,6 @@ def averaging_matrix(first: np.ndarray) -> np.ndarray:
     """
     same = first[:, None] == first[None, :]
     return (same / same.sum(axis=1, keepdims=True)).astype(np.float32)
-
-
-def first_units(ids: np.ndarray) -> np.ndarray:
-    """The first unit of its cluster, for every unit.
-
-    Example:
-        >>> first_units(np.array([7, 3, 7, 3, 5]))
-        array([0, 1, 0, 1, 4])
-    """
-    _, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
-    return first[inverse]
-
-
-def check_mergeable(groups: Groups, name: str) -> Group:
-    """The group, if its units can be merged.
-
-    Raises:
-        ValueError: naming the place in the program that speaks against it.
-    """
-    if name not in groups:
-        expand_masks(groups, {name: np.ones(0, bool)})  # says what there is instead
-    if obstacle := groups[name].obstacle:
-        raise ValueError(f"units of {name} cannot be merged: {obstacle}")
-    return groups[name]
-
-
-def _firsts(groups: Groups, name: str, ids: Any) -> np.ndarray:
-    group, ids = check_mergeable(groups, name), np.asarray(ids)
-    if ids.dtype.kind not in "iu":
-        raise TypeError(f"clusters[{name}] must be integers, got {ids.dtype}")
-    if ids.shape != (group.size,):
-        raise ValueError(
-            f"clusters[{name}] has shape {ids.shape}, but the group has {group.size} "
-            "units; were the clusters made for other groups?"
-        )
-    return first_units(ids)
 
 
 def _summed(leaf: Any, member: Member, first: np.ndarray) -> Any:

@@ -17,9 +17,11 @@ LAYERS = [
     ["masks"],
     ["coupling", "packing", "schedules", "thresholds"],
     ["taps"],
-    ["slicing", "scores", "costs", "optimizers", "data", "models", "checkpoints"],
+    ["slicing", "scores", "costs", "data", "models", "checkpoints"],
+    ["select"],
+    ["clusters"],
+    ["optimizers"],
     [
-        "select",
         "export",
         "plans",
         "modules",

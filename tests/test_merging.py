@@ -17,8 +17,8 @@ from zoo import MODELS, weights
 from zoo.structures import STRUCTURES
 
 import jaxprune
+from jaxprune.clusters import first_units
 from jaxprune.masks import named_leaves
-from jaxprune.merging import first_units
 
 X = np.random.default_rng(7).normal(size=(3, 4)).astype(np.float32)
 

@@ -197,6 +197,9 @@ _DOMAINS: dict[str, tuple[Callable[[float], bool], str]] = {
     "inner_q": (lambda x: x >= 1, "at least 1"),
     "eps": (lambda x: x > 0, "above 0"),
     "strength": (lambda x: x >= 0, "at least 0"),
+    "vector_strength": (lambda x: x >= 0, "at least 0"),
+    "weight_decay": (lambda x: x >= 0, "at least 0"),
+    "nonzero_ratio": (lambda x: 0 < x <= 1, "in (0, 1]"),
     "target_fraction": (lambda x: 0 < x <= 1, "in (0, 1]"),
 }
 
