@@ -5,15 +5,20 @@
 For every net: the time of `jax.make_jaxpr` and of `jaxprune.trace` on a function that
 JAX has not seen, and their ratio; then the whole way from the function to a pruned one
 (trace, L2 scores, half of all units selected across groups, slice, and narrow's own
-tracing) on real weights. Depth sweeps with tiny widths give the exponent of growth.
-A decoder of 70 billion parameters is traced from its shapes alone, in a process of its
+tracing) on real weights: the first call of a fresh process, several times, and later
+calls. Depth sweeps with tiny widths give the exponent of growth, in processor time. A
+decoder of 70 billion parameters is traced from its shapes alone, in a process of its
 own. With --torch-python (see `torch_pruning_side.py`) Torch-Pruning takes turns with
-us, so that both see the same machine. Results go to `results/coupling.json`.
+us, so that both see the same machine. Results go to `results/coupling.json`;
+`python -m benchmarks.tables` makes tables of them.
 """
 
 import argparse
+import functools
+import gc
 import json
 import math
+import pathlib
 import resource
 import statistics
 import subprocess
@@ -23,11 +28,9 @@ from typing import Any
 
 import jax
 import numpy as np
-import rich.console
-import rich.table
 
 import jaxprune
-from benchmarks import decoders, machine
+from benchmarks import decoders, machine, tables
 from benchmarks.machine import Seconds, timed
 from benchmarks.nets import NETS, SWEEPS, Net, decoder_net, real_variables
 from benchmarks.torch_process import TorchPruning
@@ -36,23 +39,31 @@ PARTS = ("trace", "scores", "select", "slice", "narrow")
 
 
 def jaxpr_and_trace(net: Net, repeats: int) -> dict[str, Any]:
-    """Times of make_jaxpr and trace, in turns, and their ratio."""
+    """Times of make_jaxpr and trace, in turns, and the median of their ratios."""
     jaxprs, traces = [], []
+    _fresh(jax.make_jaxpr, net)  # what JAX does but once
     for _ in range(repeats):
-        fn = net.make()
-        jaxprs.append(timed(lambda: jax.make_jaxpr(fn)(net.variables, *net.args))[1])  # noqa: B023
-        fn = net.make()
-        traces.append(timed(lambda: jaxprune.trace(fn, net.variables, *net.args))[1])  # noqa: B023
-    ratios = [t.wall / j.wall for t, j in zip(traces, jaxprs, strict=True)]
+        jaxprs.append(_fresh(jax.make_jaxpr, net))
+        traces.append(_fresh(lambda fn: functools.partial(jaxprune.trace, fn), net))
+    pairs = list(zip(traces, jaxprs, strict=True))
     return {
         "make_jaxpr": machine.summary(jaxprs),
         "trace": machine.summary(traces),
-        "ratio": round(statistics.median(ratios), 3),
+        "ratio": round(statistics.median(t.wall / j.wall for t, j in pairs), 3),
+        "ratio_cpu": round(statistics.median(t.cpu / j.cpu for t, j in pairs), 3),
     }
+
+
+def _fresh(transform: Callable[..., Any], net: Net) -> Seconds:
+    """How long a transformation of a function that JAX has not seen takes."""
+    gc.collect()  # what was left behind by others is not ours to pay for
+    call = transform(net.make())
+    return timed(lambda: call(net.variables, *net.args))[1]
 
 
 def whole_way(net: Net, variables: Any) -> list[Seconds]:
     """Times of the parts of pruning a net to half, in the order of `PARTS`."""
+    gc.collect()
     fn = net.make()
     groups, trace = timed(lambda: jaxprune.trace(fn, variables, *net.args))
     unit_scores, scores = timed(lambda: _l2_scores(groups, variables))
@@ -76,20 +87,44 @@ def _half(groups: jaxprune.Groups, scores: dict[str, np.ndarray]) -> Any:
     return jaxprune.expand_masks(groups, keep)
 
 
-def side_by_side(
+def first_call(name: str) -> dict[str, Any]:
+    """The whole way on a net; meant for a process of its own."""
+    net = NETS[name]()
+    times = whole_way(net, jax.block_until_ready(real_variables(net)))
+    return {part: each._asdict() for part, each in zip(PARTS, times, strict=True)}
+
+
+def first_calls(name: str, python: str | None, processes: int) -> dict[str, Any]:
+    """The whole way in fresh processes, in turns with Torch-Pruning."""
+    ours, theirs = [], []
+    for _ in range(processes):
+        answer = _in_a_process("--first", name)
+        ours.append([Seconds(**answer[part]) for part in PARTS])
+        torch = TorchPruning(python)
+        theirs.append(torch.measure(name, []))
+        torch.close()
+    return _summaries(ours, theirs)
+
+
+def later_calls(
     name: str, net: Net, torch: TorchPruning, repeats: int, sizes: list[int]
 ) -> dict[str, Any]:
-    """The whole way, in turns with Torch-Pruning."""
-    variables = real_variables(net)
+    """The whole way in processes that have gone it before, in turns."""
+    variables = jax.block_until_ready(real_variables(net))
+    whole_way(net, variables)
     ours, theirs = [], []
-    for _ in range(repeats):
+    for k in range(repeats):
         ours.append(whole_way(net, variables))
-        theirs.append(torch.measure(name, sizes))
+        if k == 0 or not sizes:  # their deepest nets take minutes
+            theirs.append(torch.measure(name, sizes))
+    return _summaries(ours, theirs)
+
+
+def _summaries(ours: list[list[Seconds]], theirs: list[Any]) -> dict[str, Any]:
     by_part = dict(zip(PARTS, zip(*ours, strict=True), strict=True))
-    parts = {part: machine.summary(times) for part, times in by_part.items()}
     result: dict[str, Any] = {
         "whole_way": machine.summary([_total(times) for times in ours]),
-        "parts": parts,
+        "parts": {part: machine.summary(times) for part, times in by_part.items()},
     }
     if None not in theirs:
         result["torch_pruning"] = _their_summary(theirs)
@@ -123,19 +158,29 @@ def sweep(kind: str, torch: TorchPruning, repeats: int, most: int) -> dict[str, 
     rows = {}
     for depth in depths:
         net = build(depth)
-        once = side_by_side(kind, net, torch, 1, [depth])
-        rows[depth] = {**jaxpr_and_trace(net, repeats), **once}
+        later = later_calls(kind, net, torch, repeats, [depth])
+        rows[depth] = {**jaxpr_and_trace(net, repeats), "later": later}
+    times = {
+        "make_jaxpr": [row["make_jaxpr"] for row in rows.values()],
+        "trace": [row["trace"] for row in rows.values()],
+        "whole_way": [row["later"]["whole_way"] for row in rows.values()],
+    }
+    if torch.versions is not None:
+        each = [row["later"]["torch_pruning"]["whole_way"] for row in rows.values()]
+        times["torch_pruning"] = each
     return {
         "depths": rows,
         "exponent": {
-            what: exponent(depths, [row[what]["wall"] for row in rows.values()])
-            for what in ("make_jaxpr", "trace", "whole_way")
+            what: exponent(depths, [each["cpu"] for each in measured])
+            for what, measured in times.items()
         },
     }
 
 
 def exponent(depths: list[int], times: list[float]) -> float:
-    """Slope of log(time) over log(depth), by least squares."""
+    """Slope of log(time) over log(depth), by least squares; NaN for one depth."""
+    if len(depths) < 2:
+        return math.nan
     return round(float(np.polyfit(np.log(depths), np.log(times), 1)[0]), 3)
 
 
@@ -158,42 +203,18 @@ def giant() -> dict[str, Any]:
 
 
 def _peak_mib() -> int:
+    """The most memory that this process has held."""
+    status = pathlib.Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith("VmHWM:"):  # unlike ru_maxrss, not that of the parent
+            return int(line.split()[1]) // 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
 
 
-def _giant_in_a_process() -> dict[str, Any]:
-    command = [sys.executable, "-m", "benchmarks.coupling", "--giant"]
+def _in_a_process(*arguments: str) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.coupling", *arguments]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout)
-
-
-def show(result: dict[str, Any]) -> None:
-    """Prints the tables."""
-    console = rich.console.Console()
-    rows = {name: (name, row) for name, row in result["nets"].items()}
-    for kind, found in result["sweeps"].items():
-        for depth, row in found["depths"].items():
-            rows[f"{kind} {depth}"] = (kind, row)
-    table = rich.table.Table(title="seconds on the wall (medians)")
-    columns = ("net", "make_jaxpr", "trace", "ratio", "whole way", "first time")
-    for column in (*columns, "Torch-Pruning", "times faster"):
-        table.add_column(column, justify="left" if column == "net" else "right")
-    for name, (_, row) in rows.items():
-        ours, theirs = row["whole_way"]["wall"], row.get("torch_pruning")
-        other = theirs["whole_way"]["wall"] if theirs else math.nan
-        table.add_row(
-            name,
-            *(f"{row[what]['wall']:.3f}" for what in ("make_jaxpr", "trace")),
-            f"{row['ratio']:.2f}",
-            f"{ours:.3f}",
-            f"{row['whole_way']['first_wall']:.3f}",
-            *((f"{other:.3f}", f"{other / ours:.1f}") if theirs else ("-", "-")),
-        )
-    console.print(table)
-    for kind, found in result["sweeps"].items():
-        console.print(f"{kind}: grows as depth to the power", found["exponent"])
-    if result.get("giant"):
-        console.print("70B decoder:", result["giant"])
 
 
 def main() -> None:
@@ -201,24 +222,30 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--torch-python", help="interpreter with torch-pruning 1.6.1")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--processes", type=int, default=3)
     parser.add_argument("--nets", nargs="*", default=list(NETS), choices=list(NETS))
     parser.add_argument("--most", type=int, default=150, help="largest sweep depth")
     parser.add_argument("--no-sweeps", action="store_true")
     parser.add_argument("--no-giant", action="store_true")
     parser.add_argument("--giant", action="store_true", help="the 70B decoder alone")
+    parser.add_argument("--first", choices=list(NETS), help="one first call alone")
     parser.add_argument("--dry", action="store_true", help="write no file")
     options = parser.parse_args()
-    if options.giant:
-        print(json.dumps(giant()))
+    if options.giant or options.first:
+        print(json.dumps(giant() if options.giant else first_call(options.first)))
         return
     torch = TorchPruning(options.torch_python)
     if torch.versions is None:
         print(f"Torch-Pruning is left out: {torch.missing}")
     result = _measure_all(options, torch)
     torch.close()
-    show(result)
+    tables.show_coupling(result)
+    _save(options, result)
+
+
+def _save(options: argparse.Namespace, result: dict[str, Any]) -> None:
     if not options.dry:
-        print("written to", machine.write("coupling", result))
+        machine.write("coupling", result)
 
 
 def _measure_all(options: argparse.Namespace, torch: TorchPruning) -> dict[str, Any]:
@@ -226,21 +253,22 @@ def _measure_all(options: argparse.Namespace, torch: TorchPruning) -> dict[str, 
     if torch.versions is not None:
         result["origin"]["versions"] |= torch.versions
     _say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)
-    jax.make_jaxpr(lambda x: x @ x)(np.ones((2, 2)))  # JAX's own first steps
     for name in options.nets:
         _say(name)
         net = NETS[name]()
-        both = jaxpr_and_trace(net, options.repeats)
         result["nets"][name] = {
-            **both,
-            **side_by_side(name, net, torch, options.repeats, []),
+            **jaxpr_and_trace(net, options.repeats),
+            "first": first_calls(name, options.torch_python, options.processes),
+            "later": later_calls(name, net, torch, options.repeats, []),
         }
+        _save(options, result)
     for kind in () if options.no_sweeps else SWEEPS:
         _say(kind)
         result["sweeps"][kind] = sweep(kind, torch, options.repeats, options.most)
+        _save(options, result)
     if not options.no_giant:
         _say("70B decoder")
-        result["giant"] = _giant_in_a_process()
+        result["giant"] = _in_a_process("--giant")
     return result
 
 

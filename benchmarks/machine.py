@@ -38,7 +38,6 @@ def summary(times: Sequence[Seconds]) -> dict[str, Any]:
         "wall": round(median, 4),
         "cpu": round(statistics.median(cpus), 4),
         "spread": round((max(walls) - min(walls)) / median, 3),
-        "first_wall": round(walls[0], 4),
         "repeats": len(times),
     }
 

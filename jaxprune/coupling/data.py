@@ -39,11 +39,12 @@ class Derived(NamedTuple):
 def constant(array: Any) -> Value:
     """A literal or a closed-over array."""
     shape = np.shape(array)
+    if not shape and not isinstance(array, Tracer):
+        return Value((), (), bool(array == 0), True, Known(array))
     index = _is_index(getattr(array, "dtype", None) or np.result_type(array))
     small = index and np.size(array) <= LIMIT
     origin = Known(array) if small or not shape else None
-    is_zero = not shape and not isinstance(array, Tracer) and bool(array == 0)
-    return Value(shape, (ALIVE,) * len(shape), is_zero, True, origin)
+    return Value(shape, (ALIVE,) * len(shape), False, True, origin)
 
 
 def derive(eqn: Any, operands: tuple[Value, ...]) -> tuple[Value, ...]:

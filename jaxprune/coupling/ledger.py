@@ -146,7 +146,7 @@ class Ledger:
         if isinstance(axis, int):
             return
         for units, zero in axis:
-            if not np.all(zero):
+            if zero is not True and not np.all(zero):
                 bad = units if isinstance(zero, bool) else units[~zero]
                 self.doubt(bad, self.reason(what, eqn))
 
@@ -200,10 +200,11 @@ class Ledger:
 
     def _factor(self, units: Units, sizes: tuple[int, ...]) -> list[tuple[Column, ...]]:
         grid = units.reshape(sizes)
+        fresh = len(units) and self.blocks.get(int(units[0])) is units  # all differ
         varying = [
             d
             for d, n in enumerate(sizes)
-            if n > 1 and (grid != np.take(grid, [0], axis=d)).any()
+            if n > 1 and (fresh or (grid != np.take(grid, [0], axis=d)).any())
         ]
         found: list[tuple[Column, ...]] = [() for _ in sizes]
         if not varying:  # one unit throughout: it cannot die without the whole value
@@ -213,13 +214,12 @@ class Ledger:
             line = grid[tuple(slice(None) if k == d else 0 for k in range(len(sizes)))]
             found[d] = (Column(line, False),)
         else:
-            factors = []
-            for d in varying:
-                fresh = self.fresh(sizes[d])
-                found[d] = (Column(fresh, False),)
-                shape = [sizes[d] if k == d else 1 for k in range(len(sizes))]
-                factors.append(np.broadcast_to(fresh.reshape(shape), sizes).ravel())
-            self.definitions.append((units, np.stack(factors, axis=1)))
+            right = np.empty((*sizes, len(varying)), int)
+            for k, d in enumerate(varying):
+                part = self.fresh(sizes[d])
+                found[d] = (Column(part, False),)
+                right[..., k] = part.reshape(-1, *(1,) * (len(sizes) - d - 1))
+            self.definitions.append((units, right.reshape(len(units), -1)))
         return found
 
 

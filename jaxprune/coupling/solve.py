@@ -6,6 +6,7 @@ splits them further, until nothing changes. What does not match is frozen.
 """
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import TypeAlias
@@ -48,17 +49,22 @@ class Solution:
         """Columns of atoms for an array of units; `NONE` where nothing can be cut."""
         done: list[np.ndarray] = []
         todo = [self.classes[units]]
+        inside, cut = self._kinds
         while todo:
             column = todo.pop()
-            known = column >= 0
-            inner = known & (self.factors[column, 0] >= 0)
-            free = known & ~inner & (self.why[column] == NEVER)
+            inner, free = inside[column], cut[column]
             if free.any():
                 done.append(np.where(free, column, NONE))
             if inner.any():
                 for factor in self.factors.T:
                     todo.append(np.where(inner, factor[column], NONE))
         return done
+
+    @functools.cached_property
+    def _kinds(self) -> tuple[np.ndarray, np.ndarray]:
+        """Is a class a conjunction? An atom? The last entry speaks of `NONE`."""
+        inside = self.factors[:, 0] >= 0
+        return np.append(inside, False), np.append(~inside & (self.why == NEVER), False)
 
 
 def solve(ledger: Ledger) -> Solution:

@@ -1,7 +1,7 @@
 """The interpreter: walks a jaxpr once, moving labels through every equation."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 from jax.extend.core import Literal
 
@@ -15,8 +15,7 @@ from jaxprune.coupling.rules.shuffle import join_shuffles
 assert rules  # importing the package fills the registry
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Step:
+class Step(NamedTuple):
     """One equation with the labels that its operands and results carry.
 
     Attributes:
@@ -121,15 +120,17 @@ class Walk:
         self, eqn: Any, values: list[Value]
     ) -> tuple[tuple[Value, ...], tuple[Value, ...]]:
         """The operands as this equation sees them, and its results."""
-        if all(value.data for value in values):
+        known = [k for k, value in enumerate(values) if value.data]
+        if len(known) == len(values):
             operands = tuple(values)
             return operands, data.derive(eqn, operands)
         rule = RULES.get(eqn.primitive.name)
-        whole = rule.whole(eqn) if rule is not None else 0
-        operands = tuple(
-            self.view(value) if value.data and k >= whole else value
-            for k, value in enumerate(values)
-        )
+        if known:
+            whole = rule.whole(eqn) if rule is not None else 0
+            for k in known:
+                if k >= whole:
+                    values[k] = self.view(values[k])
+        operands = tuple(values)
         if rule is None:
             return operands, tuple(self.unknown(eqn, *operands))
         results = rule.label(self, eqn, *operands)

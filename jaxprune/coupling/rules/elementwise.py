@@ -54,7 +54,7 @@ def elementwise(zero: str) -> Callable[..., Value]:
         if len(values) == 1 and combine is not _never:
             return Value(shape, values[0].axes)
         axes = tuple(
-            _axis(walk, eqn, values, d, n, combine) for d, n in enumerate(shape)
+            [_axis(walk, eqn, values, d, n, combine) for d, n in enumerate(shape)]
         )
         return Value(shape, axes, zero == "any" and any(v.is_zero for v in values))
 
@@ -65,6 +65,15 @@ def _axis(walk: Any, eqn: Any, values: tuple[Value, ...], d: int, n: int, combin
     if len(values) == 1:
         axis = values[0].axes[d]
         return with_zero_of(axis, combine)
+    if len(values) == 2:
+        x, y = values
+        if x.shape == y.shape:
+            a, b = x.axes[d], y.axes[d]
+            if isinstance(a, int) or isinstance(b, int):
+                walk.ledger.tie(a, b)
+                return b if isinstance(b, int) else a
+            if a is b and combine in _ALIKE:
+                return a  # the same labels: so are the flags
     here = []
     for k, v in enumerate(values):
         if not v.shape:
@@ -78,8 +87,8 @@ def _axis(walk: Any, eqn: Any, values: tuple[Value, ...], d: int, n: int, combin
     if isinstance(chosen, int):
         return chosen
     alike = len(here) == len(values) and all(axis is chosen for _, axis in here)
-    if alike and combine in (_any, _all, _first):
-        return chosen  # the same labels throughout: so are the flags
+    if alike and combine in _ALIKE:
+        return chosen
     present = dict(here)
     per_operand = [
         flags_on(chosen, present[k]) if k in present else [v.is_zero] * len(chosen)
@@ -120,6 +129,8 @@ def _any(flags: Flags) -> Zero:
 def _all(flags: Flags) -> Zero:
     return reduce(both, flags)
 
+
+_ALIKE = (_any, _all, _first)  # of equal flags they make the same
 
 _COMBINE: dict[str, Callable[[Flags], Zero]] = {
     "any": _any,

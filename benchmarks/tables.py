@@ -1,0 +1,173 @@
+"""Tables of the results, for the terminal and for `docs/speed.md`.
+
+    python -m benchmarks.tables
+
+prints the tables that `docs/speed.md` shows; a test holds the one to the other.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import rich.console
+import rich.table
+
+from benchmarks import machine
+
+Row = Sequence[str]
+
+NETS_HEAD = (
+    "net",
+    "make_jaxpr",
+    "trace",
+    "ratio",
+    "first call",
+    "Torch-Pruning",
+    "later calls",
+    "Torch-Pruning",
+)
+SWEEP_HEAD = (
+    "net",
+    "make_jaxpr",
+    "trace",
+    "ratio",
+    "whole way",
+    "Torch-Pruning",
+    "times faster",
+)
+NARROW_HEAD = ("net", "time", "gathers", "fusions", "difference")
+
+
+def net_rows(result: dict[str, Any]) -> Iterable[Row]:
+    """Seconds on the wall, for every net; the ratio in processor time."""
+    for name, row in result["nets"].items():
+        calls = (row["first"], row["later"])
+        yield (
+            name,
+            *_jaxpr_and_trace(row, "wall"),
+            *(text for call in calls for text in (_ours(call), _theirs(call))),
+        )
+
+
+def sweep_rows(result: dict[str, Any]) -> Iterable[Row]:
+    """Seconds of processor time, for every depth."""
+    for kind, found in result["sweeps"].items():
+        for depth, row in found["depths"].items():
+            later = row["later"]
+            yield (
+                f"{kind} {depth}",
+                *_jaxpr_and_trace(row, "cpu"),
+                _ours(later, "cpu"),
+                _theirs(later, "cpu"),
+                _times_faster(later),
+            )
+
+
+def exponents(result: dict[str, Any]) -> Iterable[str]:
+    """How the time of every sweep grows with depth."""
+    for kind, found in result["sweeps"].items():
+        powers = found["exponent"].items()
+        yield f"{kind}: " + ", ".join(f"{what} {power:.2f}" for what, power in powers)
+
+
+def narrow_rows(result: dict[str, Any]) -> Iterable[Row]:
+    """Narrowed against built by hand, for every net."""
+    for name, row in result["nets"].items():
+        hlo = row["hlo"].values()
+        counts = (
+            " / ".join(str(each[kind]) for each in hlo) for kind in ("gather", "fusion")
+        )
+        time = f"{row['ratio_of_medians']:.3f}"
+        yield name, time, *counts, f"{row['difference']:.0e}"
+
+
+def giant_line(result: dict[str, Any]) -> str:
+    """What the decoder of 70 billion parameters took."""
+    found = result["giant"]
+    return (
+        f"{found['parameters']:,} parameters, {found['groups']} groups: make_jaxpr "
+        f"{found['make_jaxpr_wall']:.2f} s, trace {found['trace_wall']:.2f} s, "
+        f"{found['peak_mib']} MiB at most"
+    )
+
+
+def markdown(head: Row, rows: Iterable[Row]) -> str:
+    """A table of Markdown, its columns aligned.
+
+    >>> print(markdown(("net", "s"), [("a", "1.25")]))
+    | net |    s |
+    |-----|-----:|
+    | a   | 1.25 |
+    """
+    lines = [head, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = ["| " + " | ".join(_padded(line, widths)) + " |" for line in lines]
+    first, *others = ("-" * (width + 2) for width in widths)
+    rule = "|".join([first, *(dashes[:-1] + ":" for dashes in others)])
+    return "\n".join([texts[0], f"|{rule}|", *texts[1:]])
+
+
+def _padded(line: Row, widths: Sequence[int]) -> list[str]:
+    pairs = enumerate(zip(line, widths, strict=True))
+    return [t.rjust(n) if k else t.ljust(n) for k, (t, n) in pairs]
+
+
+def show_coupling(result: dict[str, Any]) -> None:
+    """Prints the tables of `benchmarks.coupling`."""
+    console = rich.console.Console()
+    console.print(_rich("seconds on the wall", NETS_HEAD, net_rows(result)))
+    if result["sweeps"]:
+        title = "seconds of processor time"
+        console.print(_rich(title, SWEEP_HEAD, sweep_rows(result)))
+        console.print("grows as depth to the power:", *exponents(result), sep="\n")
+    if result.get("giant"):
+        console.print(giant_line(result))
+
+
+def _rich(title: str, head: Row, rows: Iterable[Row]) -> rich.table.Table:
+    table = rich.table.Table(title=title)
+    for k, column in enumerate(head):
+        table.add_column(column, justify="right" if k else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _jaxpr_and_trace(row: dict[str, Any], clock: str) -> Row:
+    times = (f"{row[what][clock]:.3f}" for what in ("make_jaxpr", "trace"))
+    return *times, f"{row['ratio_cpu']:.2f}"
+
+
+def _ours(call: dict[str, Any], clock: str = "wall") -> str:
+    return f"{call['whole_way'][clock]:.2f}"
+
+
+def _theirs(call: dict[str, Any], clock: str = "wall") -> str:
+    there = call.get("torch_pruning")
+    return f"{there['whole_way'][clock]:.2f}" if there else "-"
+
+
+def _times_faster(call: dict[str, Any]) -> str:
+    there = call.get("torch_pruning")
+    if not there:
+        return "-"
+    return f"{there['whole_way']['cpu'] / call['whole_way']['cpu']:.1f}"
+
+
+def load(name: str) -> dict[str, Any]:
+    """A committed result."""
+    return json.loads((machine.RESULTS / f"{name}.json").read_text())
+
+
+def main() -> None:
+    """Prints the tables of the committed results."""
+    coupling, narrow = load("coupling"), load("narrow")
+    print(markdown(NETS_HEAD, net_rows(coupling)), "\n")
+    print(markdown(SWEEP_HEAD, sweep_rows(coupling)), "\n")
+    print("\n".join(exponents(coupling)), "\n")
+    print(giant_line(coupling), "\n")
+    print(markdown(NARROW_HEAD, narrow_rows(narrow)))
+
+
+if __name__ == "__main__":
+    main()
