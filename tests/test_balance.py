@@ -9,7 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import TOLERANCE, assert_same, difference, quick_jit
+from contract import (
+    TOLERANCE,
+    assert_same,
+    count,
+    difference,
+    mapped,
+    quick_jit,
+    stack,
+    unstack,
+)
 from hypothesis import given, settings
 from jax import lax
 from zoo import MODELS, linen, normal, weights
@@ -61,14 +70,13 @@ def by_hand(name):
     """``(function, variables, inputs)`` of a net of this file or of the zoo."""
     if name in MODELS:
         built = MODELS[name].build()
-        return built.apply_fn, built.variables, built.inputs(2, 0)
+        return built.apply_fn, built.variables, built.inputs
     if name == "attention":
-        return attention, weights(**ATTENTION), (X,)
+        return attention, weights(**ATTENTION), normal(5, 6)
     if name == "stacked":
         shapes = {**ATTENTION, "out": (15, 6)}
-        return stacked, weights(**{n: (2, *s) for n, s in shapes.items()}), (X,)
-    fn, variables, inputs = linen(GroupedNet(), normal(4, 4, 3))
-    return fn, variables, inputs(2, 0)
+        return stacked, weights(**{n: (2, *s) for n, s in shapes.items()}), normal(5, 6)
+    return linen(GroupedNet(), normal(4, 4, 3))
 
 
 # What is expected: group -> (blocks, units of each).
@@ -123,14 +131,23 @@ def both(fn, variables, masks, *args, jit=quick_jit):
 
 @pytest.mark.parametrize("name", BALANCED)
 def test_blocks_lose_units_of_their_own(name):
-    fn, variables, args = by_hand(name)
-    groups = jaxprune.trace(fn, variables, *args, balanced=["*"])
+    """At the batch size of the trace; then at another, under vmap."""
+    fn, variables, inputs = by_hand(name)
+    groups = jaxprune.trace(fn, variables, *inputs(2, 0), balanced=["*"])
     found = {n: (g.blocks, g.size // g.blocks) for n, g in groups.items()}
     assert found == BALANCED[name]
-    for seed in range(2):
-        masks = jaxprune.expand_masks(groups, random_cut(groups, seed))
-        got, expected = both(fn, variables, masks, *args)
-        assert_same(got, expected)
+    masks = jaxprune.expand_masks(groups, random_cut(groups, 0))
+    assert_same(*both(fn, variables, masks, *inputs(2, 0)))
+    masks = jaxprune.expand_masks(groups, random_cut(groups, 1))
+    args = stack(inputs(3, 1), inputs(3, 2))
+    small_fn, small = (
+        jaxprune.narrow(fn, masks),
+        jaxprune.slice_params(variables, masks),
+    )
+    got = quick_jit(mapped(small_fn))(small, *args)
+    expected = quick_jit(mapped(fn))(jaxprune.apply_masks(variables, masks), *args)
+    for k in range(2):
+        assert_same(unstack(got, k), unstack(expected, k))
 
 
 def test_the_positions_of_a_block():
@@ -319,25 +336,84 @@ def test_prune_by_blocks():
     assert_same(pruned.apply_fn(pruned.variables, X), expected)
 
 
+def grouped_queries(p, x):
+    """Attention: 6 kv groups, each read by 7 queries, all of 2 features."""
+    q = (x @ p["q"]).reshape(*x.shape[:2], 6, 7, 2)
+    k, v = ((x @ p[name]).reshape(*x.shape[:2], 6, 2) for name in ("k", "v"))
+    probabilities = jax.nn.softmax(jnp.einsum("btgnd,bsgd->bgnts", q, k), axis=-1)
+    mixed = jnp.einsum("bgnts,bsgd->btgnd", probabilities, v)
+    return mixed.reshape(*x.shape[:2], 84) @ p["out"]
+
+
+def many_heads(p, x):
+    """Attention: 7 heads of 2 features."""
+    q, k, v = ((x @ p[n]).reshape(*x.shape[:2], 7, 2) for n in ("q", "k", "v"))
+    probabilities = jax.nn.softmax(jnp.einsum("bthd,bshd->bhts", q, k), axis=-1)
+    mixed = jnp.einsum("bhts,bshd->bthd", probabilities, v)
+    return mixed.reshape(*x.shape[:2], 14) @ p["out"]
+
+
+GROUPED = {"q": (6, 84), "k": (6, 12), "v": (6, 12), "out": (84, 4)}
+HEADS = {"q": (6, 14), "k": (6, 14), "v": (6, 14), "out": (14, 4)}
+
+
+def in_multiples(name):
+    if name == "kv groups and queries":
+        return grouped_queries, weights(**GROUPED), (X,)
+    if name == "heads":
+        return many_heads, weights(**HEADS), (X,)
+    built = MODELS[name].build()
+    return built.apply_fn, built.variables, built.inputs(2, 0)
+
+
 @pytest.mark.parametrize(
-    ("name", "group", "left"),
+    ("name", "group", "size", "multiple_of", "left"),
     [
-        ("vit", "params/block/up/kernel:1", 8),
-        ("vit", "params/block/attention/query/kernel:2", 2),
-        ("vit", "params/block/attention/value/kernel:2", 2),
-        ("experts_one_hot", "up:0", 2),
-        ("resnet_projection", "params/out1/kernel:3", 4),
+        ("heads", "q:1", 7, 3, 3),  # whole heads: 4 without multiples
+        ("kv groups and queries", "q:1", 6, 3, 3),  # 4
+        ("kv groups and queries", "q:1", 7, 5, 5),  # 4, of every kv group
+        ("vit", "params/block/up/kernel:1", 10, 8, 8),
+        ("vit", "params/block/attention/query/kernel:2", 4, 4, 4),
+        ("vit", "params/block/attention/value/kernel:2", 4, 3, 3),
+        ("experts_one_hot", "up:0", 4, 3, 3),
+        ("resnet_projection", "params/out1/kernel:3", 8, 4, 4),
     ],
 )
-def test_heads_dimensions_and_experts_are_kept_in_multiples(name, group, left):
-    built = MODELS[name].build()
-    groups = jaxprune.trace(built.apply_fn, built.variables, *built.inputs(2, 0))
-    scores = {group: np.arange(groups[group].size, dtype=float)}
-    options = {"sparsity": 0.4, "only": group, "multiple_of": left}
+def test_units_of_any_kind_are_kept_in_multiples(name, group, size, multiple_of, left):
+    fn, variables, args = in_multiples(name)
+    groups = jaxprune.trace(fn, variables, *args)
+    sizes = {n: g.size for n, g in groups.items() if n.split("#")[0] == group}
+    (group,) = (n for n in sizes if sizes[n] == size)
+    scores = {group: np.arange(size, dtype=float)}
+    options = {"sparsity": 0.4, "only": group, "multiple_of": multiple_of}
     keep = jaxprune.select.per_group(groups, scores, **options)
-    assert keep[group].sum() == left
+    np.testing.assert_array_equal(keep[group], np.arange(size) >= size - left)
     masks = jaxprune.expand_masks(groups, keep)
-    assert_same(*both(built.apply_fn, built.variables, masks, *built.inputs(2, 0)))
+    assert_same(*both(fn, variables, masks, *args))
+
+
+@pytest.mark.parametrize("method", ["greedy", "global", "uniform", "exact"])
+def test_a_budget_is_met_by_blocks(method):
+    params = weights(**ATTENTION)
+    groups = jaxprune.trace(attention, params, X, balanced=["v:1"])
+    cost = jaxprune.cost_model(attention, params, X, groups=groups).parameters
+    # A unit of a block: a column of v, an entry of vb, a row of out.
+    assert cost.full - cost.value({**cost.sizes, "v:1": 12}) == 3 * (6 + 1 + 4)
+    keep = jaxprune.select.to_budget(
+        groups,
+        {"v:1": SCORES},
+        cost,
+        budget=cost.full - 40,
+        method=method,
+        only="v:1",
+    )
+    # Two of every block go, the lowest of each; one of every block would not do.
+    lowest = np.isin(np.arange(15), [1, 3, 9, 8, 10, 11])
+    np.testing.assert_array_equal(keep["v:1"], ~lowest)
+    masks = jaxprune.expand_masks(groups, keep)
+    small = jaxprune.slice_params(params, masks)
+    assert count(small) == cost.full - 66 == cost.value(keep.sizes)
+    assert_same(*both(attention, params, masks, X))
 
 
 # --- programs composed at random -----------------------------------------------------

@@ -3,7 +3,10 @@
 import collections
 import functools
 import inspect
+import os
 import re
+import subprocess
+import sys
 
 import flax.linen as nn
 import jax
@@ -242,6 +245,61 @@ def test_under_shard_map(fn):
     assert_same(sharded(small_fn)(SMALL, X), fn(masked, X))
     got = sharded(functools.partial(slope, small_fn))(SMALL, X)
     assert_same(got, slope(fn, masked, X))
+
+
+SHARDED = """
+import sys
+sys.path.insert(0, "tests")
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+import jaxprune
+from contract import assert_same, quick_jit
+from test_narrow import GROUPS, MASKS, PARAMS, SMALL, X, deep, mlp
+
+assert jax.device_count() == 2
+mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+rows = np.concatenate([X, 1 - X])
+masked = jaxprune.apply_masks(PARAMS, MASKS)
+
+# Rows over devices; the gradient of the variables adds up over all of them.
+for fn in (mlp, deep):
+    def both(p, x, fn=fn):
+        return fn(p, x), jax.grad(lambda p: jnp.sin(fn(p, x)).sum())(p)
+
+    small_fn = jaxprune.narrow(fn, MASKS)
+    specs = {"in_specs": (P(), P("data")), "out_specs": (P("data"), P())}
+    sharded = jax.shard_map(lambda p, x: both(p, x, small_fn), mesh=mesh, **specs)
+    out, slope = quick_jit(sharded)(SMALL, rows)
+    assert len(out.sharding.device_set) == 2
+    expected, full = quick_jit(both)(masked, rows)
+    assert_same(out, expected)
+    assert_same(slope, jaxprune.slice_params(full, MASKS))
+
+# Variables over devices: scored and sliced where they lie.
+specs = {"w1": P(None, "data"), "b1": P("data"), "w2": P("data")}
+put = {n: jax.device_put(w, NamedSharding(mesh, specs[n])) for n, w in PARAMS.items()}
+for options in ({}, {"reduce": "l1", "normalize": "gaussian"}):
+    scores = [
+        jaxprune.group_scores(GROUPS, jaxprune.scores.magnitude(p), **options)
+        for p in (put, PARAMS)
+    ]
+    np.testing.assert_allclose(scores[0]["w1:1"], scores[1]["w1:1"], rtol=1e-5)
+small = jaxprune.slice_params(put, MASKS)
+assert_same(small, SMALL)
+assert len(small["w1"].sharding.device_set) == 2
+got = quick_jit(jaxprune.narrow(mlp, MASKS))(small, rows)
+assert_same(got, mlp(masked, rows))
+"""
+
+
+def test_on_two_devices():
+    flags = (
+        "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    )
+    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", SHARDED]
+    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_export_and_back():
