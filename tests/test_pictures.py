@@ -164,13 +164,10 @@ def test_nothing_overlaps_whatever_the_depth(depth):
             x = jnp.tanh(x @ layer["a_layer_with_a_name"]["kernel"])
         return x
 
-    params = [
-        {"a_layer_with_a_name": weights(kernel=(1024, 1024))} for _ in range(depth + 1)
-    ]
-    abstract = jax.eval_shape(lambda: params)
-    groups = jaxprune.trace(
-        chain, abstract, jax.ShapeDtypeStruct((1, 1024), jnp.float32)
-    )
+    kernel = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
+    params = [{"a_layer_with_a_name": {"kernel": kernel}} for _ in range(depth + 1)]
+    x = jax.ShapeDtypeStruct((1, 1024), jnp.float32)
+    groups = jaxprune.trace(chain, params, x)
     assert len(groups) == depth
     keep = {name: np.arange(1024) < 512 for name in groups}
     figure = pictures.groups_figure(groups, keep)
