@@ -1,10 +1,12 @@
 """Packed masks: one bit per weight at rest.
 
 Bits are packed along one axis of the mask, so the others can still be sliced and
-sharded, and so can the packed one at multiples of eight. That axis is the last one that
-eight divides (or the one that wastes least), and the rank says which it was: every axis
-behind it leaves a singleton at the end of the shape. With the number of axes of the
-leaf, which any mask for it has, the packed array explains itself.
+sharded, and so can the packed one at multiples of eight. That axis is one that eight
+divides (or that wastes least): if possible not the last, because neighbours in memory
+then lie in neighbouring bytes and unpacking costs nothing beside the reading. The rank
+says which it was: every axis behind it leaves a singleton at the end of the shape. With
+the number of axes of the leaf, which any mask for it has, the packed array explains
+itself.
 """
 
 from typing import Any, NamedTuple
@@ -131,7 +133,7 @@ def slice_packed(packed: PackedMasks, masks: PyTree) -> PackedMasks:
     """
     return PackedMasks(
         jax.tree.structure(packed.bits).unflatten(
-            _slice(path, bits, concrete(path, mask))
+            slice_bits(path, bits, concrete(path, mask))
             for path, bits, mask in pair_masks(packed.bits, masks)
         )
     )
@@ -148,11 +150,13 @@ def _pack(mask: Any, shape: tuple[int, ...], layout: Any) -> jax.Array:
 
 
 def _best_axis(shape: tuple[int, ...]) -> int:
-    """The axis whose padding to whole bytes wastes least; the last one of several."""
+    """The axis that wastes least on padding to bytes; of several the last but one."""
+    last = len(shape) - 1
     waste = [
-        (-(-size // 8) * 8 / max(size, 1), -axis) for axis, size in enumerate(shape)
+        (-(-size // 8) * 8 / max(size, 1), axis == last, -axis)
+        for axis, size in enumerate(shape)
     ]
-    return -min(waste)[1]
+    return -min(waste)[2]
 
 
 def _packed_axis(packed_ndim: int, ndim: int) -> int:
@@ -194,7 +198,8 @@ def _powers(before: int, behind: int) -> np.ndarray:
     return powers.reshape((1,) * before + (8,) + (1,) * behind)
 
 
-def _slice(path: str, bits: Any, mask: np.ndarray) -> Any:
+def slice_bits(path: str, bits: Any, mask: np.ndarray) -> Any:
+    """One leaf of `slice_packed`."""
     if bits.ndim == 0 or (mask.ndim == 0 and mask):
         return bits
     if mask.ndim == 0:

@@ -21,6 +21,7 @@ from jaxprune.masks import (
     pair_masks,
     zero_removed,
 )
+from jaxprune.packing import PackedMasks, slice_bits
 from jaxprune.placement import empty, on_host, placed_like
 
 
@@ -89,7 +90,8 @@ def slice_opt_state(tx: Any, opt_state: PyTree, masks: PyTree) -> PyTree:
     Momentum survives a round of pruning: one more step of `tx` on sliced parameters
     with the sliced state equals the step of the masked model, sliced. `optax` itself
     says which parts of the state look like the parameters; counters, schedules and
-    keys stay. Where `optax.masked` keeps nothing for a leaf, nothing is sliced.
+    keys stay. Where `optax.masked` keeps nothing for a leaf, nothing is sliced. The
+    packed masks of sparse training are sliced as masks.
 
     The steps agree for transformations that treat entries alone or through sums in
     which a zero does not count (momentum, Adam, Lion, weight decay, global norm
@@ -130,10 +132,20 @@ def slice_opt_state(tx: Any, opt_state: PyTree, masks: PyTree) -> PyTree:
             "know; then start again with tx.init(slice_params(params, masks))"
         ) from error
     return jax.tree.map(
-        lambda part: part.sliced() if isinstance(part, _ParamLike) else part,
+        _sliced,
         marked,
-        is_leaf=lambda part: isinstance(part, _ParamLike),
+        is_leaf=lambda part: isinstance(part, _ParamLike | PackedMasks),
     )
+
+
+def _sliced(part: Any) -> Any:
+    if isinstance(part, PackedMasks):
+        return jax.tree.map(
+            lambda leaf: leaf.sliced_bits(),
+            part,
+            is_leaf=lambda leaf: isinstance(leaf, _ParamLike),
+        )
+    return part.sliced() if isinstance(part, _ParamLike) else part
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +170,12 @@ class _ParamLike:
                 "stacked statistic?); start again with tx.init(slice_params(params, "
                 "masks))"
             ) from error
+
+    def sliced_bits(self) -> Any:
+        """The state is a mask, packed."""
+        if _is_masked_node(self.state):
+            return self.state
+        return slice_bits(self.path, self.state, concrete(self.path, self.mask))
 
 
 def _is_masked_node(part: Any) -> bool:

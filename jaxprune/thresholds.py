@@ -1,281 +1,286 @@
-"""Thresholds: exactly the k largest entries, without sorting and without gathering.
+"""The lowest entries of several arrays, exactly: traced, sharded, without a sort.
 
-Floats are mapped to unsigned integers of the same order, and the k-th largest of these
-is found from its highest bits down: how many entries reach a candidate is a sum, so
-sharded scores stay where they are and only counts travel. Two bits are settled per
-pass. Ties at the threshold are settled by position in the same way, so the count is met
-exactly, whatever the scores.
+A float maps to an unsigned integer that sorts alike. A threshold is found from the
+highest bits down, two bits per pass, by counting what lies below three candidates. Of
+equal entries the earlier one stays: the later leaf loses first, and in a leaf the later
+position, which is found in the same way. Nothing but counts travels between devices.
+
+Counts of one leaf are uint32. Their sum over the leaves may be larger, and is a pair
+(high, low) to base 2**16.
 """
 
+import functools
 import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
+from jax import lax
 
-PyTree = Any
+_MOST = np.uint32(0xFFFFFFFF)
+_zip = functools.partial(zip, strict=True)
 
 
-def keep_largest(scores: PyTree, kept: PyTree, among: PyTree | None = None) -> PyTree:
-    """Marks the largest entries of a tree of scores, exactly as many as asked for.
+class Wide(NamedTuple):
+    """The number ``high * 2**16 + low``, with ``low < 2**16``."""
 
-    Of equal scores the earlier one stays: tree order, then row-major order. NaN counts
-    as lower than every number. Jit-able; over sharded scores only counts are exchanged.
+    high: Any
+    low: Any
+
+
+def wide(count: int) -> Wide:
+    """A static number.
+
+    Example:
+        >>> [int(part) for part in wide(2**40 + 3)]
+        [16777216, 3]
+    """
+    return Wide(jnp.uint32(count >> 16), jnp.uint32(count & 0xFFFF))
+
+
+def wide_share(share: Any, total: int) -> Wide:
+    """``round(share * total)`` for a traced share, as exact as float32 is."""
+    product = jnp.asarray(share, jnp.float32) * total
+    high = jnp.floor(product / 65536)
+    low = jnp.round(product - high * 65536).astype(jnp.uint32)
+    return Wide(high.astype(jnp.uint32) + (low >> 16), low & 0xFFFF)
+
+
+def lowest_together(
+    leaves: Sequence[Any], count: int | Wide, caps: Sequence[int]
+) -> list[Any]:
+    """Marks the lowest `count` entries of all leaves; jit-able.
 
     Args:
-        scores: tree of floats, larger matters more; up to 32 bits, up to ``2**32``
-            entries.
-        kept: how many to keep: one count for all leaves ranked together, or a tree of
-            counts like `scores`, each leaf ranked alone. May be traced.
-        among: tree of bools like `scores`, broadcastable; only where it is True may an
-            entry be kept. If fewer are True than asked for, they are all kept.
+        leaves: arrays of floats; NaN counts as the largest number.
+        count: how many entries to mark; may be traced, and is clipped to the sum of
+            `caps`.
+        caps: for every leaf, how many of its entries may be marked at most.
 
     Returns:
-        Tree of bools like `scores`, True = kept.
+        For every leaf an array of bools, True = among the lowest.
 
     Raises:
-        ValueError: if `kept` or `among` is another tree, or there are too many entries.
-        TypeError: if scores are not floats of 32 bits or less.
+        ValueError: if a leaf has ``2**32`` entries or more.
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> scores = {"a": jnp.array([3.0, 1.0]), "b": jnp.array([2.0, 3.0, 3.0])}
-        >>> keep_largest(scores, 2)["b"]
-        Array([False,  True, False], dtype=bool)
-        >>> keep_largest(scores, {"a": 1, "b": 2})["b"]
-        Array([False,  True,  True], dtype=bool)
+        >>> lowest_together([jnp.array([3.0, 1.0]), jnp.array([1.0, 2.0])], 1, [2, 2])
+        [Array([False, False], dtype=bool), Array([ True, False], dtype=bool)]
     """
-    leaves, treedef = jax.tree.flatten(scores)
-    ranked = _Ranked(_keys(leaves, _like(treedef, "among", among)), _is_one(kept))
-    counts = [kept] * len(leaves) if ranked.together else _like(treedef, "kept", kept)
-    if not leaves:
-        return scores
-    wanted = jnp.stack([jnp.asarray(count).astype(jnp.uint32) for count in counts])
-    threshold = _kth_largest(ranked, wanted)
-    return treedef.unflatten(_settle_ties(ranked, threshold, wanted))
+    keys = _keys(leaves)
+    limits = jnp.stack([jnp.uint32(cap) for cap in caps])
+    wanted = _clipped(wide(count) if isinstance(count, int) else count, sum(caps))
+
+    def enough(counts: Any) -> Any:
+        capped = jnp.minimum(counts, limits[:, None])
+        return jnp.broadcast_to(~_less(_sum(capped), wanted), counts.shape)
+
+    bounds = _smallest(keys, enough, keys[0].dtype)
+    return _mark(keys, *_losses(keys, bounds, limits, wanted))
 
 
-def kth_largest(scores: PyTree, k: Any) -> jax.Array:
-    """The k-th largest entry of all leaves, counting from 1, as float32.
-
-    Jit-able; over sharded scores only counts are exchanged.
+def lowest_each(leaves: Sequence[Any], counts: Sequence[Any]) -> list[Any]:
+    """Marks the lowest entries of every leaf, ranked alone; jit-able.
 
     Args:
-        scores: tree of floats of 32 bits or less, without NaN.
-        k: which; in [1, number of entries]. May be traced.
+        leaves: arrays of floats; NaN counts as the largest number.
+        counts: for every leaf, how many of its entries to mark; may be traced.
 
     Returns:
-        Scalar: the entry itself, not an interpolation. ``scores >= kth_largest(scores,
-        k)`` holds for k entries, and for those equal to the k-th.
+        For every leaf an array of bools, True = among the lowest.
 
     Raises:
-        TypeError: if scores are not floats of 32 bits or less.
+        ValueError: if a leaf has ``2**32`` entries or more.
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> float(kth_largest([jnp.array([3.0, 1.0]), jnp.array([2.0])], 2))
-        2.0
+        >>> lowest_each([jnp.array([3.0, 1.0, 1.0])], [1])
+        [Array([False, False,  True], dtype=bool)]
     """
-    leaves = jax.tree.leaves(scores)
-    ranked = _Ranked(_keys(leaves, [None] * len(leaves)), together=True)
-    wanted = jnp.full(len(leaves), jnp.asarray(k).astype(jnp.uint32))
-    key = _kth_largest(ranked, wanted)[0]
-    positive = key >> 31 == 1
-    bits = jnp.where(positive, key ^ _SIGN, ~key)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+    keys = _keys(leaves)
+    losses = jnp.stack([jnp.asarray(count).astype(jnp.uint32) for count in counts])
+    bounds = _smallest(keys, lambda counts: counts >= losses[:, None], keys[0].dtype)
+    return _mark(keys, bounds, losses)
 
 
-def keep_in_groups(scores: jax.Array, kept: Any, size: int, axis: int) -> jax.Array:
-    """Marks the largest entries of every group of neighbours along an axis.
+def kth_lowest(leaves: Sequence[Any], k: int) -> Any:
+    """The entry at place `k` (from 0) of all entries in ascending order; jit-able."""
+    keys = _keys(leaves)
 
-    This is N:M sparsity with N = `kept` and M = `size`. Of equal scores the earlier one
-    stays; NaN counts as lower than every number. A last group that is short keeps at
-    most as many.
+    def enough(counts: Any) -> Any:
+        return jnp.broadcast_to(~_less(_sum(counts), wide(k + 1)), counts.shape)
 
-    Args:
-        scores: floats ``[..., n, ...]``.
-        kept: how many of each group stay. May be traced.
-        size: entries per group.
-        axis: along which they are neighbours.
-
-    Returns:
-        Bools like `scores`, True = kept.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> keep_in_groups(jnp.array([4.0, 1.0, 3.0, 2.0]), 2, size=4, axis=0)
-        Array([ True, False,  True, False], dtype=bool)
-    """
-    (keys,) = _keys([scores], [None])
-    keys = jnp.moveaxis(keys, axis, -1)
-    length = keys.shape[-1]
-    short = -length % size
-    # What fills up the last group has the lowest key, so it never outranks an entry.
-    keys = jnp.pad(keys, [(0, 0)] * (keys.ndim - 1) + [(0, short)])
-    groups = keys.reshape(*keys.shape[:-1], -1, size)
-    own, other = groups[..., :, None], groups[..., None, :]
-    earlier = np.tri(size, k=-1, dtype=bool)
-    earlier = earlier.reshape((1,) * (groups.ndim - 1) + earlier.shape)
-    outranked = (other > own) | ((other == own) & earlier)
-    rank = jnp.sum(outranked, axis=-1, dtype=jnp.int32)
-    mask = (rank < kept).reshape(keys.shape)[..., :length]
-    return jnp.moveaxis(mask, -1, axis)
+    return _value(_smallest(keys, enough, keys[0].dtype)[0])
 
 
-def kept_count(size: int, sparsity: Any) -> Any:
-    """How many of `size` entries stay: ``round((1 - sparsity) * size)``, at least one.
-
-    Halves go to the even count. A sparsity that is an array or traced is float32, and
-    so is the product: above 16 million entries the count may be off by their ratio.
-
-    Example:
-        >>> kept_count(10, 0.75), kept_count(10, 1.0), kept_count(0, 0.5)
-        (2, 1, 0)
-    """
-    least = min(size, 1)
-    if isinstance(sparsity, jax.Array | Tracer):
-        count = jnp.round((1 - sparsity.astype(jnp.float32)) * size)
-        return jnp.clip(count, least, size).astype(jnp.uint32)
-    return max(least, round((1 - sparsity) * size))
+# --- order-preserving integers -------------------------------------------------------
 
 
-class _Ranked(NamedTuple):
-    """Keys of every leaf, and whether the leaves are ranked together.
-
-    Attributes:
-        keys: uint32 arrays in the order of their scores; 0 where none may be kept.
-        together: counts are compared with those of all leaves.
-    """
-
-    keys: list[jax.Array]
-    together: bool
-
-    def total(self, counts: jax.Array) -> jax.Array:
-        """Counts per leaf ``[leaves, ...]`` -> counts per ranking, same shape."""
-        if not self.together:
-            return counts
-        return jnp.broadcast_to(counts.sum(0, keepdims=True), counts.shape)
+def _keys(leaves: Sequence[Any]) -> list[Any]:
+    """Unsigned integers in the order of the floats; -0 equals 0, NaN comes last."""
+    for leaf in leaves:
+        if leaf.size >= 1 << 32:
+            raise ValueError(
+                f"a leaf of shape {leaf.shape} has {leaf.size} scores, 2**32 or more; "
+                "split it along its first axis"
+            )
+    double = any(leaf.dtype == jnp.float64 for leaf in leaves)
+    kind = jnp.float64 if double else jnp.float32
+    return [_key(leaf.astype(kind)) for leaf in leaves]
 
 
-_SIGN = np.uint32(1 << 31)
+def _key(values: Any) -> Any:
+    kind, top = _top(values.dtype.itemsize)
+    pattern = lax.bitcast_convert_type(values, kind)
+    # -0 equals 0; compared as bits, because XLA on CPU flushes denormal numbers to 0.
+    pattern = jnp.where(pattern == top, kind(0), pattern)
+    ordered = jnp.where(pattern >= top, ~pattern, pattern | top)
+    return jnp.where(jnp.isnan(values), ~kind(0), ordered)
 
 
-def _keys(leaves: list[Any], among: list[Any]) -> list[jax.Array]:
-    if (entries := sum(np.size(leaf) for leaf in leaves)) >= 2**32:
-        raise ValueError(
-            f"{entries} scores cannot be ranked together, 2**32 at most; rank every "
-            "leaf alone"
-        )
-    return [_key(*pair) for pair in zip(leaves, among, strict=True)]
-
-
-def _key(scores: Any, among: Any) -> jax.Array:
-    scores = jnp.asarray(scores)
-    if not jnp.issubdtype(scores.dtype, jnp.floating) or scores.dtype.itemsize > 4:
-        raise TypeError(
-            f"scores must be floats of 32 bits or less, got {scores.dtype} of shape "
-            f"{scores.shape}"
-        )
-    wide = scores.astype(jnp.float32)
-    bits = jax.lax.bitcast_convert_type(wide, jnp.uint32)
-    # -0 equals 0. Arithmetic would lose denormal numbers, which XLA flushes on CPU.
-    bits = jnp.where(bits == _SIGN, jnp.uint32(0), bits)
-    key = jnp.where(bits >> 31 == 1, ~bits, bits | _SIGN)
-    key = jnp.where(jnp.isnan(wide), jnp.uint32(1), key)
-    return key if among is None else jnp.where(among, key, jnp.uint32(0))
-
-
-def _like(treedef: Any, what: str, tree: PyTree | None) -> list[Any]:
-    if tree is None:
-        return [None] * treedef.num_leaves
-    leaves, other = jax.tree.flatten(tree)
-    if other != treedef:
-        raise ValueError(f"{what} must be a tree like scores {treedef}, got {other}")
-    return leaves
-
-
-def _is_one(kept: PyTree) -> bool:
-    return isinstance(kept, int | np.integer | np.ndarray | jax.Array | Tracer)
-
-
-def _kth_largest(ranked: _Ranked, wanted: jax.Array) -> jax.Array:
-    """The largest keys ``[leaves]`` that at least as many entries reach as wanted."""
-
-    def settle(i: jax.Array, threshold: jax.Array) -> jax.Array:
-        shift = (30 - 2 * i).astype(jnp.uint32)
-        digits = jnp.arange(1, 4, dtype=jnp.uint32)
-        candidates = threshold[:, None] | (digits[None] << shift)
-        counts = [
-            _count([key >= limit for limit in limits])
-            for key, limits in zip(ranked.keys, candidates, strict=True)
-        ]
-        reached = ranked.total(jnp.stack(counts)) >= wanted[:, None]
-        digit = jnp.sum(reached, axis=1, dtype=jnp.uint32)
-        return threshold | (digit << shift)
-
-    start = jnp.zeros(len(ranked.keys), jnp.uint32)
-    return jax.lax.fori_loop(0, 16, settle, start)
-
-
-def _settle_ties(
-    ranked: _Ranked, threshold: jax.Array, wanted: jax.Array
-) -> list[jax.Array]:
-    """Everything above the threshold stays, and as many of its equals as are wanted."""
-    pairs = list(zip(ranked.keys, threshold, strict=True))
-    above = [key > limit for key, limit in pairs]
-    ties = [(key == limit) & (key > 0) for key, limit in pairs]
-    counts = jnp.stack([_count([a, t]) for a, t in zip(above, ties, strict=True)])
-    missing = wanted - jnp.minimum(wanted, ranked.total(counts)[:, 0])
-    tied = counts[:, 1]
-    if ranked.together:
-        before = jnp.cumsum(tied) - tied
-        missing -= jnp.minimum(missing, before)
-    missing = jnp.minimum(missing, tied)
-    limits = jax.lax.cond(
-        jnp.any((missing > 0) & (missing < tied)),
-        lambda: _positions(ties, missing),
-        # All or none: up to the end, or up to the start.
-        lambda: jnp.where(missing > 0, jnp.uint32(2**32 - 1), jnp.uint32(0)),
+def _value(key: Any) -> Any:
+    """The float that a key stands for."""
+    kind, top = _top(key.dtype.itemsize)
+    pattern = jnp.where(key >= top, key ^ top, ~key)
+    return lax.bitcast_convert_type(
+        pattern, jnp.float64 if kind == jnp.uint64 else jnp.float32
     )
+
+
+def _top(itemsize: int) -> tuple[Any, Any]:
+    kind = jnp.uint64 if itemsize == 8 else jnp.uint32
+    return kind, kind(1 << (8 * itemsize - 1))
+
+
+# --- search --------------------------------------------------------------------------
+
+
+def _smallest(
+    keys: Sequence[Any],
+    enough: Callable[[Any], Any],
+    kind: Any,
+    among: Sequence[Any] | None = None,
+) -> Any:
+    """The smallest numbers ``[leaves]`` such that enough keys are at most as large.
+
+    Invariant: no smaller number than `found` is enough, and the bits of the answer
+    above the current two are those of `found`.
+
+    Args:
+        keys: unsigned integers of `kind`, one array for every leaf.
+        enough: counts ``[leaves, 3]`` -> bools; monotone.
+        kind: dtype of the keys.
+        among: marks like the keys: only what is True there counts.
+    """
+    bits = 8 * np.dtype(kind).itemsize
+    digits = jnp.arange(1, 4, dtype=kind)
+
+    def settle(k: Any, found: Any) -> Any:
+        shift = (bits - 2 - 2 * k).astype(kind)
+        candidates = found[:, None] | (digits << shift)[None]
+        below = [[key < each for each in row] for key, row in _zip(keys, candidates)]
+        if among is not None:
+            below = [[a & m for a in marks] for marks, m in _zip(below, among)]
+        short = ~enough(jnp.stack([_counts(marks) for marks in below]))
+        return found | (jnp.sum(short, axis=1, dtype=kind) << shift)
+
+    return lax.fori_loop(0, bits // 2, settle, jnp.zeros(len(keys), kind))
+
+
+def _losses(
+    keys: Sequence[Any], bounds: Any, limits: Any, wanted: Wide
+) -> tuple[Any, Any]:
+    """``[leaves]``, bounds of their own, and how many entries every leaf loses.
+
+    What is below the common bound goes, then its equals, those of the last leaf first.
+    A leaf at its cap loses fewer than are below the bound, and needs its own.
+    """
+    below, upto = _below_and_upto(keys, bounds)
+    sure, most = jnp.minimum(below, limits), jnp.minimum(upto, limits)
+    ties = _difference(wanted, _sum(sure))
+    losses = list(sure)
+    for k in reversed(range(len(keys))):
+        whole = jnp.where(ties.high < 65536, (ties.high << 16) | ties.low, _MOST)
+        more = jnp.minimum(most[k] - sure[k], whole)
+        ties = _difference(ties, _sum(more[None]))
+        losses[k] = sure[k] + more
+    losses = jnp.stack(losses)
+    own = lax.cond(
+        (below > losses).any(),
+        lambda: _smallest(keys, lambda c: c >= losses[:, None], keys[0].dtype),
+        lambda: bounds,
+    )
+    return own, losses
+
+
+def _mark(keys: Sequence[Any], bounds: Any, losses: Any) -> list[Any]:
+    """The lowest ``losses[k]`` entries of every leaf; of equal ones the last."""
+    below, upto = _below_and_upto(keys, bounds)
+    equal = [key == bound for key, bound in _zip(keys, bounds)]
+    place = [_places(key.shape) for key in keys]
+    stay = upto - losses
+    starts = lax.cond(
+        ((stay > 0) & (losses > below)).any(),
+        lambda: _smallest(place, lambda c: c >= stay[:, None], np.uint32, equal) + 1,
+        lambda: jnp.zeros_like(stay),
+    )
+    # All or none: from the first position on, or from none.
+    starts = jnp.where(stay == 0, jnp.uint32(0), starts)
+    starts = jnp.where(losses <= below, _MOST, starts)
     return [
-        a | (t & (_index(t.shape) < limit))
-        for a, t, limit in zip(above, ties, limits, strict=True)
+        (key < bound) | (same & (where >= start))
+        for key, bound, same, where, start in _zip(keys, bounds, equal, place, starts)
     ]
 
 
-def _positions(ties: list[jax.Array], wanted: jax.Array) -> jax.Array:
-    """``[leaves]``, position before which as many ties lie as are wanted."""
-    bits = max(tie.size for tie in ties).bit_length()
-
-    def settle(i: jax.Array, limit: jax.Array) -> jax.Array:
-        candidates = limit | (jnp.uint32(1) << (bits - 1 - i).astype(jnp.uint32))
-        counts = [
-            _count([tie & (_index(tie.shape) < candidate)])[0]
-            for tie, candidate in zip(ties, candidates, strict=True)
-        ]
-        return jnp.where(jnp.stack(counts) <= wanted, candidates, limit)
-
-    return jax.lax.fori_loop(0, bits, settle, jnp.zeros_like(wanted))
+def _below_and_upto(keys: Sequence[Any], bounds: Any) -> tuple[Any, Any]:
+    """Counts ``[leaves]`` of the entries below the bounds, and of those up to them."""
+    pairs = [[key < bound, key <= bound] for key, bound in _zip(keys, bounds)]
+    counts = jnp.stack([_counts(pair) for pair in pairs])
+    return counts[:, 0], counts[:, 1]
 
 
-def _index(shape: tuple[int, ...]) -> jax.Array:
-    """Row-major positions; never gathered from a sharded leaf."""
-    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    index = jnp.zeros(shape, jnp.uint32)
-    for axis, stride in enumerate(strides):
-        here = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-        index += here * np.uint32(stride)
-    return index
+def _places(shape: tuple[int, ...]) -> Any:
+    """The row-major position of every entry."""
+    places = jnp.zeros(shape, jnp.uint32)
+    for d in range(len(shape)):
+        stride = math.prod(shape[d + 1 :])
+        places += lax.broadcasted_iota(jnp.uint32, shape, d) * jnp.uint32(stride)
+    return places
 
 
-def _count(flags: list[jax.Array]) -> jax.Array:
-    """How many are True in each of several arrays, in one pass over memory: [flags]."""
-    ones = tuple(flag.astype(jnp.uint32) for flag in flags)
-    zeros = (jnp.uint32(0),) * len(ones)
+# --- counts --------------------------------------------------------------------------
+
+
+def _counts(marks: Sequence[Any]) -> Any:
+    """How many are True in each of several arrays, in one pass over memory."""
+    ones = tuple(mark.astype(jnp.uint32) for mark in marks)
 
     def add(left: Any, right: Any) -> Any:
         return tuple(a + b for a, b in zip(left, right, strict=True))
 
-    return jnp.stack(jax.lax.reduce(ones, zeros, add, tuple(range(ones[0].ndim))))
+    zeros = (jnp.uint32(0),) * len(ones)
+    return jnp.stack(lax.reduce(ones, zeros, add, tuple(range(ones[0].ndim))))
+
+
+def _sum(counts: Any) -> Wide:
+    """Over the leaves: ``[leaves, ...]``."""
+    low = jnp.sum(counts & 0xFFFF, axis=0, dtype=jnp.uint32)
+    high = jnp.sum(counts >> 16, axis=0, dtype=jnp.uint32)
+    return Wide(high + (low >> 16), low & 0xFFFF)
+
+
+def _less(a: Wide, b: Wide) -> Any:
+    return (a.high < b.high) | ((a.high == b.high) & (a.low < b.low))
+
+
+def _clipped(a: Wide, most: int) -> Wide:
+    over = _less(wide(most), a)
+    high, low = wide(most)
+    return Wide(jnp.where(over, high, a.high), jnp.where(over, low, a.low))
+
+
+def _difference(a: Wide, b: Wide) -> Wide:
+    """``a - b``, where that is not negative."""
+    borrow = (a.low < b.low).astype(jnp.uint32)
+    return Wide(a.high - b.high - borrow, a.low + (borrow << 16) - b.low)

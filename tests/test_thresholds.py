@@ -1,16 +1,11 @@
-"""Exact selection against a stable sort, ties and all, on one device and on eight."""
-
-import functools
-import os
-import subprocess
-import sys
+"""The exact bisection against a sorted list: ties, caps, wide counts, infinities."""
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from contract import quick_jit
 
-from jaxprune.thresholds import keep_in_groups, keep_largest, kept_count, kth_largest
-from tests.contract import quick_jit
+from jaxprune import thresholds
 
 RNG = np.random.default_rng(0)
 SHAPES = [(7, 9), (1, 1), (40,), (3, 3, 2, 4)]
@@ -23,134 +18,87 @@ VALUES = {
         [np.inf, -np.inf, 1e-40, -1e-40, 3.4e38, 0.0, 1.0], shape
     ),
 }
-keep = quick_jit(keep_largest)
 
 
-def sorted_mask(flat, kept, among=None):
-    """The first `kept` of a stable descending sort; what may not stay comes last."""
-    candidates = np.flatnonzero(np.ones(flat.size, bool) if among is None else among)
-    order = candidates[np.argsort(-flat[candidates], kind="stable")]
-    mask = np.zeros(flat.size, bool)
-    mask[order[:kept]] = True
-    return mask
+def ranked(leaves, count, caps):
+    """The slow way: every entry of every leaf in one sorted list, the later first."""
+    flat = [np.asarray(leaf, np.float64).ravel() for leaf in leaves]
+    rows = sorted(
+        (value, -k, -place) for k, x in enumerate(flat) for place, value in enumerate(x)
+    )
+    gone, lost = [np.zeros(x.size, bool) for x in flat], [0] * len(flat)
+    for _, k, place in rows:
+        if sum(lost) < count and lost[-k] < caps[-k]:
+            gone[-k][-place] = True
+            lost[-k] += 1
+    return [x.reshape(np.shape(leaf)) for x, leaf in zip(gone, leaves, strict=True)]
 
 
-def flatten(tree):
-    return np.concatenate([np.ravel(leaf) for leaf in tree])
+@quick_jit
+def together(leaves, count, caps):
+    """With traced caps, so that one program serves all; the library's are static."""
+    wide = thresholds.Wide(count >> 16, count & 0xFFFF)
+    return thresholds.lowest_together(leaves, wide, list(caps))
 
 
-def counts(total):
-    return sorted({0, 1, total // 3, total - 1, total})
+@pytest.fixture
+def _unclipped(monkeypatch):
+    monkeypatch.setattr(thresholds, "_clipped", lambda wanted, most: wanted)
 
 
+@pytest.mark.usefixtures("_unclipped")
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [(kind, np.float32) for kind in VALUES]
     + [("ties", jnp.bfloat16), ("normal", np.float16)],
 )
-def test_together_and_alone(kind, dtype):
-    tree = [VALUES[kind](shape).astype(dtype) for shape in SHAPES]
-    wide = [leaf.astype(np.float32) for leaf in tree]
-    for kept in counts(flatten(tree).size):
-        expected = sorted_mask(flatten(wide), kept)
-        np.testing.assert_array_equal(flatten(keep(tree, np.int32(kept))), expected)
+def test_the_lowest_together(kind, dtype):
+    for _ in range(6):
+        leaves = [VALUES[kind](shape).astype(dtype) for shape in SHAPES]
+        caps = [int(RNG.integers(0, leaf.size + 1)) for leaf in leaves]
+        count = int(RNG.integers(0, sum(caps) + 1))
+        got = together(leaves, jnp.uint32(count), [jnp.uint32(cap) for cap in caps])
+        for a, b in zip(got, ranked(leaves, count, caps), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("kind", VALUES)
+def test_the_lowest_of_each(kind):
+    each = quick_jit(thresholds.lowest_each)
+    leaves = [VALUES[kind](shape).astype(np.float32) for shape in SHAPES]
     for share in (0.0, 0.4, 1.0):
-        each = [np.int32(share * leaf.size) for leaf in tree]
-        for leaf, mask, kept in zip(wide, keep(tree, each), each, strict=True):
-            np.testing.assert_array_equal(
-                np.ravel(mask), sorted_mask(leaf.ravel(), kept)
-            )
+        counts = [round(share * leaf.size) for leaf in leaves]
+        got = each(leaves, [jnp.uint32(count) for count in counts])
+        for leaf, mask, count in zip(leaves, got, counts, strict=True):
+            np.testing.assert_array_equal(mask, ranked([leaf], count, [count])[0])
 
 
-def test_among():
-    tree = [RNG.integers(-2, 3, shape).astype(np.float32) for shape in SHAPES]
-    among = [RNG.random(shape) < 0.5 for shape in SHAPES]
-    keep_among = quick_jit(keep_largest)
-    for kept in [*counts(flatten(among).sum()), flatten(tree).size]:
-        expected = sorted_mask(flatten(tree), kept, flatten(among))
-        got = flatten(keep_among(tree, np.int32(kept), among))
-        np.testing.assert_array_equal(got, expected)
+def test_a_static_count_is_clipped_to_the_caps():
+    gone = thresholds.lowest_together([jnp.array([3.0, 1.0, 2.0])], 3, [2])
+    np.testing.assert_array_equal(gone[0], [False, True, True])
 
 
-def test_nan_goes_first():
-    scores = [jnp.array([jnp.nan, -jnp.inf, 1.0, -jnp.nan])]
-    for kept, expected in ((1, [2]), (2, [1, 2]), (3, [0, 1, 2])):
-        np.testing.assert_array_equal(np.flatnonzero(keep(scores, kept)[0]), expected)
+def test_nan_is_the_largest_number():
+    scores = [jnp.array([jnp.nan, jnp.inf, 1.0, -jnp.nan])]
+    for count, expected in ((1, [2]), (2, [1, 2]), (3, [1, 2, 3])):
+        gone = thresholds.lowest_each(scores, [count])[0]
+        np.testing.assert_array_equal(np.flatnonzero(gone), expected)
 
 
-def test_kth_largest_is_an_element():
-    tree = [RNG.normal(size=shape).astype(np.float32) for shape in SHAPES]
-    kth = quick_jit(kth_largest)
-    descending = np.sort(flatten(tree))[::-1]
-    for k in (1, 2, 60, descending.size):
-        assert kth(tree, np.int32(k)) == descending[k - 1]
+def test_the_entry_at_a_place():
+    leaves = [RNG.normal(size=shape).astype(np.float32) for shape in SHAPES]
+    ascending = np.sort(np.concatenate([leaf.ravel() for leaf in leaves]))
+    for k in (0, 60, ascending.size - 1):
+        assert thresholds.kth_lowest(leaves, k) == ascending[k]
 
 
-def test_a_tree_without_leaves():
-    assert keep_largest({}, 0) == {}
-
-
-@pytest.mark.parametrize("shape", [(8,), (4, 12), (12, 4), (2, 10, 3)])
-@pytest.mark.parametrize("axis", [0, -1])
-def test_groups(shape, axis):
-    for scores in (RNG.normal(size=shape), RNG.integers(0, 2, shape)):
-        scores = scores.astype(np.float32)
-        for kept in (0, 1, 2, 4):
-            mask = keep_in_groups(jnp.asarray(scores), kept, size=4, axis=axis)
-            rows = np.moveaxis(scores, axis, -1).reshape(-1, shape[axis])
-            expected = [
-                np.concatenate(
-                    [sorted_mask(row[i : i + 4], kept) for i in range(0, row.size, 4)]
-                )
-                for row in rows
-            ]
-            got = np.moveaxis(np.asarray(mask), axis, -1).reshape(-1, shape[axis])
-            np.testing.assert_array_equal(got, expected)
-
-
-def test_kept_count():
-    assert [kept_count(10, s) for s in (0.0, 0.25, 0.35, 0.99, 1.0)] == [10, 8, 6, 1, 1]
-    assert kept_count(100_000_000, 0.9) == 10_000_000
-    traced = quick_jit(functools.partial(kept_count, 10))
-    for sparsity in (0.0, 0.25, 0.35, 0.99, 1.0):
-        assert traced(sparsity) == kept_count(10, sparsity)
-
-
-def test_wrong_trees_and_dtypes():
-    with pytest.raises(ValueError, match="kept must be a tree like scores"):
-        keep_largest([jnp.ones(3), jnp.ones(2)], [1])
-    with pytest.raises(ValueError, match="among must be a tree like scores"):
-        keep_largest({"a": jnp.ones(3)}, 1, {"b": jnp.ones(3, bool)})
-    with pytest.raises(TypeError, match=r"got int32 of shape \(3,\)"):
-        keep_largest({"a": jnp.ones(3, jnp.int32)}, 1)
-
-
-SHARDED = r"""
-import re, jax, numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from jaxprune.packing import pack_masks
-from jaxprune.thresholds import keep_largest
-from tests.contract import quick_jit
-mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-rng = np.random.default_rng(0)
-scores = [rng.integers(0, 50, (64, 32)).astype("f"), rng.normal(size=(8, 64)).astype("f")]
-def select(scores):
-    masks = keep_largest(scores, 1000)
-    return masks, pack_masks(masks, scores)
-expected, _ = quick_jit(select)(scores)
-shardings = [NamedSharding(mesh, P("data", "model")), NamedSharding(mesh, P(None, "data"))]
-sharded = jax.device_put(scores, shardings)
-compiled = quick_jit(select).lower(sharded).compile()
-gathered = re.findall(r"= [a-z0-9]+\[([0-9,]*)\][^=]*all-gather\(", compiled.as_text())
-assert all(np.prod([int(n) for n in s.split(",") if n]) <= 64 for s in gathered), gathered
-masks, packed = compiled(sharded)
-for got, mask in zip(masks, expected, strict=True):
-    np.testing.assert_array_equal(got, mask)
-assert not any(leaf.is_fully_replicated for leaf in jax.tree.leaves([masks, packed]))
-"""
-
-
-def test_sharded_scores_are_not_gathered():
-    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"
-    env = os.environ | {"XLA_FLAGS": flags}
-    subprocess.run([sys.executable, "-c", SHARDED], check=True, env=env)
+def test_counts_above_32_bits_do_not_overflow():
+    numbers = [2**32 - 1, 2**32 - 5, 70_000, 0, 2**31]
+    wide = thresholds._sum(jnp.array(numbers, jnp.uint32))
+    assert (int(wide.high) << 16) + int(wide.low) == sum(numbers)
+    below = thresholds._difference(wide, thresholds.wide(2**32 + 123))
+    assert (int(below.high) << 16) + int(below.low) == sum(numbers) - 2**32 - 123
+    assert bool(thresholds._less(thresholds.wide(2**40), thresholds.wide(2**40 + 1)))
+    assert not bool(thresholds._less(thresholds.wide(2**40), thresholds.wide(2**40)))
+    clipped = thresholds._clipped(thresholds.wide(2**41), 2**40 + 7)
+    assert (int(clipped.high) << 16) + int(clipped.low) == 2**40 + 7

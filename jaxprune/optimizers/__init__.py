@@ -21,4 +21,29 @@ from jaxprune.optimizers.group_bridgeout import group_bridgeout as group_bridgeo
 from jaxprune.optimizers.penalties import PenaltyState as PenaltyState
 from jaxprune.optimizers.penalties import bridge_penalty as bridge_penalty
 from jaxprune.optimizers.penalties import group_lasso as group_lasso
+from jaxprune.optimizers.pruning import gradual_pruning as gradual_pruning
+from jaxprune.optimizers.pruning import hold_masks as hold_masks
+from jaxprune.optimizers.pruning import threshold_pruning as threshold_pruning
+from jaxprune.optimizers.regrowth import grow_and_prune as grow_and_prune
+from jaxprune.optimizers.regrowth import rigl as rigl
+from jaxprune.optimizers.regrowth import (
+    sparse_evolutionary_training as sparse_evolutionary_training,
+)
+from jaxprune.optimizers.rules import Budget as Budget
+from jaxprune.optimizers.soft import (
+    dynamic_network_surgery as dynamic_network_surgery,
+)
+from jaxprune.optimizers.soft import (
+    iterative_hard_thresholding as iterative_hard_thresholding,
+)
+from jaxprune.optimizers.soft import (
+    iterative_soft_shrinkage as iterative_soft_shrinkage,
+)
+from jaxprune.optimizers.soft import straight_through as straight_through
+from jaxprune.optimizers.sparse import sparse_training as sparse_training
+from jaxprune.optimizers.sparse_state import Moment as Moment
+from jaxprune.optimizers.sparse_state import Rule as Rule
+from jaxprune.optimizers.sparse_state import SparseState as SparseState
+from jaxprune.optimizers.sparse_state import current_masks as current_masks
+from jaxprune.optimizers.sparse_state import masked_params as masked_params
 from jaxprune.optimizers.weight_noise import noisy_params as noisy_params

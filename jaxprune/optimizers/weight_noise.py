@@ -121,7 +121,7 @@ def weight_noise(
 
     def init(params: Any) -> Any:
         count = jnp.zeros((), jnp.int32)
-        own = {"key": _typed_key(key), "count": count, "noised": select(params)}
+        own = {"key": typed_key(key), "count": count, "noised": select(params)}
         return state_type(**own, **fixed(), **scheduled(count))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -225,7 +225,8 @@ def is_ranked(target_fraction: Any) -> bool:
     return isinstance(target_fraction, Tracer) or target_fraction < 1
 
 
-def _typed_key(key: int | jax.Array) -> jax.Array:
+def typed_key(key: int | jax.Array) -> jax.Array:
+    """The key of a seed, or a copy of a typed key."""
     dtype, shape = jnp.result_type(key), jnp.shape(key)
     if jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ():
         # A copy: donating the state's buffers must not delete the caller's key.

@@ -5,9 +5,10 @@ Whole units: `per_group`, `across_groups`, `to_budget`, ... give group name -> b
 
 All of them remove the lowest-scoring entries and share their guarantees: the count
 follows from the budget, not from a threshold, so equal scores or a layer of small
-scores cannot change it; no group and no leaf is emptied; ties are broken by position.
-With ``multiple_of > 1`` units leave in blocks (a block is rated by its best unit), and
-the count is met to half a block. Limits are one value, or name or pattern -> value.
+scores cannot change it; no group and no leaf is emptied; of equal scores the earlier
+stays. With ``multiple_of > 1`` units leave in blocks (a block is rated by its best
+unit), and the count is met to half a block. Limits are one value, or name or pattern ->
+value.
 
 Scores may be traced: then the decision is traced too.
 """

@@ -3,7 +3,7 @@
 Two ways to one answer. Concrete scores on one CPU are read about once by numpy: a
 sample brackets the threshold, one pass counts what lies below the bracket and collects
 what lies inside. Traced or sharded scores are decided by bisection on the bits of their
-order-preserving integers (`jaxprune.select.bisection`).
+order-preserving integers (`jaxprune.thresholds`). Of equal entries the earlier stays.
 """
 
 import math
@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
-from jaxprune.select.bisection import Wide, kth_traced, lowest_traced
+from jaxprune.thresholds import Wide, kth_lowest, lowest_each, lowest_together
 
 _CHUNK = 1 << 18  # entries that stay in a core's cache with what is made of them
 _SMALL = 1 << 18  # so few are partitioned at once
@@ -24,7 +24,7 @@ _SMALL = 1 << 18  # so few are partitioned at once
 def lowest(leaves: Sequence[Any], count: int | Wide, caps: Sequence[int]) -> list[Any]:
     """Marks the lowest `count` entries of all leaves together.
 
-    Of equal entries the first go, in the order of the leaves and their positions.
+    Of equal entries the earlier one stays, in the order of the leaves and positions.
 
     Args:
         leaves: arrays of floats without NaN; traced, sharded or concrete.
@@ -39,21 +39,38 @@ def lowest(leaves: Sequence[Any], count: int | Wide, caps: Sequence[int]) -> lis
     if not leaves:
         return []
     if isinstance(count, Wide) or any(isinstance(leaf, Tracer) for leaf in leaves):
-        return lowest_traced(leaves, count, caps)
+        return lowest_together(leaves, count, caps)
     if not on_host(leaves):
-        return jax.jit(lambda found: lowest_traced(found, count, caps))(list(leaves))
+        return jax.jit(lambda found: lowest_together(found, count, caps))(list(leaves))
     removed = _lowest_on_host([flat(leaf) for leaf in leaves], count, caps)
     return [
         gone.reshape(np.shape(leaf)) for gone, leaf in zip(removed, leaves, strict=True)
     ]
 
 
+def lowest_alone(leaves: Sequence[Any], counts: Sequence[Any]) -> list[Any]:
+    """Marks the lowest entries of every leaf, each ranked alone; see `lowest`.
+
+    Args:
+        leaves: arrays of floats without NaN; traced, sharded or concrete.
+        counts: for every leaf, how many of its entries to mark; may be traced.
+    """
+    if not leaves:
+        return []
+    if any(isinstance(each, Tracer) for each in (*leaves, *counts)):
+        return lowest_each(leaves, counts)
+    if not on_host(leaves):
+        return jax.jit(lowest_each)(list(leaves), list(counts))
+    pairs = zip(leaves, counts, strict=True)
+    return [lowest([leaf], count, [count])[0] for leaf, count in pairs]
+
+
 def kth(leaves: Sequence[Any], k: int) -> Any:
     """The entry at place `k` (from 0) of all entries in ascending order."""
     if any(isinstance(leaf, Tracer) for leaf in leaves):
-        return kth_traced(leaves, k)
+        return kth_lowest(leaves, k)
     if not on_host(leaves):
-        return jax.jit(lambda found: kth_traced(found, k))(list(leaves))
+        return jax.jit(lambda found: kth_lowest(found, k))(list(leaves))
     return kth_smallest([flat(leaf) for leaf in leaves], k)
 
 
@@ -218,7 +235,7 @@ def _losses(flat: Sequence[np.ndarray], count: int, caps: Sequence[int]) -> list
         return losses
     below = {k: _count(np.less, flat[k], bound) for k in rest}
     ties = count - sum(min(caps[k], below[k]) for k in rest)
-    for k in rest:
+    for k in reversed(rest):
         least = min(caps[k], below[k])
         more = min(ties, min(caps[k], upto[k]) - least)
         losses[k] = _Loss(least + more, bound, below[k], upto[k])
@@ -227,7 +244,7 @@ def _losses(flat: Sequence[np.ndarray], count: int, caps: Sequence[int]) -> list
 
 
 def _mark(array: np.ndarray, loss: _Loss) -> np.ndarray:
-    """The lowest entries of a leaf; of equal ones the first."""
+    """The lowest entries of a leaf; of equal ones the last."""
     count, bound, below, upto = loss
     if not count:
         return np.zeros(array.shape, bool)
@@ -237,5 +254,5 @@ def _mark(array: np.ndarray, loss: _Loss) -> np.ndarray:
     if upto == count:
         return array <= bound
     removed = array < bound
-    removed[np.flatnonzero(array == bound)[: count - below]] = True
+    removed[np.flatnonzero(array == bound)[upto - count :]] = True
     return removed

@@ -25,8 +25,8 @@ def n_of_m(
     """Keeps the n highest-scoring of every m consecutive entries along an axis.
 
     The last entries of an axis that m does not divide form a shorter run, which keeps
-    n of them too, or all if there are no more. Leaves without that axis are left
-    alone.
+    n of them too, or all if there are no more. Of equal scores the earlier stay. Leaves
+    without that axis are left alone.
 
     Args:
         scores: tree of floats like the parameters, larger matters more; None where a
@@ -62,26 +62,29 @@ def n_of_m(
     removed = {}
     for path in selected(leaves, only, "leaves"):
         leaf = checked(path, leaves[path])
-        if not -leaf.ndim <= axis < leaf.ndim:
-            continue
-        xp: Any = np if concrete(leaf) else jnp
-        last = xp.moveaxis(xp.asarray(leaf), axis, -1)
-        rest = last.shape[-1] % m
-        parts = [
-            _lowest_of_runs(xp, last[..., : last.shape[-1] - rest], m, n),
-            _lowest_of_runs(xp, last[..., last.shape[-1] - rest :], rest, n),
-        ]
-        removed[path] = xp.moveaxis(xp.concatenate(parts, -1), -1, axis)
+        if -leaf.ndim <= axis < leaf.ndim:
+            removed[path] = _lowest_of_runs(leaf, axis, m, n)
     return masks_like(scores, removed)
 
 
-def _lowest_of_runs(xp: Any, values: Any, run: int, n: int) -> Any:
-    """All but the highest n of every run along the last axis; of equals the first."""
-    if not values.size:
-        return xp.zeros(values.shape, bool)
-    runs = values.reshape(*values.shape[:-1], -1, run)
-    order = xp.argsort(runs, axis=-1, stable=True)
-    return (xp.argsort(order, axis=-1) < run - n).reshape(values.shape)
+def _lowest_of_runs(leaf: Any, axis: int, m: int, n: int) -> Any:
+    """All but the highest n of every run: an entry goes if n others rank above it."""
+    xp: Any = np if concrete(leaf) else jnp
+    last = xp.moveaxis(xp.asarray(leaf), axis, -1)
+    short = -last.shape[-1] % m
+    # What fills up the last run never outranks an entry.
+    padding = [(0, 0)] * (last.ndim - 1) + [(0, short)]
+    runs = xp.pad(last, padding, constant_values=-np.inf)
+    runs = runs.reshape(*last.shape[:-1], -1, m)
+    above = xp.zeros(runs.shape, np.int32)
+    for k in range(m):
+        other = runs[..., k : k + 1]
+        earlier = np.arange(m) > k
+        earlier = earlier.reshape((1,) * (runs.ndim - 1) + (m,))
+        outranked = (other > runs) | ((other == runs) & earlier)
+        above = above + outranked.astype(np.int32)
+    gone = (above >= n).reshape(*last.shape[:-1], -1)
+    return xp.moveaxis(gone[..., : last.shape[-1]], -1, axis)
 
 
 def blocks(

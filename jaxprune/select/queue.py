@@ -40,7 +40,7 @@ class Queue:
 
 
 def queue(scores: np.ndarray, limits: Limits) -> Queue:
-    """The queue of a group with these scores; ties by position."""
+    """The queue of a group with these scores; of equal ones the last leaves first."""
     order = leaving_order(scores, limits.parts)
     widths = limits.widths(len(scores))
     ends = len(scores) - widths

@@ -29,7 +29,7 @@ class Ranking(NamedTuple):
 
 
 def rank(name: str, size: int, scores: Mapping[str, Any], limits: Limits) -> Ranking:
-    """Orders the units of one group by score, the lowest first; ties by position."""
+    """Orders the units of a group by score; of equal ones the last comes first."""
     values = unit_scores(name, size, scores)
     xp = jnp if isinstance(values, Tracer) else np
     order = leaving_order(values, limits.parts)
@@ -47,7 +47,9 @@ def leaving_order(values: Any, parts: int) -> Any:
         array([1, 3, 2, 5, 0, 4])
     """
     xp = jnp if isinstance(values, Tracer) else np
-    inside = xp.argsort(values.reshape(parts, -1), axis=1, stable=True)
+    # Backwards, so that of equal scores the later unit leaves first.
+    backwards = values.reshape(parts, -1)[:, ::-1]
+    inside = backwards.shape[1] - 1 - xp.argsort(backwards, axis=1, stable=True)
     return (inside + np.arange(0, len(values), len(values) // parts)[:, None]).T.ravel()
 
 

@@ -3,13 +3,14 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax.numpy as jnp
 from jax.core import Tracer
 
 from jaxprune.masks import PyTree
-from jaxprune.select.bisection import Wide, wide_share
 from jaxprune.select.limits import Each, fraction, fractions, selected
-from jaxprune.select.lowest import kth, lowest
+from jaxprune.select.lowest import kth, lowest, lowest_alone
 from jaxprune.select.trees import caps, checked, masks_like, scored
+from jaxprune.thresholds import Wide, wide_share
 
 
 def per_leaf(
@@ -23,7 +24,7 @@ def per_leaf(
     """Removes a fraction of every leaf, lowest scores first.
 
     A leaf of n entries loses exactly ``round(sparsity * n)`` of them, or as many as
-    `min_keep` and `max_sparsity` allow; of equal scores the first go.
+    `min_keep` and `max_sparsity` allow; of equal scores the earlier stay.
 
     Args:
         scores: tree of floats like the parameters, larger matters more; None where a
@@ -52,16 +53,14 @@ def per_leaf(
     """
     leaves = scored(scores)
     most = caps(leaves, min_keep, max_sparsity)
-    removed = {}
-    for path, share in fractions(leaves, sparsity, only, "leaves").items():
-        leaf, cap = checked(path, leaves[path]), most[path]
-        if isinstance(share, Tracer):
-            count: int | Wide = wide_share(share, leaf.size)
-        else:
-            share = fraction(f"sparsity of {path}", share)
-            count = min(round(share * leaf.size), cap)
-        removed[path] = lowest([leaf], count, [cap])[0]
-    return masks_like(scores, removed)
+    shares = fractions(leaves, sparsity, only, "leaves")
+    chosen = [checked(path, leaves[path]) for path in shares]
+    counts = [
+        _count(path, share, leaf.size, most[path])
+        for (path, share), leaf in zip(shares.items(), chosen, strict=True)
+    ]
+    removed = lowest_alone(chosen, counts)
+    return masks_like(scores, dict(zip(shares, removed, strict=True)))
 
 
 def across_leaves(
@@ -76,7 +75,7 @@ def across_leaves(
 
     Of N entries in the selected leaves exactly ``round(sparsity * N)`` go. What
     `min_keep` or `max_sparsity` protects stays, and the next lowest of any other leaf
-    goes instead. Of equal scores the first go, in the order of the leaves.
+    goes instead. Of equal scores the earlier stay, in the order of the leaves.
 
     Under jit the count of all weights is the only thing that devices exchange: no leaf
     is gathered, and more than ``2**31`` weights are counted right.
@@ -163,3 +162,11 @@ def threshold(scores: PyTree, *, sparsity: float) -> Any:
         for path, leaf in leaves.items():
             checked(path, leaf)
         raise
+
+
+def _count(path: str, share: Any, size: int, cap: int) -> Any:
+    """How many of the entries of a leaf go."""
+    if not isinstance(share, Tracer):
+        return min(round(fraction(f"sparsity of {path}", share) * size), cap)
+    high, low = wide_share(share, size)
+    return jnp.minimum((high << 16) | low, jnp.uint32(cap))
