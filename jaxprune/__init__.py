@@ -2,7 +2,7 @@
 
 Five questions, in this order: which axes belong together (`trace`), how much does each
 matter (`scores`, `group_scores`), which ones stay (`select`), what if they were gone
-(`expand_masks`, `apply_masks`, `bridgeout`), make them gone (`slice_params`, `narrow`).
+(`expand_masks`, `apply_masks`, `hold_masks`, `bridgeout`), make them gone (`slice_params`, `narrow`).
 """
 
 from jaxprune import clusters as clusters
@@ -35,6 +35,7 @@ from jaxprune.merging import deviation as deviation
 from jaxprune.merging import merge as merge
 from jaxprune.merging import merge_error as merge_error
 from jaxprune.optimizers.bridgeout import bridgeout as bridgeout
+from jaxprune.optimizers.pruning import hold_masks as hold_masks
 from jaxprune.optimizers.weight_noise import noisy_params as noisy_params
 from jaxprune.pruning import Pruned as Pruned
 from jaxprune.pruning import prune as prune

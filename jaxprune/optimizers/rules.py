@@ -228,14 +228,17 @@ def above_threshold(
 
 
 def hysteresis(low: float, high: float) -> Callable[[Moment], Arrays]:
-    """Weights below `low` times a remembered scale go, from `high` on they return."""
+    """Weights below `low` times a remembered scale go, from `high` on they return.
+
+    The largest weight of a leaf always stays.
+    """
 
     def masks(moment: Moment) -> Arrays:
         new = {}
         for path, w in moment.params.items():
             size, scale = jnp.abs(w.astype(jnp.float32)), moment.memory[path]
             stays = moment.masks[path] & (size >= low * scale)
-            new[path] = stays | (size >= high * scale)
+            new[path] = stays | (size >= jnp.minimum(high * scale, jnp.max(size)))
         return new
 
     return masks

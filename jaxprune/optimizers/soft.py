@@ -100,6 +100,8 @@ def dynamic_network_surgery(
         0 & |w| < (1 - margin)\, t \\ T & \text{in between} \\
         1 & |w| \ge (1 + margin)\, t \end{cases}
 
+    and the largest weight of a leaf always stays.
+
     Args:
         tx: any optimiser.
         deviations: c. The authors tune it per layer; 4 for the first dense layer of

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 
 from jaxprune.masks import PyTree
 from jaxprune.select.limits import Each, fraction, fractions, selected
 from jaxprune.select.lowest import kth, lowest, lowest_alone
-from jaxprune.select.trees import caps, checked, masks_like, scored
+from jaxprune.select.trees import caps, checked, concrete, masks_like, scored
 from jaxprune.thresholds import Wide, wide_share
 
 
@@ -70,6 +71,7 @@ def across_leaves(
     min_keep: Each[int] = 1,
     max_sparsity: Each[float] = 1.0,
     only: str | Sequence[str] | None = None,
+    normalize: bool = False,
 ) -> PyTree:
     """Removes a fraction of all entries, ranked together, lowest scores first.
 
@@ -89,6 +91,8 @@ def across_leaves(
             path or pattern -> value.
         max_sparsity: no leaf loses more than this fraction; likewise.
         only: paths or patterns (as `fnmatch`) of the leaves to prune; None for all.
+        normalize: divide the scores of a leaf by their L2 norm before they compete, so
+            that leaves of small weights are not the first to go.
 
     Returns:
         Masks like `scores`, True = kept; the scalar True for leaves left alone.
@@ -113,6 +117,8 @@ def across_leaves(
     every = caps(leaves, min_keep, max_sparsity)
     most = [every[path] for path in paths]
     chosen = [checked(path, leaves[path]) for path in paths]
+    if normalize:
+        chosen = [leaf / (_norm(leaf) + 1e-8) for leaf in chosen]
     total = sum(leaf.size for leaf in chosen)
     if isinstance(sparsity, Tracer):
         count: int | Wide = wide_share(sparsity, total)
@@ -170,3 +176,9 @@ def _count(path: str, share: Any, size: int, cap: int) -> Any:
         return min(round(fraction(f"sparsity of {path}", share) * size), cap)
     high, low = wide_share(share, size)
     return jnp.minimum((high << 16) | low, jnp.uint32(cap))
+
+
+def _norm(leaf: Any) -> Any:
+    xp: Any = np if concrete(leaf) else jnp
+    wide = leaf.astype(np.promote_types(leaf.dtype, np.float32))
+    return xp.sqrt(xp.sum(wide * wide)).astype(leaf.dtype)
