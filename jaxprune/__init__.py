@@ -2,7 +2,8 @@
 
 Five questions, in this order: which axes belong together (`trace`), how much does each
 matter (`scores`, `group_scores`), which ones stay (`select`), what if they were gone
-(`expand_masks`, `apply_masks`, `hold_masks`, `bridgeout`), make them gone (`slice_params`, `narrow`).
+(`expand_masks`, `apply_masks`, `hold_masks`, `bridgeout`), make them gone
+(`slice_params`, `narrow`).
 """
 
 from jaxprune import clusters as clusters
