@@ -54,9 +54,7 @@ class Way(NamedTuple):
 def held(params: Any) -> Any:
     """The largest weights of every kernel."""
     kernels = {path for path, x in _named(params).items() if x.ndim > 1}
-    return select.per_leaf(
-        magnitude(params), sparsity=dict.fromkeys(kernels, SPARSITY)
-    )
+    return select.per_leaf(magnitude(params), sparsity=dict.fromkeys(kernels, SPARSITY))
 
 
 def _named(params: Any) -> dict[str, Any]:
@@ -97,9 +95,7 @@ WAYS: Mapping[str, Way] = {
     "straight-through, every 100": Way(
         lambda tx: optimizers.straight_through(tx, SPARSITY, every=100), True
     ),
-    "straight-through": Way(
-        lambda tx: optimizers.straight_through(tx, SPARSITY), True
-    ),
+    "straight-through": Way(lambda tx: optimizers.straight_through(tx, SPARSITY), True),
     "network surgery": Way(
         lambda tx: optimizers.dynamic_network_surgery(tx, 1.0), True
     ),
@@ -177,8 +173,10 @@ def rows(times: Mapping[str, list[Seconds]]) -> dict[str, Any]:
         pairs = list(zip(runs, times["plain"], strict=True))
         found[name] = {
             **machine.summary(runs),
-            "to_plain": round(statistics.median(a.wall / b.wall for a, b in pairs), 4),
-            "to_plain_cpu": round(statistics.median(a.cpu / b.cpu for a, b in pairs), 4),
+            "to_plain": round(statistics.median(x.wall / y.wall for x, y in pairs), 4),
+            "to_plain_cpu": round(
+                statistics.median(x.cpu / y.cpu for x, y in pairs), 4
+            ),
             "to_plain_fastest": round(
                 min(a.wall for a in runs) / min(b.wall for b in times["plain"]), 4
             ),

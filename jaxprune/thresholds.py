@@ -29,8 +29,8 @@ class Wide(NamedTuple):
     low: Any
 
 
-def wide(count: int) -> Wide:
-    """A static number.
+def wide(count: Any) -> Wide:
+    """A static number, or a traced one below ``2**32``.
 
     Example:
         >>> [int(part) for part in wide(2**40 + 3)]
@@ -48,14 +48,14 @@ def wide_share(share: Any, total: int) -> Wide:
 
 
 def lowest_together(
-    leaves: Sequence[Any], count: int | Wide, caps: Sequence[int]
+    leaves: Sequence[Any], count: Any, caps: Sequence[int]
 ) -> list[Any]:
     """Marks the lowest `count` entries of all leaves; jit-able.
 
     Args:
         leaves: arrays of floats; NaN counts as the largest number.
-        count: how many entries to mark; may be traced, and is clipped to the sum of
-            `caps`.
+        count: how many entries to mark: an integer, which may be traced, or a `Wide`;
+            clipped to the sum of `caps`.
         caps: for every leaf, how many of its entries may be marked at most.
 
     Returns:
@@ -70,7 +70,7 @@ def lowest_together(
     """
     keys = _keys(leaves)
     limits = jnp.stack([jnp.uint32(cap) for cap in caps])
-    wanted = _clipped(wide(count) if isinstance(count, int) else count, sum(caps))
+    wanted = _clipped(count if isinstance(count, Wide) else wide(count), sum(caps))
 
     def enough(counts: Any) -> Any:
         capped = jnp.minimum(counts, limits[:, None])

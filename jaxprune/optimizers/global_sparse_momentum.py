@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 
 from jaxprune.masks import apply_masks
 from jaxprune.optimizers.leaves import name_of, named_leaves, select_leaves
 from jaxprune.optimizers.weight_noise import check, current
-from jaxprune.thresholds import keep_largest
+from jaxprune.thresholds import lowest_together
 
 
 class GlobalSparseMomentumState(NamedTuple):
@@ -188,13 +189,16 @@ def _most(scores: Mapping[str, jax.Array], ratio: Any) -> Mapping[str, jax.Array
     """Where the ``int(ratio * N)`` largest of all N scores are; NaN is the largest."""
     total = sum(leaf.size for leaf in scores.values())
     if isinstance(ratio, jax.Array | Tracer):
-        kept: Any = jnp.floor(ratio * total * (1 + 1e-6)).astype(jnp.uint32)
+        share = jnp.floor(ratio * total * (1 + 1e-6)).astype(jnp.uint32)
+        gone: Any = np.uint32(total) - jnp.minimum(share, np.uint32(total))
     else:
         # 0.29 * 100 is a little less than 29.
-        kept = min(int(float(ratio) * total * (1 + 1e-12)), total)
-    # A gradient that is no number must be seen, not masked.
-    seen = {n: jnp.where(jnp.isnan(x), jnp.inf, x) for n, x in scores.items()}
-    return keep_largest(seen, kept)
+        gone = total - min(int(float(ratio) * total * (1 + 1e-12)), total)
+    # A gradient that is no number is the largest: it must be seen, not masked.
+    lowest = lowest_together(
+        list(scores.values()), gone, [leaf.size for leaf in scores.values()]
+    )
+    return {name: ~mask for name, mask in zip(scores, lowest, strict=True)}
 
 
 def _wide(x: jax.Array) -> jax.Array:
