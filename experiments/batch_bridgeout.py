@@ -13,13 +13,28 @@ Leaves     runs/batch_bridgeout-digits: report.html, results.json, curves.png, m
 Paper      Khan and Stavness, Pruning Convolutional Filters using Batch Bridgeout, 2020,
            https://arxiv.org/abs/2009.10893 (CIFAR, 230 epochs)
 
+With `--dataset cifar10` or `cifar100` this is the paper's run: VGG-16-BN, the 28-layer
+ResNet and WRN-28-10, 230 epochs at batch 128, random crops of 4-pixel borders and
+mirroring, channels normalised, learning rate 0.1 that falls by 0.2 after 60, 120, 160
+and 200 epochs, weight decay 5e-4, no clipping; the report draws the paper's curves
+beneath ours (batch_bridgeout_paper.json). Not run here: no GPU. Expected time for
+--seeds 3: 18 hours on one A100, an estimate from FLOPs. A step costs 3 forward passes;
+50 000 images x 230 epochs x 3 methods x 3 seeds make 0.19 exaFLOP for the VGG, 0.04 for
+the ResNet, 3.70 for the WRN (`training_flops`), assumed at 60 TFLOP/s, 0.4 of the
+A100's TF32 peak: 1, 0.2 and 17 hours. The rounds of fine-tuning, on one net, are left
+out, and the ResNet is too small to keep such a GPU busy.
+
 As in the paper: SGD with Nesterov momentum; one draw of noise per layer and mini-batch,
 targeted at the weakest kernels; the first convolution is noised and cut too, the
 classifier is not cut. Unlike it: a filter is cut with its BatchNorm, so that it emits
-zero and not a constant; channels on a residual stream are cut together; the learning
-rate falls along a cosine; the last epoch counts, not the best on the test set; weight
-decay is tuned too. The hyper-parameters of all methods come from one random search on a
-part of the training set, with as many tries for each (batch_bridgeout_search.py).
+zero and not a constant; channels on a residual stream are cut together; the last epoch
+counts, not the best on the test set; momentum lasts from epoch to epoch (`--quirks`
+names what is to be done as in the authors' code); the incomplete last batch of an epoch
+is left out; their rate of dropout is not on record, so it is that of Batch Bridgeout.
+On digits also: the learning rate falls along a cosine, gradients are clipped, weight
+decay is tuned too. There the hyper-parameters of all methods come from one random
+search on a part of the training set, with as many tries for each
+(batch_bridgeout_search.py).
 """
 
 import dataclasses
@@ -35,7 +50,11 @@ import optax
 
 import jaxprune
 from experiments.batch_bridgeout_report import summarize, write_report
-from experiments.batch_bridgeout_settings import Settings, settings_for
+from experiments.batch_bridgeout_settings import (
+    Settings,
+    learning_rates,
+    settings_for,
+)
 from experiments.measure import difference, latency_ms, slice_difference
 from experiments.methods import (
     METHODS,
@@ -47,6 +66,13 @@ from experiments.methods import (
     perturb,
     subject,
     training_net,
+)
+from experiments.quirks import (
+    OF_MASKS,
+    QUIRKS,
+    keep_best,
+    quirky_masks,
+    read_best,
 )
 from experiments.rounds import SmallNet, cut, restore_round, save_round
 from experiments.runs import Job, Run, Tick, open_run
@@ -62,7 +88,7 @@ from experiments.training import (
 from jaxprune.cli import UsageError, known
 from jaxprune.data import DATASETS, Dataset, load, normalize
 from jaxprune.export import load_exported, save_exported
-from jaxprune.models import MODELS
+from jaxprune.models import MODELS, VGG
 
 SIZES_AT = (0.0, 0.3, 0.6)  # cuts whose size and speed are measured
 LATENCY_BATCHES = (1, 64)
@@ -86,6 +112,9 @@ class Config:
     """Images in a step; by default what suits the data set."""
     rounds: int = 4
     """Rounds of cutting and fine-tuning; the last has cut 80 % of all filters."""
+    quirks: tuple[str, ...] = ()
+    """What else to do as the authors' code does: fresh_momentum, best_test_epoch,
+    kernels_alone, scales_too (experiments/quirks.py says what they are)."""
     quick: bool = False
     """Less of everything: one architecture, one seed, 4 epochs, 4 cuts, one round."""
     out: Path | None = None
@@ -98,6 +127,8 @@ class Config:
         known("data set", self.dataset, DATASETS)
         for model in self.models:
             known("model", model, MODELS)
+        for quirk in self.quirks:
+            known("quirk", quirk, QUIRKS)
         for name in ("seeds", "epochs", "batch_size", "rounds"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -166,6 +197,7 @@ def main(config: Config) -> None:
         batch_size=config.batch_size,
         rounds=config.rounds,
         quick=config.quick,
+        quirks=config.quirks,
     )
     name = f"batch_bridgeout-{config.dataset}" + ("-quick" if config.quick else "")
     with open_run(config.out or Path("runs", name), settings.as_json()) as run:
@@ -244,21 +276,38 @@ def training_step(bench: Bench, task: Task) -> Callable[..., State]:
 
 def training_tx(bench: Bench, task: Task) -> optax.GradientTransformation:
     """The optimiser of a task; its seed enters the initial state only."""
-    hyper = bench.settings.hyper[task.arm]
-    steps = bench.settings.epochs * bench.steps_per_epoch
-    schedule = optax.cosine_decay_schedule(hyper.learning_rate, steps)
-    return optimizer(task.method, hyper, schedule, task.seed)
+    settings, steps = bench.settings, bench.steps_per_epoch
+    hyper = settings.hyper[task.arm]
+    return optimizer(
+        task.method,
+        hyper,
+        learning_rates(settings, hyper.learning_rate, steps),
+        task.seed,
+        clip=settings.clip,
+        fresh_every=steps if "fresh_momentum" in settings.quirks else None,
+    )
 
 
 def trained(bench: Bench, task: Task, tick: Tick = lambda: None) -> Any:
     """The trained variables; from their checkpoint if they were trained before."""
     settings, net = bench.settings, bench.subjects[task.model]
     folder = bench.folder / "checkpoints" / task.name
+    best = folder.with_name(f"{folder.name}-best")
     how = Fit(settings.epochs, settings.batch_size, task.seed, folder)
+    ask = {}
+    if "best_test_epoch" in settings.quirks:
+        ask["after"] = keep_best(best, partial(test_accuracy, bench, task))
     with bench.locks[task.name]:
         state = start(net.init, training_tx(bench, task), bench.train, task.seed)
-        state = fit(bench.steps[task.arm], state, bench.train, how, tick)
-    return jax.device_get(state.variables)
+        state = fit(bench.steps[task.arm], state, bench.train, how, tick, **ask)
+        saved = read_best(best, state.variables)
+    return jax.device_get(saved.state if saved else state.variables)
+
+
+def test_accuracy(bench: Bench, task: Task, variables: Any) -> float:
+    """Accuracy on the test set."""
+    logits = bench.subjects[task.model].predict(variables, bench.test)
+    return accuracy(logits, bench.test)
 
 
 def train_and_cut(bench: Bench, task: Task, tick: Tick) -> dict[str, Any]:
@@ -266,12 +315,18 @@ def train_and_cut(bench: Bench, task: Task, tick: Tick) -> dict[str, Any]:
     net, test = bench.subjects[task.model], bench.test
     variables = trained(bench, task, tick)
     probe = normalize(test.images[:PROBES], test.spec)
+    quirks = OF_MASKS & set(bench.settings.quirks)
     accuracies, differences = [], []
     for fraction in bench.settings.fractions:
         masks = one_shot_masks(net, variables, fraction)
+        if quirks:
+            chain = isinstance(net.net, VGG)
+            masks = quirky_masks(variables, fraction, quirks, chain=chain, masks=masks)
         logits = net.predict(jaxprune.apply_masks(variables, masks), test)
         accuracies.append(accuracy(logits, test))
-        differences.append(slice_difference(net.net.apply, variables, masks, probe))
+        if not quirks:
+            apply_fn = net.net.apply
+            differences.append(slice_difference(apply_fn, variables, masks, probe))
         tick()
     return {
         "accuracy": accuracies,
@@ -335,7 +390,7 @@ def rounds_tx(bench: Bench, task: Task) -> optax.GradientTransformation:
     fall = optax.cosine_decay_schedule(FINE_TUNING_RATE * hyper.learning_rate, steps)
     ends = [steps * index for index in range(1, rounds)]
     schedule = optax.join_schedules([fall] * rounds, ends)
-    return optimizer(task.method, hyper, schedule, task.seed)
+    return optimizer(task.method, hyper, schedule, task.seed, clip=settings.clip)
 
 
 def one_round(

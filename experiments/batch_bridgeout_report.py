@@ -1,8 +1,12 @@
 """From the results of `batch_bridgeout` to what a person reads.
 
-Everything here is a function of ``results.json``, so a report can be made again.
+Everything here is a function of ``results.json``, so a report can be made again. On
+the paper's data sets and nets its curves lie beneath ours; they were read out of the
+plots in the authors' repository (batch_bridgeout_paper.json).
 """
 
+import functools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from experiments.methods import METHODS, subject
+from experiments.quirks import QUIRKS
 from jaxprune.data import DATASETS
 from jaxprune.pictures import groups_figure
 from jaxprune.report import (
@@ -36,6 +41,8 @@ LABELS = {
     "weight_decay": "Weight decay",
 }
 COLORS = {"bridgeout": "#c2410c", "dropout": "#2563eb", "weight_decay": "#52525b"}
+
+PAPER = Path(__file__).with_name("batch_bridgeout_paper.json")
 
 Results = Mapping[str, Any]
 
@@ -65,7 +72,7 @@ def largest_difference(results: Results) -> float:
     """Over all nets, cuts and rounds."""
     records = results["records"]
     found = [
-        max(run["difference"])
+        max(run["difference"], default=0.0)
         for model in results["settings"]["models"]
         for method in METHODS
         for run in _runs(results, model, method)
@@ -93,7 +100,8 @@ def write_report(folder: Path, results: Results) -> Path:
             figure(
                 curves,
                 "Test accuracy against the share of filters cut. Thin lines are seeds, "
-                "thick lines their mean, bands one standard deviation.",
+                "thick lines their mean, bands one standard deviation; broken lines "
+                "are the paper's, where it has this net on this data set.",
             ),
             _accuracy_tables(results),
         ),
@@ -117,6 +125,8 @@ def _lead(results: Results) -> Html:
             f"{model}: the area under accuracy against the share of filters cut is "
             f"{ours:.3f} with Batch Bridgeout, {' and '.join(verdicts)}."
         )
+    for quirk in results["settings"].get("quirks", ()):
+        lines.append(f"As in the authors' code: {QUIRKS[quirk]}.")
     return text(*lines)
 
 
@@ -166,11 +176,38 @@ def _curves(results: Results) -> Any:
         }
         colors = {LABELS[method]: color for method, color in COLORS.items()}
         x = [100 * fraction for fraction in results["settings"]["fractions"]]
+        _draw_paper(axes, results, model)
         plot_runs(axes, x, runs, colors)
         axes.set(title=model, xlabel="filters cut in every layer (%)", ylim=(0, 102))
     drawn.axes[0].set_ylabel("test accuracy (%)")
     drawn.axes[0].legend(frameon=False)
     return drawn
+
+
+@functools.cache
+def _published() -> dict[str, Any]:
+    return json.loads(PAPER.read_text())["curves"]
+
+
+def paper_curves(results: Results, model: str) -> dict[str, Any]:
+    """Method -> the paper's curve for this data set and net; empty if there is none."""
+    return _published().get(results["settings"]["dataset"], {}).get(model, {})
+
+
+def _draw_paper(axes: Any, results: Results, model: str) -> None:
+    for method, curve in paper_curves(results, model).items():
+        axes.errorbar(
+            curve["cut"],
+            curve["accuracy"],
+            [bar or 0.0 for bar in curve["half_bar"]],
+            color=COLORS[method],
+            lw=1.2,
+            ls="--",
+            alpha=0.7,
+            capsize=2,
+            zorder=1,
+            label=f"{LABELS[method]}, the paper",
+        )
 
 
 def _accuracy_tables(results: Results) -> Html:
@@ -193,6 +230,8 @@ def _accuracy_tables(results: Results) -> Html:
             if method != METHODS[0]:
                 gain = _with_interval(_gain(results, model, method), sign="+")
             rows.append([model, LABELS[method], *means, area, gain])
+            if theirs := paper_curves(results, model).get(method):
+                rows.append(["", "the paper", *_at(theirs, shown), "", ""])
     return table(
         columns,
         rows,
@@ -202,6 +241,13 @@ def _accuracy_tables(results: Results) -> Html:
         "(Student's t).",
         text_columns=2,
     )
+
+
+def _at(curve: Results, fractions: list[float]) -> list[str]:
+    """The accuracy of a published curve at these cuts, where it has a point."""
+    points = dict(zip(curve["cut"], curve["accuracy"], strict=True))
+    found = [points.get(round(100 * fraction)) for fraction in fractions]
+    return ["" if point is None else f"{point:.1f}" for point in found]
 
 
 def _with_interval(found: Interval, sign: str = "") -> Html:

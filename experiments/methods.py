@@ -16,6 +16,7 @@ import numpy as np
 import optax
 
 import jaxprune
+from experiments.quirks import restarted
 from experiments.training import PRNG, make_predict
 from jaxprune import Groups, optimizers, scores, select
 from jaxprune.data import Dataset, Spec
@@ -73,7 +74,7 @@ def subject_of(name: str, net: nn.Module, spec: Spec) -> Subject:
     """Traces a net for a data set."""
     init, image = jax.jit(net.init), jnp.zeros((1, *spec.image_shape))
     shapes = jax.eval_shape(init, jax.random.key(0), image)
-    groups = jaxprune.trace(net.apply, shapes, image)
+    groups = jaxprune.trace(net.apply, shapes, image, roles=True)
     return Subject(name, net, init, groups, make_predict(net.apply))
 
 
@@ -86,18 +87,33 @@ def training_net(name: str, method: str, hyper: Hyper, spec: Spec) -> nn.Module:
 
 
 def optimizer(
-    method: str, hyper: Hyper, learning_rate: optax.ScalarOrSchedule, seed: int = 0
+    method: str,
+    hyper: Hyper,
+    learning_rate: optax.ScalarOrSchedule,
+    seed: int = 0,
+    *,
+    clip: float | None = 5.0,
+    fresh_every: int | None = None,
 ) -> optax.GradientTransformation:
     """SGD as in the paper, behind Batch Bridgeout if that is the method.
 
-    Clipping is for Bridgeout, whose pull-back has heavy tails at small weights; the
-    others get it too and hardly notice. The seed only enters the initial state: one
-    compiled step serves all seeds.
+    Args:
+        method: of `METHODS`, `NOISES` or `PENALTIES`.
+        hyper: its numbers.
+        learning_rate: number or schedule.
+        seed: of the noise. It only enters the initial state: one compiled step serves
+            all seeds.
+        clip: norm to clip the gradient at, or None. Clipping is for Bridgeout, whose
+            pull-back has heavy tails at small weights; the others hardly notice.
+        fresh_every: steps after which the momentum starts from 0 again, or None.
     """
+    momentum = optax.trace(0.9, nesterov=True)
+    if fresh_every is not None:
+        momentum = restarted(momentum, fresh_every)
     links = [
-        optax.clip_by_global_norm(5.0),
+        optax.identity() if clip is None else optax.clip_by_global_norm(clip),
         optax.add_decayed_weights(hyper.weight_decay),
-        optax.sgd(learning_rate, momentum=0.9, nesterov=True),
+        optax.chain(momentum, optax.scale_by_learning_rate(learning_rate)),
     ]
     if method in NOISES:
         links.insert(0, NOISES[method](hyper, jax.random.key(seed, impl=PRNG)))
@@ -106,11 +122,17 @@ def optimizer(
     return optax.chain(*links)
 
 
+def is_hidden_kernel(path: Any) -> bool:
+    """Whether a path of `params` is that of a kernel, and not the classifier's.
+
+    The name tells: biases of attention and position embeddings have several axes too.
+    """
+    return path[-1].key == "kernel" and path[0].key != "head"
+
+
 def hidden_kernels(params: Any) -> Any:
     """True for kernels but the classifier's, which gets no noise in the paper."""
-    return jax.tree.map_with_path(
-        lambda path, leaf: leaf.ndim > 1 and path[0].key != "head", params
-    )
+    return jax.tree.map_with_path(lambda path, _: is_hidden_kernel(path), params)
 
 
 def _bridgeout(hyper: Hyper, key: jax.Array) -> optax.GradientTransformation:
@@ -171,8 +193,7 @@ def filter_norms(groups: Groups, params: Any) -> dict[str, np.ndarray]:
             members=tuple(
                 member
                 for member in group.members
-                if len(shape := groups.shapes[member.path]) > 1
-                and member.axis == len(shape) - 1
+                if member.role == "producer" and member.path.endswith("/kernel")
             ),
         )
         for name, group in groups.items()

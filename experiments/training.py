@@ -120,6 +120,7 @@ def fit(
     data: Dataset,
     how: Fit,
     tick: Callable[[], None] = lambda: None,
+    after: Callable[[int, State], None] = lambda epoch, state: None,
 ) -> State:
     """Trains, from the newest checkpoint if there is one.
 
@@ -129,6 +130,8 @@ def fit(
         data: what to train on.
         how: how long, and where the checkpoints go.
         tick: called for every epoch that is done; what it raises stops the run.
+        after: called with the number of epochs that are done and the state, before
+            the checkpoint; after a resumption it is called again for those since.
 
     Returns:
         The state after the last epoch.
@@ -143,6 +146,7 @@ def fit(
         for index in batches(data, how.batch_size, seed=how.seed, epoch=epoch):
             state = step(state, data.images[index], data.labels[index])
         jax.block_until_ready(state.step)
+        after(epoch + 1, state)
         due = time.monotonic() - last_save >= how.save_every_s
         if how.folder and (due or epoch + 1 == how.epochs):
             checkpoints.save(how.folder, epoch + 1, state, keep=1)

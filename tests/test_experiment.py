@@ -20,9 +20,11 @@ import pytest
 import jaxprune
 from experiments import (
     batch_bridgeout,
+    batch_bridgeout_report,
     batch_bridgeout_settings,
     measure,
     methods,
+    quirks,
     rounds,
     runs,
     training,
@@ -33,7 +35,8 @@ from experiments.methods import FRACTIONS, METHODS, Hyper
 from jaxprune import cli
 from jaxprune.data import DATASETS, Dataset, load
 from jaxprune.export import load_exported
-from jaxprune.models import MODELS, VGG, ResNet
+from jaxprune.models import MODELS, VGG, ResNet, ViT, vgg_widths
+from jaxprune.report import Html
 
 TINY = functools.partial(VGG, widths=(4, "M", 6))
 HYPER = Hyper(0.1, 1e-3, rate=0.3, target=0.75, q=1.5)
@@ -57,11 +60,18 @@ def resnet():
 
 
 @pytest.fixture(scope="module")
-def train(resnet, digits):
+def vgg():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(methods, "MODELS", {"tiny": TINY})
+        return methods.subject("tiny", DATASETS["digits"])
+
+
+@pytest.fixture(scope="module")
+def train(vgg, digits):
     """``(folder, epochs, tick) -> state``, compiled once."""
     tx = methods.optimizer("bridgeout", HYPER, 0.1)
-    step = training.make_step(resnet.net.apply, tx, digits, jaxprune.noisy_params)
-    begin = training.start(resnet.init, tx, digits, 3)
+    step = training.make_step(vgg.net.apply, tx, digits, jaxprune.noisy_params)
+    begin = training.start(vgg.init, tx, digits, 3)
 
     def run(folder, epochs, tick=lambda: None):
         how = training.Fit(epochs, 32, 5, folder, save_every_s=0.0)
@@ -166,18 +176,18 @@ def test_training_goes_on_as_if_it_had_not_stopped(train, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again.variables, found.variables)
 
 
-def test_training_learns(train, resnet, digits):
+def test_training_learns(train, vgg, digits):
     state = train(None, 12)
-    logits = resnet.predict(state.variables, digits)
+    logits = vgg.predict(state.variables, digits)
     assert training.accuracy(logits, digits) > 0.9  # chance is 0.5
 
 
-def test_predictions_of_the_last_batch_are_not_padding(resnet, digits, monkeypatch):
-    variables = initial(resnet)
+def test_predictions_of_the_last_batch_are_not_padding(vgg, digits, monkeypatch):
+    variables = initial(vgg)
     monkeypatch.setattr(training, "EVAL_BATCH", 40)  # 96 = 40 + 40 + 16
     x = (digits.images / 255 - digits.spec.mean[0]) / digits.spec.std[0]
-    expected = resnet.net.apply(variables, jnp.asarray(x, jnp.float32))
-    found = training.make_predict(resnet.net.apply)(variables, digits)
+    expected = vgg.net.apply(variables, jnp.asarray(x, jnp.float32))
+    found = training.make_predict(vgg.net.apply)(variables, digits)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -188,12 +198,12 @@ def keep_of(groups, bound):
     return {name: np.arange(group.size) < bound for name, group in groups.items()}
 
 
-def test_two_cuts_are_one(train, resnet):
+def test_two_cuts_are_one(train, vgg):
     state = train(None, 1)
     tx = methods.optimizer("bridgeout", HYPER, 0.1)
-    dense = rounds.SmallNet(resnet.net.apply, resnet.groups, state)
-    keep = keep_of(resnet.groups, 2)
-    twice = rounds.cut(rounds.cut(dense, tx, keep_of(resnet.groups, 3)), tx, keep)
+    dense = rounds.SmallNet(vgg.net.apply, vgg.groups, state)
+    keep = keep_of(vgg.groups, 2)
+    twice = rounds.cut(rounds.cut(dense, tx, keep_of(vgg.groups, 3)), tx, keep)
     once = rounds.cut(dense, tx, keep)
     for found, wanted in zip(
         jax.tree.leaves((twice.state.variables, optax.tree.get(twice.state, "trace"))),
@@ -201,17 +211,17 @@ def test_two_cuts_are_one(train, resnet):
         strict=True,
     ):
         np.testing.assert_array_equal(found, wanted)
-    kernel = state.variables["params"]["block0_0"]["conv1"]["kernel"]
-    small = once.state.variables["params"]["block0_0"]["conv1"]["kernel"]
+    kernel = state.variables["params"]["conv2"]["kernel"]
+    small = once.state.variables["params"]["conv2"]["kernel"]
     np.testing.assert_array_equal(small, kernel[:, :, :2, :2])
 
 
-def test_a_round_comes_back(train, resnet, tmp_path):
+def test_a_round_comes_back(train, vgg, tmp_path):
     state = train(None, 1)
     tx = methods.optimizer("bridgeout", HYPER, 0.1)
-    dense = rounds.SmallNet(resnet.net.apply, resnet.groups, state)
+    dense = rounds.SmallNet(vgg.net.apply, vgg.groups, state)
     assert rounds.restore_round(tmp_path, tx, dense) is dense
-    small = rounds.cut(dense, tx, keep_of(resnet.groups, 3)).noted(after=0.5)
+    small = rounds.cut(dense, tx, keep_of(vgg.groups, 3)).noted(after=0.5)
     rounds.save_round(tmp_path, small)
     found = rounds.restore_round(tmp_path, tx, dense)
     assert found.history == ({"after": 0.5},)
@@ -260,13 +270,151 @@ def test_quick_is_less_of_everything():
     assert full.round_sparsities == (0.2, 0.4, 0.6, 0.8)
 
 
-def test_other_data_sets_get_the_papers_settings():
-    settings = settings_for(
-        "cifar10", seeds=5, epochs=None, batch_size=None, rounds=4, quick=False
-    )
-    assert (settings.epochs, settings.batch_size) == (230, 128)
-    hyper = settings.hyper["bridgeout_vgg16/bridgeout"]
+@pytest.fixture(scope="module")
+def cifar10():
+    ask = {"epochs": None, "batch_size": None, "rounds": 4, "quick": False}
+    return settings_for("cifar10", seeds=3, **ask)
+
+
+def test_cifar_gets_the_papers_settings(cifar10):
+    assert (cifar10.epochs, cifar10.batch_size, cifar10.clip) == (230, 128, None)
+    hyper = cifar10.hyper["bridgeout_vgg16/bridgeout"]
     assert hyper == Hyper(0.1, 5e-4, rate=0.3, target=0.75, q=1.5)
+    spec = DATASETS["cifar10"]
+    assert (spec.augmentation.pad, spec.augmentation.flip) == (4, True)
+
+
+def test_the_learning_rate_falls_as_in_the_paper(cifar10):
+    rates = batch_bridgeout_settings.learning_rates(cifar10, 0.1, 390)
+    with jax.numpy_dtype_promotion("standard"):
+        for epoch in (0, 59, 60, 119, 120, 159, 160, 199, 200, 229):
+            falls = sum(epoch >= after for after in (60, 120, 160, 200))
+            for step in (390 * epoch, 390 * epoch + 389):
+                assert float(rates(step)) == pytest.approx(0.1 * 0.2**falls)
+
+
+def test_the_header_says_what_the_paper_s_run_costs(cifar10):
+    """Multiply-adds of the VGG counted by hand."""
+    vgg, side, before = 512 * 10, 32, 3
+    for width in vgg_widths(16):
+        if width == "M":
+            side //= 2
+            continue
+        vgg, before = vgg + side**2 * 9 * before * width, width
+    found = batch_bridgeout_settings.training_flops(cifar10, 50_000)
+    images = 50_000 * 230 * 3 * 3
+    assert found["bridgeout_vgg16"] == 3 * 2 * vgg * images
+    exa = " ".join(batch_bridgeout.__doc__.split())
+    vgg, resnet, wrn = (found[name] / 1e18 for name in cifar10.models)
+    assert (
+        f"{vgg:.2f} exaFLOP for the VGG, {resnet:.2f} for the ResNet, {wrn:.2f}" in exa
+    )
+    assert f"{(vgg + resnet + wrn) * 1e18 / 60e12 / 3600:.0f} hours on one A100" in exa
+
+
+def test_the_paper_s_curves_lie_beneath_ours(tmp_path, finished):
+    curves = json.loads(batch_bridgeout_report.PAPER.read_text())["curves"]
+    for nets in curves.values():
+        assert set(nets) == set(batch_bridgeout_settings.CIFAR["models"])
+        for methods_ in nets.values():
+            assert set(methods_) == set(METHODS)
+            for curve in methods_.values():
+                length = len(curve["cut"])
+                assert curve["cut"] == list(range(0, 10 * length, 10))
+                assert len(curve["accuracy"]) == len(curve["half_bar"]) == length
+    # Section 5 of the paper: Batch Bridgeout costs accuracy uncut and wins at 20 %.
+    for nets in curves.values():
+        for net in nets.values():
+            ours, decay = net["bridgeout"]["accuracy"], net["weight_decay"]["accuracy"]
+            assert ours[0] < decay[0] and ours[2] > decay[2]
+
+    results = read(finished)
+    results["settings"] |= {"dataset": "cifar10", "quirks": ["kernels_alone"]}
+    with pytest.MonkeyPatch.context() as patch:
+        vgg = {"cifar10": {"tiny": curves["cifar10"]["bridgeout_vgg16"]}}
+        patch.setattr(batch_bridgeout_report, "_published", lambda: vgg)
+        patch.setattr(batch_bridgeout_report, "_picture", lambda results: Html(""))
+        page = batch_bridgeout_report.write_report(tmp_path, results).read_text()
+        drawn = batch_bridgeout_report._curves(results).axes[0]
+    assert "the paper" in page and "90.8" in page and "emits a constant" in page
+    labels = drawn.get_legend_handles_labels()[1]
+    assert "Batch Bridgeout, the paper" in labels
+
+
+# ------------------------------------------------------------------------------ quirks
+
+
+def test_momentum_starts_anew():
+    tx = quirks.restarted(optax.trace(0.9, nesterov=True), 2)
+    params = {"w": jnp.zeros(2)}
+    state, whole = tx.init(params), []
+    gradients = [{"w": jnp.array([k, -2.0 * k])} for k in (1.0, 2.0, 3.0, 4.0)]
+    for grad in gradients:
+        updates, state = tx.update(grad, state, params)
+        whole.append(updates["w"])
+    for start in (0, 2):  # each pair by a link of its own
+        once = optax.trace(0.9, nesterov=True)
+        state = once.init(params)
+        for grad, found in zip(gradients[start:][:2], whole[start:], strict=False):
+            updates, state = once.update(grad, state, params)
+            np.testing.assert_allclose(found, updates["w"], rtol=1e-6)
+
+
+def test_the_best_epoch_is_kept_whatever_is_run_again(tmp_path):
+    scores = {1.0: 0.5, 2.0: 0.9, 3.0: 0.9, 4.0: 0.7}
+    after = quirks.keep_best(tmp_path, lambda variables: scores[float(variables["w"])])
+    for epoch in (1, 2, 3, 2, 3, 4):  # stopped after 3, went on from 1
+        state = training.State({"w": jnp.float32(epoch)}, None, None, None)
+        after(epoch, state)
+    best = quirks.read_best(tmp_path, {"w": jnp.float32(0)})
+    assert (best.step, best.meta, float(best.state["w"])) == (2, {"score": 0.9}, 2.0)
+
+
+@pytest.mark.parametrize("chain", [False, True])
+def test_cuts_as_in_the_authors_code(resnet, chain):
+    variables = initial(resnet)
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(lambda w: rng.normal(size=w.shape) + 0 * w, variables)
+    plain = methods.one_shot_masks(resnet, variables, 0.5)
+    found = quirks.quirky_masks(
+        variables, 0.5, {"kernels_alone", "scales_too"}, chain=chain, masks=plain
+    )
+    for path, leaf in jax.tree.leaves_with_path(variables["params"]):
+        names = [entry.key for entry in path]
+        mask = functools.reduce(lambda tree, name: tree[name], names, found["params"])
+        scores = None
+        if names[-1] == "kernel" and names[0] != "head":
+            scores = [np.linalg.norm(leaf[..., o]) for o in range(leaf.shape[-1])]
+        elif names[-1] == "scale" and (chain or names[-2] == "shortcut_bn"):
+            scores = np.abs(leaf)
+        expected = np.ones(leaf.shape, bool)
+        if scores is not None:
+            expected[..., np.argsort(scores)[: len(scores) // 2]] = False
+        np.testing.assert_array_equal(np.broadcast_to(mask, leaf.shape), expected)
+    alone = quirks.quirky_masks(
+        variables, 0.5, {"scales_too"}, chain=chain, masks=plain
+    )
+    chex_equal = jax.tree.map(
+        lambda a, b: np.array_equal(a, b), alone["batch_stats"], plain["batch_stats"]
+    )
+    assert all(jax.tree.leaves(chex_equal))
+
+
+def test_kernels_are_told_by_name():
+    """Attention's biases and the position embeddings of a ViT have axes to spare."""
+    vit = ViT(num_classes=3, width=8, depth=1, num_heads=2, patch_size=4)
+    image = jnp.zeros((1, 8, 8, 1))
+    params = jax.eval_shape(vit.init, jax.random.key(0), image)["params"]
+    chosen = {
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, yes in jax.tree.leaves_with_path(methods.hidden_kernels(params))
+        if yes
+    }
+    attention = {
+        f"block0/attention/{name}" for name in ("query", "key", "value", "out")
+    }
+    layers = {"patch_embed", "block0/mlp1", "block0/mlp2"} | attention
+    assert chosen == {f"{layer}/kernel" for layer in layers}
 
 
 @pytest.mark.parametrize(
@@ -274,6 +422,10 @@ def test_other_data_sets_get_the_papers_settings():
     [
         (["--dataset", "digit"], "no data set 'digit'; did you mean digits?"),
         (["--models", "vgg_digit"], "no model 'vgg_digit'; did you mean vgg_digits?"),
+        (
+            ["--quirks", "kernel_alone"],
+            "no quirk 'kernel_alone'; did you mean kernels_",
+        ),
         (["--seeds", "0"], "--seeds must be 1 or more, got 0"),
         (["--batch-sise", "3"], "no option '--batch-sise'; did you mean --batch-size?"),
     ],
@@ -294,10 +446,8 @@ def test_every_default_model_exists():
 
 # ------------------------------------------------------------------------ the main job
 
-# A suite that was started in the background hands an ignored SIGINT down.
 RUN = """
-import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)
+import sys
 sys.path.insert(0, sys.argv[1])
 import test_experiment as t
 t.use_tiny(setattr)
@@ -437,8 +587,8 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def stop_after_a_record(folder, data_dir, how, records):
-    """Starts the job in a process and stops it when it has done some of its work."""
+def killed(folder, data_dir, records):
+    """Starts the job in a process and kills it when it has done some of its work."""
     environment = os.environ | {"JAXPRUNE_DATA": str(data_dir)}
     process = subprocess.Popen(
         [sys.executable, "-c", RUN, str(Path(__file__).parent), str(folder)],
@@ -453,26 +603,46 @@ def stop_after_a_record(folder, data_dir, how, records):
             break
         time.sleep(0.02)
     assert process.poll() is None, process.stderr.read().decode()
-    process.send_signal(how)
-    _, told = process.communicate()
-    return process.returncode, told.decode()
+    process.kill()
+    process.communicate()
+    return process.returncode
+
+
+def interrupted(words, monkeypatch):
+    """Presses Ctrl-C as soon as a record is there."""
+
+    def press(name, record):
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(10)  # the signal comes at the next instruction, at the latest here
+
+    # A suite that was started in the background is handed an ignored SIGINT.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(batch_bridgeout, "tell", press)
+            return cli.main(words)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_stopped_run_ends_where_a_whole_one_ends(
-    finished, home, data_dir, monkeypatch
+    finished, home, data_dir, monkeypatch, capsys
 ):
     folder = home / "stopped"
-    status, told = stop_after_a_record(folder, data_dir, signal.SIGINT, 1)
-    assert status == 130
+    use_tiny(monkeypatch.setattr)
+    words = ["run", "batch_bridgeout", *WORDS]
+    words += ["--data-dir", str(data_dir), "--out", str(folder)]
+    with as_users_do():
+        assert interrupted(words, monkeypatch) == 130
+    told = capsys.readouterr().err
     assert f"stopped; what is finished is in {folder}" in told
     assert "Traceback" not in told
-    status, _ = stop_after_a_record(folder, data_dir, signal.SIGKILL, 5)
-    assert status == -signal.SIGKILL
+    done = len(read(folder)["records"])
+    assert 0 < done < len(read(finished)["records"])
+    assert killed(folder, data_dir, done + 2) == -signal.SIGKILL
 
-    use_tiny(monkeypatch.setattr)
-    words = [*WORDS, "--data-dir", str(data_dir), "--out", str(folder)]
     with as_users_do():
-        assert cli.main(["run", "batch_bridgeout", *words]) == 0
+        assert cli.main(words) == 0
     found, wanted = read(folder)["records"], read(finished)["records"]
     assert found.keys() == wanted.keys()
     for name in wanted:
