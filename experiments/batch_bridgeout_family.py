@@ -81,9 +81,11 @@ class Arena:
         learning_rates: range, log-uniform.
         weight_decays: range, log-uniform.
         least: accuracy uncut below which no hyper-parameters are chosen.
+        rates: range of drop probabilities, uniform.
         train: part of the training split.
         sweep: whether q and rate are swept.
-        afterwards: methods that are also recalibrated and tuned after the cut.
+        afterwards: methods that are also recalibrated after the cut.
+        tuned: whether these are also tuned after the cut, which takes long.
     """
 
     net: Callable[..., nn.Module]
@@ -95,9 +97,11 @@ class Arena:
     learning_rates: tuple[float, float]
     weight_decays: tuple[float, float]
     least: float
+    rates: tuple[float, float] = (0.1, 0.6)
     train: str = "100%"
     sweep: bool = False
     afterwards: tuple[str, ...] = ()
+    tuned: bool = True
 
 
 ARENAS = {
@@ -133,16 +137,18 @@ ARENAS = {
         afterwards=PAPER,
     ),
     "shapes32": Arena(
-        partial(NoisyVGG, widths=(16, "M", 32, "M", 48), stem_stride=2),
+        partial(NoisyVGG, widths=(16, "M", 32, "M", 48, 48), stem_stride=2),
         "shapes32",
         PAPER,
-        epochs=10,
+        epochs=16,
         batch_size=128,
-        tries=3,
+        tries=4,
         learning_rates=(0.1, 0.4),
-        weight_decays=(5e-4, 5e-3),
-        least=0.5,
-        train="50%",
+        weight_decays=(3e-4, 3e-3),
+        least=0.6,
+        rates=(0.05, 0.3),
+        afterwards=PAPER,
+        tuned=False,
     ),
 }
 
@@ -181,7 +187,7 @@ def draw(method: str, arena: Arena, rng: np.random.Generator) -> Hyper:
     if method in STRENGTHS:
         strength = log_uniform(*STRENGTHS[method])
     else:
-        strength = float(f"{rng.uniform(0.1, 0.6):.2g}")
+        strength = float(f"{rng.uniform(*arena.rates):.2g}")
     target = float(rng.choice(TARGETED.get(method, (1.0,))))
     q = float(rng.choice((1.0, 1.5))) if method in HAS_NORM else 1.0
     return Hyper(*rates, strength, target, q)
@@ -350,13 +356,15 @@ def afterwards(
 
     Compensation of the cut weights belongs between the cut and the recalibration.
     """
-    recalibrated, tuned = [], []
+    found: dict[str, list[float]] = {"recalibrated": [], "fine_tuned": []}
     for fraction in FRACTIONS:
         masks = here.masks(variables, fraction)
         fresh = recalibrated_net(here, apply_masks(variables, masks), seed)
-        recalibrated.append(here.accuracy(fresh))
-        tuned.append(here.accuracy(fine_tuned(here, variables, masks, hyper, seed)))
-    return {"recalibrated": recalibrated, "fine_tuned": tuned}
+        found["recalibrated"].append(here.accuracy(fresh))
+        if here.arena.tuned:
+            tuned = fine_tuned(here, variables, masks, hyper, seed)
+            found["fine_tuned"].append(here.accuracy(tuned))
+    return {name: curve for name, curve in found.items() if curve}
 
 
 def recalibrated_net(here: Bench, variables: Any, seed: int) -> Any:

@@ -1,7 +1,9 @@
 """BatchNorm statistics anew: what a pruned network needs before it is judged."""
 
 import functools
-from collections.abc import Callable, Iterable
+import types
+import weakref
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import jax
@@ -30,7 +32,9 @@ def recalibrate(
     Args:
         apply_fn: a Flax module's ``apply``, that function narrowed, or anything called
             alike: ``apply_fn(variables, *batch, mutable=[collection], **kwargs)``
-            returns ``(output, {collection: new values})``.
+            returns ``(output, {collection: new values})``. Compiled once and kept for
+            as long as the function (or the object whose method it is) lives: hold on
+            to a narrowed function to use it again.
         variables: mapping of collections, with `collection` among them; already sliced
             or masked. Not changed.
         batches: inputs, each an array or a tuple of positional arguments; all of one
@@ -38,7 +42,8 @@ def recalibrate(
             them from the training set; a few hundred examples and more are usual.
         collection: where the running statistics live.
         **kwargs: passed on, ``train=True`` if none are given. Where training mode draws
-            random numbers, give ``rngs`` too.
+            random numbers, give ``rngs`` too. Arrays in them may differ from call to
+            call; everything else is part of the program.
 
     Returns:
         Variables like `variables` with new values in `collection`.
@@ -46,6 +51,8 @@ def recalibrate(
     Raises:
         ValueError: if there is no such collection, no batch, or `apply_fn` leaves a
             statistic as it was (so it does not run in training mode).
+        TypeError: if a keyword argument holds something that is neither an array nor
+            hashable.
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -69,11 +76,9 @@ def recalibrate(
             f"variables hold no {collection!r}, only {sorted(variables)}; a network "
             "without BatchNorm needs no recalibration"
         )
-    kwargs = kwargs or {"train": True}
-    # What is no array is part of the program, which is compiled once for all calls.
-    arrays = {name: x for name, x in kwargs.items() if _holds_arrays(x)}
-    fixed = tuple(item for item in kwargs.items() if item[0] not in arrays)
-    updated_from = functools.partial(_updated_from, apply_fn, collection, fixed, arrays)
+    fixed, arrays = _split(kwargs or {"train": True})
+    program = _program(apply_fn)
+    updated_from = functools.partial(program, collection, fixed, arrays)
     zeros = jax.tree.map(jnp.zeros_like, variables[collection])
     momentum, total, count = None, zeros, 0
     for batch in batches:
@@ -90,24 +95,62 @@ def recalibrate(
     return {**variables, collection: means}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+# (id of a function's owner, the function if that is a method) -> compiled program.
+_PROGRAMS: dict[tuple[int, Any], Callable[..., Any]] = {}
+
+
+def _program(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`_updated_from` for this function, compiled; forgotten when the function is.
+
+    As a static argument the function would live as long as JAX's cache, and with it
+    the program of every subnet that was ever looked at.
+    """
+    owner = getattr(apply_fn, "__self__", apply_fn)
+    key = (id(owner), getattr(apply_fn, "__func__", None))
+    if key not in _PROGRAMS:
+        is_method = isinstance(apply_fn, types.MethodType)
+        refer = weakref.WeakMethod if is_method else weakref.ref
+        program = functools.partial(_updated_from, refer(apply_fn))
+        _PROGRAMS[key] = jax.jit(program, static_argnums=(0, 1))
+        weakref.finalize(owner, _PROGRAMS.pop, key, None)
+    return _PROGRAMS[key]
+
+
 def _updated_from(
-    apply_fn: Callable[..., Any],
+    refer: Callable[[], Any],
     collection: str,
-    fixed: tuple[tuple[str, Any], ...],
-    arrays: dict[str, Any],
+    fixed: tuple[Any, tuple[Any, ...]],
+    arrays: list[Any],
     stats: Any,
     variables: Any,
     batch: tuple[Any, ...],
 ) -> Any:
     """What a step in training mode makes of running statistics `stats`."""
+    structure, others = fixed
+    leaves = [o if a is None else a for a, o in zip(arrays, others, strict=True)]
+    kwargs = jax.tree.unflatten(structure, leaves)
     held = {**variables, collection: stats}
-    _, new = apply_fn(held, *batch, mutable=[collection], **dict(fixed), **arrays)
+    _, new = refer()(held, *batch, mutable=[collection], **kwargs)
     return new[collection]
 
 
-def _holds_arrays(argument: Any) -> bool:
-    return any(isinstance(x, jax.Array | np.ndarray) for x in jax.tree.leaves(argument))
+_ARRAY = "an array"  # stands in `fixed` where one is
+
+
+def _split(kwargs: Any) -> tuple[tuple[Any, tuple[Any, ...]], list[Any]]:
+    """Structure and what is no array, hashable; and the arrays, None between them."""
+    leaves, structure = jax.tree.flatten(kwargs)
+    arrays = [x if isinstance(x, jax.Array | np.ndarray) else None for x in leaves]
+    for path, leaf in jax.tree.leaves_with_path(kwargs):
+        if not isinstance(leaf, jax.Array | np.ndarray | Hashable):
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise TypeError(
+                f"keyword argument {name} is a {type(leaf).__name__}, which is neither "
+                "an array nor hashable, so a compiled program cannot depend on it; "
+                "close over it in apply_fn"
+            )
+    others = (x if a is None else _ARRAY for x, a in zip(leaves, arrays, strict=True))
+    return (structure, tuple(others)), arrays
 
 
 def _momentum(updated_from: Any, fresh: Any, variables: Any, batch: Any) -> Any:

@@ -460,7 +460,7 @@ WORDS += ["--batch-size", "256"]
 def use_tiny(put):
     """Makes "tiny" the name of a model, and cuts less often."""
     models = {"tiny": TINY}
-    put(batch_bridgeout_settings, "FRACTIONS", FRACTIONS[::3])
+    put(batch_bridgeout_settings, "FRACTIONS", FRACTIONS[:7:3])
     put(batch_bridgeout, "MODELS", models)
     put(methods, "MODELS", models)
 
