@@ -51,7 +51,6 @@ from jaxprune import apply_masks, recalibrate
 from jaxprune.data import Dataset, batches, load, normalize
 
 RESULT = Path(__file__).with_suffix(".json")
-SEEDS = 5
 PAPER = ("weight_decay", "dropout", "bridgeout")
 LINKS = (
     "targeted_dropout",
@@ -82,6 +81,7 @@ class Arena:
         weight_decays: range, log-uniform.
         least: accuracy uncut below which no hyper-parameters are chosen.
         rates: range of drop probabilities, uniform.
+        seeds: how often each method is judged.
         train: part of the training split.
         sweep: whether q and rate are swept.
         afterwards: methods that are also recalibrated after the cut.
@@ -98,6 +98,7 @@ class Arena:
     weight_decays: tuple[float, float]
     least: float
     rates: tuple[float, float] = (0.1, 0.6)
+    seeds: int = 5
     train: str = "100%"
     sweep: bool = False
     afterwards: tuple[str, ...] = ()
@@ -140,13 +141,14 @@ ARENAS = {
         partial(NoisyVGG, widths=(16, "M", 32, "M", 48, 48), stem_stride=2),
         "shapes32",
         PAPER,
-        epochs=16,
+        epochs=10,
         batch_size=128,
-        tries=4,
+        tries=3,
         learning_rates=(0.1, 0.4),
         weight_decays=(3e-4, 3e-3),
         least=0.6,
         rates=(0.05, 0.3),
+        seeds=3,
         afterwards=PAPER,
         tuned=False,
     ),
@@ -409,23 +411,21 @@ def work(run: Run, name: str) -> None:
     arena = ARENAS[name]
     best = {method: search(run, name, method) for method in arena.methods}
     for method, hyper in best.items():
-        for seed in range(SEEDS):
+        for seed in range(arena.seeds):
             record = f"{name}/{method}/seed{seed}"
             run.once(record, partial(judged, name, method, hyper, seed))
         run.say(f"{name}/{method}: area {_mean_area(run, name, method):.3f} {hyper}")
     sweep = [(q, rate) for q in NORMS for rate in RATES] if arena.sweep else []
     for q, rate in sweep:
         hyper = best["bridgeout"]._replace(q=q, rate=rate)
-        for seed in range(SEEDS):
+        for seed in range(arena.seeds):
             record = f"{name}/sweep/q{q}/rate{rate}/seed{seed}"
             run.once(record, partial(judged, name, "bridgeout", hyper, seed))
 
 
 def _mean_area(run: Run, name: str, method: str) -> float:
-    records = run.results["records"]
-    return float(
-        np.mean([records[f"{name}/{method}/seed{s}"]["area"] for s in range(SEEDS)])
-    )
+    records, seeds = run.results["records"], range(ARENAS[name].seeds)
+    return float(np.mean([records[f"{name}/{method}/seed{s}"]["area"] for s in seeds]))
 
 
 def main() -> None:

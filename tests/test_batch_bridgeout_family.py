@@ -2,11 +2,15 @@
 
 import json
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import batch_bridgeout_family as family
 from experiments import batch_bridgeout_family_report as report
+from experiments import noisy_nets
 
 
 def test_hoyer_runs_from_equal_weights_to_a_single_one():
@@ -15,6 +19,22 @@ def test_hoyer_runs_from_equal_weights_to_a_single_one():
     weights = np.array([3.0, 4.0, 0.0, 0.0])
     assert family.hoyer(weights) == pytest.approx((2 - 7 / 5) / (2 - 1))
     assert family.hoyer(10 * weights) == pytest.approx(family.hoyer(weights))
+
+
+def test_pooling_is_that_of_flax():
+    x = np.random.default_rng(0).normal(size=(2, 4, 6, 3)).astype(np.float32)
+
+    def loss(pool, x):
+        return jnp.sum(pool(x) ** 3)
+
+    def flax_pool(x):
+        return nn.max_pool(x, (2, 2), (2, 2))
+
+    np.testing.assert_array_equal(noisy_nets.pooled(x), flax_pool(x))
+    ours, theirs = (
+        jax.grad(loss, 1)(pool, x) for pool in (noisy_nets.pooled, flax_pool)
+    )
+    np.testing.assert_allclose(ours, theirs, rtol=1e-6)
 
 
 def test_what_is_accurate_enough_uncut_comes_before_the_area():
@@ -41,7 +61,7 @@ def test_the_page_is_made_of_the_committed_results():
     assert "\n".join(report.page(found)) == report.PAGE.read_text()
     areas = [
         found["records"][f"vgg/bridgeout/seed{seed}"]["area"]
-        for seed in range(family.SEEDS)
+        for seed in range(found["settings"]["vgg"]["seeds"])
     ]
     assert f"| bridgeout | {np.mean(areas):.3f} [" in report.PAGE.read_text()
     for arena, setting in found["settings"].items():

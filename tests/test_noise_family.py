@@ -1,6 +1,7 @@
 """The Bridgeout family in the optimiser: one contract for all, and the law of each."""
 
 import dataclasses
+import importlib
 import itertools
 import math
 
@@ -22,6 +23,8 @@ from jaxprune.optimizers import (
     group_lasso,
     noisy_params,
 )
+
+weight_noise = importlib.import_module("jaxprune.optimizers.weight_noise")
 
 NOISES = {
     "bridgeout": lambda rate, **kw: bridgeout(rate, 1.0, **kw),
@@ -216,6 +219,34 @@ def draws_of(tx, params, count, function=None):
         quick_jit(jax.vmap(lambda c: function(state._replace(count=c))))(counts),
         np.float64,
     )
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (2, 3, 4)])
+def test_words_come_in_pairs_with_their_halves_swapped(shape):
+    words = np.asarray(weight_noise.random_words(jax.random.key(1), shape))
+    assert (words.shape, words.dtype) == (shape, np.uint32)
+    rows = words.reshape(-1, shape[-1] if shape else 1)
+    even, odd = rows[:, 0::2], rows[:, 1::2]
+    np.testing.assert_array_equal(
+        odd,
+        np.roll(even.view(np.uint16).reshape(*even.shape, 2), 1, -1).view(np.uint32)[
+            ..., 0
+        ][:, : odd.shape[1]],
+    )
+    assert len(np.unique(even)) == even.size
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_the_lowest_are_those_of_a_sort(wide):
+    x = np.random.default_rng(0).exponential(size=(6, 9, 2)).round(1)
+    x[0, :3], x[1] = np.inf, 0.0
+    with jax.enable_x64(wide):
+        for fraction in (0.0, 0.3, 0.5, 1.0):
+            found = weight_noise.lowest(jnp.asarray(x, float), fraction, axis=1)
+            rank = int(9 * fraction)
+            ordered = np.append(np.sort(x, axis=1), np.full((6, 1, 2), np.nan), axis=1)
+            expected = np.isnan(ordered[:, [rank]]) | (x < ordered[:, [rank]])
+            np.testing.assert_array_equal(found, expected)
 
 
 def test_dropconnect_is_bridgeout_of_norm_two_for_positive_weights():
