@@ -39,6 +39,7 @@ from jaxprune.models import MODELS, VGG, ResNet, ViT, vgg_widths
 from jaxprune.report import Html
 
 TINY = functools.partial(VGG, widths=(4, "M", 6))
+NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "batch_bridgeout.ipynb"
 HYPER = Hyper(0.1, 1e-3, rate=0.3, target=0.75, q=1.5)
 TINY_RESNET = functools.partial(ResNet, stage_sizes=(1, 1), widths=(4, 6))
 
@@ -650,6 +651,37 @@ def test_a_stopped_run_ends_where_a_whole_one_ends(
             assert found[name]["accuracy"] == wanted[name]["accuracy"], name
     for row, other in zip(found["rounds"], wanted["rounds"], strict=True):
         assert (row["before"], row["after"]) == (other["before"], other["after"])
+
+
+def test_the_notebook_runs(finished, home, data_dir, monkeypatch, capsys):
+    """Every cell but the installation, with the toy net in place of the parameters."""
+    use_tiny(monkeypatch.setattr)
+    monkeypatch.setenv("JAXPRUNE_DATA", str(data_dir))
+    toy = {"DATASET": "digits", "MODELS": ("tiny",), "SEEDS": 1, "EPOCHS": 2}
+    toy |= {"BATCH_SIZE": 256, "ROUNDS": 2, "QUIRKS": (), "OUT": str(home / "notebook")}
+    names = {"__name__": "notebook"}
+    cells = json.loads(NOTEBOOK.read_text())["cells"]
+    sources = [
+        ("".join(cell["source"]), cell["metadata"].get("tags", []))
+        for cell in cells
+        if cell["cell_type"] == "code"
+    ]
+    assert sum("install" in tags for _, tags in sources) == 1
+    with as_users_do():
+        for source, tags in sources:
+            if "install" in tags:
+                assert "%pip install" in source
+                continue
+            exec(compile(source, str(NOTEBOOK), "exec"), names)
+            if "parameters" in tags:
+                assert {name for name in names if name.isupper()} == toy.keys()
+                names |= toy
+    told = capsys.readouterr().out
+    area = read(home / "notebook")["summary"]["area"]["tiny"]["bridgeout"]["mean"]
+    assert f"area {area:.3f}" in told
+    # The same seed in the same settings: what the whole run found.
+    assert area == read(finished)["records"]["tiny/bridgeout/seed0"]["area"]
+    assert "80 % of filters cut" in told and "exported, on 256 test images" in told
 
 
 def test_settings_are_data():
