@@ -13,7 +13,8 @@ import pytest
 
 from jaxprune.coupling.labels import Column, merge
 from jaxprune.coupling.ledger import Ledger
-from jaxprune.coupling.solve import NEVER, solve
+from jaxprune.coupling.solution import NEVER
+from jaxprune.coupling.solve import solve
 
 
 def lives(axis, alive, n):

@@ -18,7 +18,7 @@ import numpy as np
 from jaxprune.coupling.groups import Groups
 from jaxprune.coupling.labels import ALIVE, Axis, Column, Value
 from jaxprune.coupling.ledger import Ledger
-from jaxprune.coupling.solve import NEVER, Solution
+from jaxprune.coupling.solution import NEVER, Solution
 
 Monomial: TypeAlias = tuple[tuple[int, int], ...]  # (number of a group, power)
 Number: TypeAlias = int | Fraction

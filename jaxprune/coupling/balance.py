@@ -12,7 +12,7 @@ from jaxprune.coupling.collect import Found
 from jaxprune.coupling.groups import Group, Groups, Member
 from jaxprune.coupling.labels import Value
 from jaxprune.coupling.rows import Rows, Slots, State
-from jaxprune.coupling.solve import NONE, Solution
+from jaxprune.coupling.solution import NONE, Solution
 from jaxprune.coupling.walk import Walked
 
 assert row_rules  # importing it fills the registry

@@ -11,7 +11,7 @@ from jaxprune.coupling.jaxprs import source_line
 from jaxprune.coupling.labels import Value
 from jaxprune.coupling.ledger import Ledger
 from jaxprune.coupling.roles import Whole, find_roles
-from jaxprune.coupling.solve import NEVER, Solution
+from jaxprune.coupling.solution import NEVER, Solution
 
 
 class _Line(NamedTuple):

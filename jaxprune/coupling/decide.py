@@ -8,7 +8,7 @@ import numpy as np
 from jaxprune.coupling.balance import Balance
 from jaxprune.coupling.collect import explain, find_groups
 from jaxprune.coupling.ledger import Ledger
-from jaxprune.coupling.solve import NEVER, NONE, Solution
+from jaxprune.coupling.solution import NEVER, NONE, Solution
 from jaxprune.coupling.walk import Walked
 
 Alive: TypeAlias = np.ndarray | None  # bool[n] of one axis; None = every position lives

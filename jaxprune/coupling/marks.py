@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxprune.coupling.labels import Axis, Value
 from jaxprune.coupling.ledger import Ledger
-from jaxprune.coupling.solve import Solution
+from jaxprune.coupling.solution import Solution
 
 Place: TypeAlias = tuple[int, int, int]  # number of an input, axis, group
 Sources: TypeAlias = Sequence[tuple[int, int]]  # (operand, axis)

@@ -14,7 +14,7 @@ from jaxprune.coupling.flow import HANDLERS, unknown
 from jaxprune.coupling.labels import Value
 from jaxprune.coupling.ledger import Ledger
 from jaxprune.coupling.marks import Mark, Marking, Place, Places, State
-from jaxprune.coupling.solve import Solution
+from jaxprune.coupling.solution import Solution
 from jaxprune.coupling.walk import Step, Walked
 
 

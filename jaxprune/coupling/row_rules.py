@@ -12,7 +12,8 @@ import numpy as np
 from jaxprune.coupling.jaxprs import scan_counts
 from jaxprune.coupling.rows import Rows, State, row_rule
 from jaxprune.coupling.rules import elementwise
-from jaxprune.coupling.rules.shape import pad_map, ranges, segments, spans
+from jaxprune.coupling.rules.pieces import pad_map, ranges, spans
+from jaxprune.coupling.rules.shape import segments
 from jaxprune.coupling.rules.shuffle import moved_order
 from jaxprune.coupling.walk import Step
 

@@ -24,7 +24,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from jaxprune.coupling.labels import Axis, Value
-from jaxprune.coupling.solve import NONE, Solution
+from jaxprune.coupling.solution import NONE, Solution
 from jaxprune.coupling.walk import Step, Walked
 
 NO_ROW = 0

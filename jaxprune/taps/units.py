@@ -14,7 +14,8 @@ from jaxprune.coupling.groups import Group, Groups
 from jaxprune.coupling.jaxprs import Program
 from jaxprune.coupling.labels import Axis, Value, is_live
 from jaxprune.coupling.ledger import Ledger
-from jaxprune.coupling.solve import Solution, solve
+from jaxprune.coupling.solution import Solution
+from jaxprune.coupling.solve import solve
 from jaxprune.coupling.walk import Step, Walk, Walked
 from jaxprune.taps.names import Kind, Naming, variable_kinds, variable_path
 from jaxprune.taps.program import Site, inner_program

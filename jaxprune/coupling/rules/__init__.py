@@ -5,8 +5,10 @@ from jaxprune.coupling.rules import (
     elementwise,
     indexing,
     linear,
+    pieces,
     random,
     reduction,
+    scatter,
     shape,
     shuffle,
 )
@@ -16,8 +18,10 @@ __all__ = [
     "elementwise",
     "indexing",
     "linear",
+    "pieces",
     "random",
     "reduction",
+    "scatter",
     "shape",
     "shuffle",
 ]

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxprune.coupling.labels import Value, take
 from jaxprune.coupling.registry import rule
-from jaxprune.coupling.rules.shape import narrow_take
+from jaxprune.coupling.rules.pieces import narrow_take
 
 
 class _Permute:
