@@ -1,11 +1,15 @@
 """Tables of the results, for the terminal and for `docs/speed.md`.
 
-    python -m benchmarks.tables
+    python -m benchmarks.tables [--write]
 
-prints the tables that `docs/speed.md` shows; a test holds the one to the other.
+prints what `docs/speed.md` shows between its marks, or writes it there; a test holds
+the one to the other.
 """
 
+import argparse
 import json
+import pathlib
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,6 +17,8 @@ import rich.console
 import rich.table
 
 from benchmarks import machine
+
+DOCUMENT = pathlib.Path(__file__).parent.parent / "docs" / "speed.md"
 
 Row = Sequence[str]
 
@@ -154,19 +160,63 @@ def _times_faster(call: dict[str, Any]) -> str:
     return f"{there['whole_way']['cpu'] / call['whole_way']['cpu']:.1f}"
 
 
+def parts(coupling: dict[str, Any], narrow: dict[str, Any]) -> dict[str, str]:
+    """What stands between the marks of `docs/speed.md`."""
+    powers = "\n".join(f"* {line}" for line in exponents(coupling))
+    grows = f"Grows as depth to the power of:\n\n{powers}"
+    return {
+        "nets": "\n\n".join(
+            [markdown(NETS_HEAD, net_rows(coupling)), _where(coupling)]
+        ),
+        "sweeps": "\n\n".join([markdown(SWEEP_HEAD, sweep_rows(coupling)), grows]),
+        "giant": giant_line(coupling),
+        "narrow": "\n\n".join(
+            [markdown(NARROW_HEAD, narrow_rows(narrow)), _where(narrow)]
+        ),
+    }
+
+
+def filled(document: str, texts: dict[str, str]) -> str:
+    """The document with these texts between its marks.
+
+    >>> filled("a\\n<!-- x -->\\nold\\n<!-- end -->\\nb", {"x": "new"})
+    'a\\n<!-- x -->\\nnew\\n<!-- end -->\\nb'
+    """
+    for name, text in texts.items():
+        mark = f"<!-- {name} -->"
+        pattern = f"{mark}\n.*?\n<!-- end -->"
+        assert re.search(pattern, document, re.DOTALL), f"no mark {mark}"
+        new = f"{mark}\n{text}\n<!-- end -->"
+        document = re.sub(pattern, lambda _: new, document, flags=re.DOTALL)  # noqa: B023
+    return document
+
+
+def _where(result: dict[str, Any]) -> str:
+    """The machine, the versions and the load behind a table."""
+    origin = result["origin"]
+    versions = ", ".join(f"{name} {v}" for name, v in origin["versions"].items())
+    before, after = origin["load_average"][0], origin["load_average_at_end"][0]
+    return (
+        f"{origin['date'][:10]}, {origin['cores']} cores ({origin['processor']}), load "
+        f"{before} before and {after} after; {versions}."
+    )
+
+
 def load(name: str) -> dict[str, Any]:
     """A committed result."""
     return json.loads((machine.RESULTS / f"{name}.json").read_text())
 
 
 def main() -> None:
-    """Prints the tables of the committed results."""
-    coupling, narrow = load("coupling"), load("narrow")
-    print(markdown(NETS_HEAD, net_rows(coupling)), "\n")
-    print(markdown(SWEEP_HEAD, sweep_rows(coupling)), "\n")
-    print("\n".join(exponents(coupling)), "\n")
-    print(giant_line(coupling), "\n")
-    print(markdown(NARROW_HEAD, narrow_rows(narrow)))
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--write", action="store_true", help="into docs/speed.md")
+    options = parser.parse_args()
+    texts = parts(load("coupling"), load("narrow"))
+    if options.write:
+        DOCUMENT.write_text(filled(DOCUMENT.read_text(), texts))
+    else:
+        print("\n\n".join(texts.values()))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,10 @@ class TorchPruning:
             self.missing = f"{python}: {error.strerror}"
             return
         first = self._read()
-        self.versions = first and first["versions"]
+        if first is None:
+            self._process.communicate()
+            return
+        self.versions = first["versions"]
 
     def measure(self, net: str, sizes: list[int]) -> dict[str, Any] | None:
         """Times of one round of pruning, or None if torch is absent."""

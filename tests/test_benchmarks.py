@@ -1,0 +1,102 @@
+"""The tables of the benchmarks, and a benchmark end to end on a tiny net."""
+
+import json
+import sys
+
+import jax
+import pytest
+
+from benchmarks import coupling, decoders, machine, nets, tables
+from benchmarks.machine import Seconds
+from benchmarks.torch_process import TorchPruning
+
+MISSING = [
+    name
+    for name in ("coupling", "narrow")
+    if not (machine.RESULTS / f"{name}.json").exists()
+]
+
+
+def decoder(layers):
+    return nets.decoder_net(decoders.Llama(layers, 8, 4, 2, 2, 6, 10), 3)
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """A result of `benchmarks.coupling` on a net and a sweep of tiny decoders."""
+    torch, net = TorchPruning(None), decoder(2)
+    # Benchmarks run as users do, with JAX's own promotion rules.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        later = coupling.later_calls("tiny", net, torch, 2, [])
+        row = {**coupling.jaxpr_and_trace(net, 2), "first": later, "later": later}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(coupling, "SWEEPS", {"decoder": (decoder, (1, 2, 4))})
+            sweep = coupling.sweep("decoder", torch, 1, most=2)
+    return {
+        "origin": machine.origin(),
+        "nets": {"tiny": row},
+        "sweeps": {"decoder": sweep},
+    }
+
+
+def test_a_benchmark_measures_every_part_and_depth(measured):
+    row = measured["nets"]["tiny"]
+    whole, found = row["later"]["whole_way"]["wall"], row["later"]["parts"]
+    assert set(found) == set(coupling.PARTS)
+    assert 0 < sum(part["wall"] for part in found.values()) < 2 * whole + 0.1
+    assert list(measured["sweeps"]["decoder"]["depths"]) == [1, 2]
+    assert "torch_pruning" not in row["later"]
+
+
+def test_the_tables_show_the_numbers(measured):
+    (row,) = tables.net_rows(measured)
+    trace = measured["nets"]["tiny"]["trace"]["wall"]
+    assert (row[0], float(row[2]), row[5]) == ("tiny", round(trace, 3), "-")
+    assert [row[0] for row in tables.sweep_rows(measured)] == ["decoder 1", "decoder 2"]
+    text = tables.markdown(tables.NETS_HEAD, [row])
+    assert len({len(line) for line in text.split("\n")}) == 1
+
+
+def test_first_calls_run_in_processes_of_their_own(monkeypatch):
+    asked = []
+
+    def answer(*arguments):
+        asked.append(arguments)
+        return {part: {"wall": 1.0, "cpu": 0.5} for part in coupling.PARTS}
+
+    monkeypatch.setattr(coupling, "_in_a_process", answer)
+    found = coupling.first_calls("gpt2_small", None, 3)
+    assert asked == [("--first", "gpt2_small")] * 3
+    assert found["whole_way"]["wall"] == len(coupling.PARTS)
+
+
+def test_growth_is_an_exponent():
+    assert coupling.exponent([1, 2, 4, 8], [3.0, 12.0, 48.0, 192.0]) == 2.0
+    summary = machine.summary([Seconds(3, 1), Seconds(1, 1), Seconds(2, 2)])
+    assert (summary["wall"], summary["spread"]) == (2, 1)
+
+
+def test_the_giant_has_seventy_billion_parameters():
+    net = nets.decoder_net(decoders.Llama(), 4096)
+    assert net.parameters == 70_553_706_496
+    leaves = jax.tree.leaves(net.variables)
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+
+
+def test_what_torch_lacks_is_said():
+    assert TorchPruning("no-such-python").missing.startswith("no-such-python: No such")
+    there = TorchPruning(sys.executable)
+    assert there.versions is None and "cannot import torch" in there.missing
+    assert there.measure("vit", [12]) is None
+
+
+@pytest.mark.skipif(bool(MISSING), reason=f"not measured yet: {MISSING}")
+def test_the_document_shows_the_committed_results():
+    texts = tables.parts(tables.load("coupling"), tables.load("narrow"))
+    document = tables.DOCUMENT.read_text()
+    assert tables.filled(document, texts) == document
+    for name in ("coupling", "narrow"):
+        origin = tables.load(name)["origin"]
+        assert origin["command"].startswith(f"python -m benchmarks.{name}")
+        assert origin["versions"]["jax"] and origin["processor"]
+        assert "/" not in json.dumps(origin["command"])
