@@ -10,8 +10,10 @@ Expected   area under accuracy against cut: Batch Bridgeout above dropout and ab
            weight decay (the paper's order); smaller q, sparser weights. Measured: on
            the VGG above dropout, over weight decay only in the mean (0.490, 0.286,
            0.419); on the dense net no clear difference (0.749, 0.689, 0.729); smaller
-           q was not sparser; on shapes32 no method trains far enough in 10 epochs
-           (34 % right at best), so it decides nothing
+           q was not sparser; on shapes32 no method trained far enough (34 % right at
+           best), so it decides nothing. Those records are of an earlier arena, half the
+           images and a smaller net; the one below is right on 63 % after a first try of
+           weight decay and has not been run through
 Leaves     experiments/batch_bridgeout_family.json and, from it, the tables and figures
            of docs/batch_bridgeout.md; runs/ has what is found so far, and the same
            command goes on from there

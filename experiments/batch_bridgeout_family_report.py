@@ -60,7 +60,7 @@ def page(found: Mapping[str, Any]) -> Iterator[str]:
     yield "    python -m experiments.batch_bridgeout_family"
     yield "    python -m experiments.batch_bridgeout_family_report\n"
     yield (
-        f"The second command makes this page. Means over all seeds with 95 %\n"
+        f"The second command makes this page. Means over the seeds with 95 %\n"
         f"confidence intervals; {found['seconds']:.0f} s on {machine['cores']} busy "
         f"cores\n({machine['cpu']}), jax {machine['versions']['jax']}, with\n"
         "XLA_FLAGS=--xla_cpu_multi_thread_eigen=false. The same share of every layer\n"
