@@ -181,8 +181,10 @@ def perturb(method: str) -> Callable[[Any, Any], Any]:
     return lambda params, opt_state: params
 
 
-def filter_norms(groups: Groups, params: Any) -> dict[str, np.ndarray]:
-    """The L2 norm of every filter: of all kernels that write the unit.
+def filter_norms(
+    groups: Groups, params: Any, reduce: scores.Reduce = "l2"
+) -> dict[str, np.ndarray]:
+    """The L2 (or L1) norm of every filter: of all kernels that write the unit.
 
     That is one convolution in a plain chain. On a residual stream several write the
     same channel, and they are cut together.
@@ -199,7 +201,7 @@ def filter_norms(groups: Groups, params: Any) -> dict[str, np.ndarray]:
         for name, group in groups.items()
     }
     written = dataclasses.replace(groups, by_name=kernels)
-    norms = jaxprune.group_scores(written, scores.l2(params), reduce="l2")
+    norms = jaxprune.group_scores(written, scores.l2(params), reduce=reduce)
     return {name: np.asarray(norm) for name, norm in norms.items()}
 
 

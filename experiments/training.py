@@ -60,6 +60,19 @@ class Fit:
     save_every_s: float = 60.0
 
 
+def cosine(learning_rate: Any, steps: Any) -> Callable[[Any], Any]:
+    """A schedule for `optax.scale_by_schedule`: minus a rate that falls to 0.
+
+    The numbers may be traced, so that one program serves all learning rates.
+    """
+
+    def scale(count: Any) -> Any:
+        done = jnp.minimum(count.astype(jnp.float32) / steps, 1.0)
+        return -0.5 * learning_rate * (1 + jnp.cos(jnp.pi * done))
+
+    return scale
+
+
 def start(
     init: Callable[..., Any], tx: optax.GradientTransformation, data: Dataset, seed: int
 ) -> State:

@@ -1,0 +1,170 @@
+"""From the results of `gsm` to docs/gsm.md and its figure.
+
+    python -m experiments.gsm_report [RUN_FOLDER ...]
+
+Given folders of runs, their results become gsm.json first, a part for every net.
+Everything here is a function of that; what the numbers say is written by hand in
+`NOTES`, and holds for the committed results only.
+"""
+
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from experiments import gsm
+from experiments.batch_bridgeout_search import write_compact
+from experiments.gsm import ARMS, FACTORS, TICKETS, over_seeds
+from jaxprune.report import interval, new_figure
+
+RESULT = Path(gsm.__file__).with_suffix(".json")
+PAGE = Path(__file__).parents[1] / "docs" / "gsm.md"
+LABELS = {
+    "gsm": "global sparse momentum, cut, not tuned",
+    "one_shot": "magnitude, one shot, fine-tuned",
+    "gradual": "magnitude, gradual, fine-tuned",
+    "gsm ticket": "ticket of global sparse momentum",
+    "magnitude ticket": "ticket of the trained net",
+}
+
+NOTES = """\
+"""
+
+Results = Mapping[str, Any]
+
+
+def main() -> None:
+    """Writes the page and the figure."""
+    if folders := sys.argv[1:]:
+        runs = [json.loads(Path(f, "results.json").read_text()) for f in folders]
+        write_compact(RESULT, {run["settings"]["net"]: run for run in runs})
+    found = json.loads(RESULT.read_text())
+    PAGE.write_text("\n".join(page(found)))
+    draw(found).savefig(PAGE.with_suffix(".png"), dpi=110)
+
+
+def page(found: Mapping[str, Results]) -> Iterator[str]:
+    """The lines of the page."""
+    yield "# Global sparse momentum: can training itself carry weights to zero?\n"
+    for run in found.values():
+        yield f"    {run['command']}"
+    yield "    python -m experiments.gsm_report\n"
+    first = next(iter(found.values()))
+    settings, machine = first["settings"], first["machine"]
+    seconds = ", ".join(f"{run['seconds']:.0f}" for run in found.values())
+    yield (
+        f"The last command makes this page. Nets are trained {settings['pretraining']} "
+        f"epochs on scikit-learn's\n{settings['dataset']}, then {settings['epochs']} "
+        f"more in every arm; tickets {settings['pretraining']} from where they began. "
+        f"{settings['seeds']} seeds. Test\naccuracy in %, mean ± half of a 95 % "
+        f"confidence interval; {seconds} s on {machine['cores']} busy cores\n"
+        f"({machine['cpu']}), jax {machine['versions']['jax']}. Every number is that "
+        "of\n`experiments/gsm.json`.\n"
+    )
+    yield NOTES
+    for net, run in found.items():
+        yield from _table(net, run)
+        yield from _cuts(run)
+        yield from _differences(run)
+        yield from _tuned(run)
+    yield "![Accuracy of every seed by arm, net and budget](gsm.png)"
+    yield ""
+
+
+def _percent(values: list[float]) -> str:
+    found = interval(values)
+    return f"{100 * found.mean:.1f} ± {50 * (found.high - found.low):.1f}"
+
+
+def _dense(run: Results) -> list[float]:
+    records, seeds = run["records"], range(run["settings"]["seeds"])
+    return [records[f"seed{s}"]["dense"]["accuracy"] for s in seeds]
+
+
+def _table(net: str, run: Results) -> Iterator[str]:
+    yield f"## {net}\n"
+    yield (
+        f"{run['weights']} weights in its kernels; trained as usual, all of them: "
+        f"{_percent(_dense(run))}.\n"
+    )
+    heads = [
+        f"{factor}x: {over_seeds(run, factor, 'gsm', 'weights')[0]} weights | loss"
+        for factor in FACTORS
+    ]
+    yield f"| arm | {' | '.join(heads)} |"
+    yield "|---|" + "--:|" * 2 * len(FACTORS)
+    for arm in (*ARMS, *TICKETS):
+        cells = []
+        for factor in FACTORS:
+            loss = np.mean(over_seeds(run, factor, arm, "loss"))
+            accuracy = _percent(over_seeds(run, factor, arm, "accuracy"))
+            cells.append(f"{accuracy} | {loss:.3f}")
+        yield f"| {LABELS[arm]} | {' | '.join(cells)} |"
+    yield ""
+
+
+def _cuts(run: Results) -> Iterator[str]:
+    yield "What the cut costs, before any fine-tuning, in points of accuracy:\n"
+    yield f"| | {' | '.join(f'{factor}x' for factor in FACTORS)} |"
+    yield "|---|" + "--:|" * len(FACTORS)
+    rows: dict[str, list[str]] = {"global sparse momentum": [], "the trained net": []}
+    for factor in FACTORS:
+        pairs = [
+            (over_seeds(run, factor, "gsm", w) for w in ("before", "accuracy")),
+            (_dense(run), over_seeds(run, factor, "one_shot", "untuned")),
+        ]
+        for cells, (before, after) in zip(rows.values(), pairs, strict=True):
+            cells.append(_gain(after, before))
+    for name, cells in rows.items():
+        yield f"| {name} | {' | '.join(cells)} |"
+    yield ""
+
+
+def _gain(ours: list[float], theirs: list[float]) -> str:
+    gain = interval([100 * (a - b) for a, b in zip(ours, theirs, strict=True)])
+    return f"{gain.mean:+.1f} [{gain.low:+.1f}, {gain.high:+.1f}]"
+
+
+def _differences(run: Results) -> Iterator[str]:
+    yield "Gains in points of accuracy, paired by seed, with 95 % intervals:\n"
+    yield f"| | {' | '.join(f'{factor}x' for factor in FACTORS)} |"
+    yield "|---|" + "--:|" * len(FACTORS)
+    for one, other in (("gsm", "one_shot"), ("gsm", "gradual"), TICKETS):
+        cells = [
+            _gain(*(over_seeds(run, factor, arm, "accuracy") for arm in (one, other)))
+            for factor in FACTORS
+        ]
+        yield f"| {one} over {other} | {' | '.join(cells)} |"
+    yield ""
+
+
+def _tuned(run: Results) -> Iterator[str]:
+    name = next(iter(run["hyper"]))
+    yield f"The best of {len(run['records'][f'tune/{name}'])} tries each:\n"
+    for arm, hyper in run["hyper"].items():
+        numbers = ", ".join(f"{n.replace('_', ' ')} {v}" for n, v in hyper.items())
+        yield f"* {arm}: {numbers}"
+    yield ""
+
+
+def draw(found: Mapping[str, Results]) -> Any:
+    """A dot for every seed, a bar for their mean."""
+    figure = new_figure(len(found) * len(FACTORS), height=3.2, width=12.0)
+    shown = (*ARMS, *TICKETS)[::-1]
+    panels = [(net, factor) for net in found for factor in FACTORS]
+    for axes, (net, factor) in zip(figure.axes, panels, strict=True):
+        for row, arm in enumerate(shown):
+            values = 100 * np.array(over_seeds(found[net], factor, arm, "accuracy"))
+            axes.scatter(values, np.full(len(values), row), s=16, alpha=0.5)
+            axes.plot([values.mean()] * 2, [row - 0.3, row + 0.3], color="black")
+        axes.axvline(100 * np.mean(_dense(found[net])), color="grey", lw=0.8, ls="--")
+        axes.set_yticks(range(len(shown)), shown if axes is figure.axes[0] else [])
+        axes.set(title=f"{net}, {factor}x", xlabel="test accuracy (%)")
+    return figure
+
+
+if __name__ == "__main__":
+    main()

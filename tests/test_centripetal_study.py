@@ -1,0 +1,83 @@
+"""The study of centripetal SGD: one seed end to end, and its page from its results."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import centripetal, centripetal_report
+from experiments.centripetal import ARMS, SHARES, Bench, Scale, Trainer
+from jaxprune.data import DATASETS, Dataset
+
+COMMITTED = json.loads(centripetal_report.RESULT.read_text())
+# 2 steps are enough where a single step pulls all the way.
+TINY = Scale(8, (8, 8, 8), 1, 1, 32, 5e-4, (0.1,), ((0.1, 3.0),))
+
+
+def dark_and_bright():
+    labels = np.arange(64, dtype=np.int32) % 2
+    noise = np.random.default_rng(0).integers(0, 100, (64, 8, 8, 1))
+    images = (noise + 150 * labels[:, None, None, None]).astype(np.uint8)
+    return Dataset(DATASETS["digits"], images, labels)
+
+
+def test_an_arm_is_trimmed_to_the_width_it_says():
+    """And the merged net is that of the constructor at this width."""
+    data = dark_and_bright()
+    with jax.numpy_dtype_promotion("standard"):
+        trainer = Trainer(Bench(TINY, data), data, data, 0, lambda: None)
+        base = trainer.bench.init(1.0, 0)
+        record = trainer.arm(
+            "even", base, SHARES[1], {"learning_rate": 0.1, "strength": 3}
+        )
+        small = trainer._cut(base, SHARES[1])
+        expected = trainer.bench.init(SHARES[1], 0)
+    assert 0 <= record["accuracy"] <= 1
+    assert record["changed predictions"] <= 64
+    assert jax.tree.map(np.shape, small) == jax.tree.map(np.shape, expected)
+
+
+def test_the_committed_run_is_of_five_seeds_and_one_budget():
+    settings = COMMITTED["settings"]
+    assert settings["seeds"] == 5
+    assert COMMITTED["machine"]["versions"]["jax"] and COMMITTED["command"]
+    assert len({len(COMMITTED["records"][f"tune/{arm}"]) for arm in ARMS}) == 1
+    for arm in ARMS:
+        tried = [t["hyper"] for t in COMMITTED["records"][f"tune/{arm}"]]
+        assert COMMITTED["hyper"][arm] in tried
+
+
+def test_trimming_was_free():
+    """Not one prediction of one image changed, in any arm, width and seed."""
+    for seed in range(5):
+        for share in SHARES:
+            record = COMMITTED["records"][f"seed{seed}"][f"{share}"]
+            for arm in ("centripetal", "redundant", "even", "imbalanced"):
+                assert record[arm]["changed predictions"] == 0
+                assert record[arm]["before"] == record[arm]["accuracy"]
+                assert record[arm]["output error"] < 1e-4
+
+
+def test_the_page_is_made_of_the_committed_results():
+    page = centripetal_report.PAGE.read_text()
+    assert "\n".join(centripetal_report.page(COMMITTED)) == page
+    for arm in ARMS:
+        for share in SHARES:
+            values = centripetal.over_seeds(COMMITTED, share, arm, "accuracy")
+            assert f"{100 * np.mean(values):.1f} ±" in page
+    assert centripetal.best(
+        [
+            {"accuracy": 0.9, "loss": 0.3, "hyper": "worse"},
+            {"accuracy": 0.9, "loss": 0.2, "hyper": "best"},
+            {"accuracy": 0.8, "loss": 0.1, "hyper": "worst"},
+        ]
+    ) == "best"  # fmt: skip
+
+
+def test_settings_of_the_paper():
+    scale = centripetal.Config(dataset="cifar10").scale
+    assert (scale.depth, scale.epochs, scale.batch_size) == (56, 600, 64)
+    assert scale.pulls == ((3e-2, 3e-3),)
+    with pytest.raises(ValueError, match="--seeds must be 1 or more, got 0"):
+        centripetal.Config(seeds=0)
