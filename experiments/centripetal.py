@@ -5,30 +5,33 @@ Question   A trained net is drawn into clusters of equal filters and trimmed to 
            cut by L1 norm and fine-tuned, and than one of that width trained from
            scratch, at equal epochs? Does it help to train a wide net into a narrow one
            from the start? Does it matter who is drawn to whom?
-Command    jaxprune run centripetal                (--quick for a first look)
+Command    jaxprune run centripetal --net resnet8  (--quick for a first look)
+           jaxprune run centripetal --net mlp
 Time       see docs/centripetal.md, which `python -m experiments.centripetal_report`
            makes from experiments/centripetal.json
 Expected   ResNet-56 on CIFAR-10 at 5/8 of its width: 93.39 -> 93.44 % (the paper; the
            seeds are not said). `--dataset cifar10` runs with the settings of the
            authors' code; it was not run here
-Leaves     runs/centripetal-digits: results.json
+Leaves     runs/centripetal-digits-NET: results.json
 Papers     Ding et al., Centripetal SGD for Pruning Very Deep Convolutional Networks
            With Complicated Structure, CVPR 2019, https://arxiv.org/abs/1904.03837
 
-A ResNet with projections, so every stage is one residual stream that several layers
-write. All arms get the same epochs in all: `pretraining` and `epochs` more. Every arm
-draws the same number of hyper-parameters and trains them with one seed on 80 % of the
-training images at 3/8 of the width; the best on the other 20 % is used at both widths.
-The test set is read by the tables alone. Scratch and L1 nets of a width are the same
-program, so are all C-SGD runs: hyper-parameters and clusters are in their state.
+The ResNet has projections, so every stage is one residual stream that several layers
+write; the MLP has dense layers, which the paper leaves alone. All arms get the same
+epochs in all: `pretraining` and `epochs` more. Every arm draws as many hyper-parameters
+and trains them with one seed on 80 % of the training images at 3/8 of the width; the
+best on the other 20 % is used at both widths. The test set is read by the tables alone.
+Scratch and L1 nets of a width are the same program, and so are all C-SGD runs:
+hyper-parameters and clusters are in their state.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,7 +46,7 @@ from experiments.training import PRNG, Fit, State, accuracy, cosine, fit, make_s
 from jaxprune import clusters, select
 from jaxprune.cli import UsageError, known
 from jaxprune.data import DATASETS, Dataset, load
-from jaxprune.models import cifar_resnet
+from jaxprune.models import LeNet300, cifar_resnet
 from jaxprune.optimizers import centripetal
 from jaxprune.report import interval
 
@@ -60,8 +63,8 @@ class Scale:
     """What suits a data set.
 
     Attributes:
-        depth: of the ResNet.
-        widths: of its stages.
+        net: "resnet" and its depth, or "mlp".
+        widths: of its stages or layers.
         pretraining: epochs before there are clusters.
         epochs: epochs after.
         batch_size: images in a step.
@@ -70,7 +73,7 @@ class Scale:
         pulls: learning rates and strengths that centripetal SGD tries; as many.
     """
 
-    depth: int = 8
+    net: str = "resnet8"
     widths: tuple[int, ...] = (8, 16, 32)
     pretraining: int = 20
     epochs: int = 20
@@ -87,7 +90,16 @@ class Scale:
 
 # The authors' code: 600 epochs at 5e-2, then 600 at 3e-2; weight decay 1e-4. They train
 # 470 000 steps; a run of 900 needs a pull that is stronger by as much to end as equal.
-CIFAR = Scale(56, (16, 32, 64), 600, 600, 64, 1e-4, (3e-2,), ((3e-2, 3e-3),))
+CIFAR = Scale("resnet56", (16, 32, 64), 600, 600, 64, 1e-4, (3e-2,), ((3e-2, 3e-3),))
+SMALL = {
+    "resnet8": Scale(),
+    "mlp": Scale(
+        "mlp",
+        (32, 16),
+        rates=(0.01, 0.02, 0.05, 0.1),
+        pulls=((0.02, 1.0), (0.05, 0.3), (0.05, 1.0), (0.1, 0.3)),
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +108,8 @@ class Config:
 
     dataset: str = "digits"
     """digits, shapes32 (these two need no network), mnist, cifar10 or cifar100."""
+    net: str = "resnet8"
+    """resnet8 or mlp; on CIFAR it is ResNet-56."""
     seeds: int = 5
     """How many nets are trained and trimmed."""
     epochs: int | None = None
@@ -103,19 +117,20 @@ class Config:
     quick: bool = False
     """Less of everything: one seed, 3 epochs, one try."""
     out: Path | None = None
-    """Folder of the run; by default runs/centripetal-DATASET."""
+    """Folder of the run; by default runs/centripetal-DATASET-NET."""
     data_dir: Path | None = None
     """Where data sets are prepared; by default $JAXPRUNE_DATA or ~/.cache/jaxprune."""
 
     def __post_init__(self) -> None:
         known("data set", self.dataset, DATASETS)
+        known("net", self.net, SMALL)
         if self.seeds < 1:
             raise UsageError(f"--seeds must be 1 or more, got {self.seeds}")
 
     @property
     def scale(self) -> Scale:
         """What suits the data set, or what was asked for."""
-        scale = CIFAR if self.dataset.startswith("cifar") else Scale()
+        scale = CIFAR if self.dataset.startswith("cifar") else SMALL[self.net]
         epochs = 3 if self.quick else self.epochs
         if epochs:
             scale = dataclasses.replace(scale, pretraining=epochs, epochs=epochs)
@@ -135,7 +150,8 @@ def main(config: Config) -> None:
         "shares": SHARES,
         **dataclasses.asdict(scale),
     }
-    name = f"centripetal-{config.dataset}" + ("-quick" if config.quick else "")
+    name = f"centripetal-{config.dataset}-{scale.net}"
+    name += "-quick" if config.quick else ""
     with open_run(config.out or Path("runs", name), facts) as run:
         if not run.finished:
             train, test = (
@@ -143,9 +159,13 @@ def main(config: Config) -> None:
                 for split in ("train", "test")
             )
             bench = Bench(scale, train)
-            tries = {f"tune/{arm}": _tuning(bench, train, arm) for arm in ARMS}
+            records = run.results["records"]
+            tries = {"tune/dense": _tuning(bench, train, "dense", {})}
+            run.each("tune the wide net", tries, _tell_tuning)
+            wide = best(records["tune/dense"])
+            tries = {f"tune/{arm}": _tuning(bench, train, arm, wide) for arm in ARMS}
             run.each("tune", tries, _tell_tuning)
-            hyper = {arm: best(run.results["records"][f"tune/{arm}"]) for arm in ARMS}
+            hyper = {arm: best(records[f"tune/{arm}"]) for arm in ("dense", *ARMS)}
             jobs = {
                 f"seed{s}": _judging(bench, hyper, train, test, s) for s in range(seeds)
             }
@@ -172,6 +192,15 @@ def sgd(
     )
 
 
+def build(net: str, widths: Sequence[int], classes: int) -> nn.Module:
+    """The net of that name at these widths."""
+    if net == "mlp":
+        return LeNet300(classes, widths=widths)
+    depth = int(net.removeprefix("resnet"))
+    shortcut = "projection"
+    return cifar_resnet(depth, widths=widths, shortcut=shortcut, num_classes=classes)
+
+
 class Bench:
     """The nets of an experiment and their steps, each compiled once.
 
@@ -193,12 +222,7 @@ class Bench:
     def net(self, share: float) -> Subject:
         """The net of that share of the width."""
         widths = [round(share * width) for width in self.scale.widths]
-        module = cifar_resnet(
-            self.scale.depth,
-            widths=widths,
-            shortcut="projection",
-            num_classes=self._data.spec.num_classes,
-        )
+        module = build(self.scale.net, widths, self._data.spec.num_classes)
         return subject_of(f"{share}", module, self._data.spec)
 
     @functools.cache  # noqa: B019
@@ -367,14 +391,14 @@ class Trainer:
         return jaxprune.slice_params(base, jaxprune.expand_masks(groups, keep))
 
 
-def _tuning(bench: Bench, train: Dataset, arm: str) -> Job:
+def _tuning(bench: Bench, train: Dataset, arm: str, wide: Mapping[str, float]) -> Job:
     rows = np.random.default_rng(0).permutation(len(train))
     held = len(train) // 5
     inner, outer = (
         dataclasses.replace(train, images=train.images[part], labels=train.labels[part])
         for part in (rows[held:], rows[:held])
     )
-    scale = bench.scale
+    scale, begun = bench.scale, arm in ("centripetal", "l1")
     if arm in ("centripetal", "redundant"):
         drawn = [{"learning_rate": r, "strength": s} for r, s in scale.pulls]
     else:
@@ -382,21 +406,19 @@ def _tuning(bench: Bench, train: Dataset, arm: str) -> Job:
 
     def compute(tick: Tick) -> list[dict[str, Any]]:
         trainer = Trainer(bench, inner, outer, VALIDATION_SEED, tick)
-        base = trainer.base(_usual(scale)) if arm in ("centripetal", "l1") else None
+        base = trainer.base(wide) if begun else None
         found = []
         for hyper in drawn:
-            record = trainer.arm(arm, base, SHARES[-1], hyper)
+            record = (
+                judged(bench, 1.0, trainer.base(hyper), outer)
+                if arm == "dense"
+                else trainer.arm(arm, base, SHARES[-1], hyper)
+            )
             found.append({"hyper": hyper, **record})
         return found
 
-    begun = arm in ("centripetal", "l1")
-    each = scale.epochs + (0 if begun else scale.pretraining)
+    each = (scale.pretraining if not begun else 0) + scale.epochs * (arm != "dense")
     return Job(compute, len(drawn) * each + begun * scale.pretraining)
-
-
-def _usual(scale: Scale) -> dict[str, float]:
-    """The learning rate of the wide net that all begin with: the middle one."""
-    return {"learning_rate": scale.rates[len(scale.rates) // 2]}
 
 
 def best(tries: Any) -> dict[str, float]:
@@ -416,7 +438,7 @@ def _judging(
 
     def compute(tick: Tick) -> dict[str, Any]:
         trainer = Trainer(bench, train, test, seed, tick)
-        base = trainer.base(_usual(scale))
+        base = trainer.base(hyper["dense"])
         longer = trainer._train(base, after, hyper["l1"])
         record: dict[str, Any] = {
             "dense": judged(bench, 1.0, base, test),
