@@ -46,7 +46,7 @@ What it says. Intervals are not corrected for the number of comparisons.
 * Whom a unit is drawn to matters little, as published: k-means is a little above
   neighbours and one large cluster, and mostly within the interval.
 * What this cannot say: 1800 steps in all are few, where the authors take 940 000. The
-  pull is 100 times theirs so that clusters meet in time.
+  pull is 100 times theirs and more, so that clusters meet in time.
 """
 
 Results = Mapping[str, Any]
