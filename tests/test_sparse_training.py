@@ -29,6 +29,7 @@ from jaxprune.optimizers import (
     iterative_soft_shrinkage,
     masked_params,
     rigl,
+    sparse,
     sparse_evolutionary_training,
     sparse_training,
     straight_through,
@@ -77,6 +78,12 @@ def inner():
     )
 
 
+def noisy(tx):
+    """With a typed key in the state."""
+    noise = optax.add_noise(eta=1e-3, gamma=0.55, key=jax.random.key(3))
+    return optax.chain(noise, tx)
+
+
 def held(params):
     return select.per_leaf(
         {p: jnp.abs(w) if PRUNABLE[p] else None for p, w in params.items()},
@@ -97,7 +104,7 @@ METHODS = {
         tx, RAMP, every=2, score="random", selection=BLOCKS
     ),
     "threshold": lambda tx: threshold_pruning(tx, 0.7, every=2),
-    "SET": lambda tx: sparse_evolutionary_training(tx, 0.5, every=2),
+    "SET": lambda tx: sparse_evolutionary_training(noisy(tx), 0.5, every=2),
     "RigL": lambda tx: rigl(optax.adamw(3e-2, weight_decay=0.1), 0.5, every=2, until=4),
     "RigL 2:4": lambda tx: rigl(tx, every=2, selection=TWO_OF_FOUR),
     "GaP": lambda tx: grow_and_prune(tx, 0.5, parts=2, every=2, rounds=1),
@@ -275,6 +282,18 @@ def test_the_gradient_is_the_same_inside_and_outside():
     np.testing.assert_array_equal(inside["w"], [[2, 0, 0, 32]])
 
 
+def test_a_whole_leaf_may_be_held_at_zero():
+    params = {"w": jnp.ones((2, 3)), "number": jnp.ones(())}
+    tx = hold_masks(optax.sgd(0.1), {"w": np.array(False), "number": np.array(True)})
+    opt_state = tx.init(params)
+    assert not masked_params(params, opt_state)["w"].any()
+    assert opt_state.masks.bits["w"].size == 1
+    updates, _ = tx.update(params, opt_state, params)
+    assert not optax.apply_updates(params, updates)["w"].any()
+    with pytest.raises(ValueError, match="remove 'number', which is a single number"):
+        hold_masks(optax.sgd(0.1), {"w": True, "number": False}).init(params)
+
+
 def test_momentum_of_what_leaves_and_comes_back_starts_afresh():
     """One weight leaves at step 1 and returns at step 3."""
     there = Rule(
@@ -292,6 +311,43 @@ def test_momentum_of_what_leaves_and_comes_back_starts_afresh():
             (float(params["w"][0, 1]), float(opt_state.inner[0].trace["w"][0, 1]))
         )
     np.testing.assert_allclose(seen, [(0.9, 1), (0, 0), (0, 0), (-0.1, 1)], rtol=1e-6)
+
+
+OPTIMISERS = {
+    "adam": lambda: optax.adam(0.1),
+    "lion": lambda: optax.lion(0.1),
+    "rmsprop": lambda: optax.rmsprop(0.1, momentum=0.9),
+    "noise": lambda: noisy(optax.sgd(0.1, momentum=0.9)),
+    "adafactor": lambda: optax.adafactor(0.1, min_dim_size_to_factor=2),
+    "injected": lambda: optax.inject_hyperparams(optax.adamw)(learning_rate=0.1),
+    "if finite": lambda: optax.apply_if_finite(optax.sgd(0.1, momentum=0.9), 3),
+    "MultiSteps": lambda: optax.MultiSteps(
+        optax.adam(0.1), 2
+    ).gradient_transformation(),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_a_refresh_resets_any_optimiser(name):
+    """What has the shape of the weights is fresh where they leave, and only there."""
+    tx = OPTIMISERS[name]()
+    params = {"a": [jnp.ones((2, 3)), (jnp.ones(3),)], "b": jnp.ones((3, 2))}
+    opt_state = jax.tree.map(  # as if trained: no number is that of a fresh start
+        lambda x: x + 1 if jnp.issubdtype(x.dtype, jnp.floating) else x, tx.init(params)
+    )
+    lasting = jnp.array([[True, False, True], [False, True, True]])
+    found = sparse._reset(tx, opt_state, params, {"a/0": lasting})
+    assert jax.tree.structure(found) == jax.tree.structure(opt_state)
+    fresh, checked = tx.init(params), 0
+    for new, old, first in zip(
+        *map(jax.tree.leaves, (found, opt_state, fresh)), strict=True
+    ):
+        if old.shape == (2, 3):
+            np.testing.assert_array_equal(new, jnp.where(lasting, old, first))
+            checked += 1
+        else:
+            assert_equal(new, old)
+    assert checked > 0 or name == "adafactor"
 
 
 @pytest.mark.parametrize("kind", ["MultiSteps", "partition"])
@@ -509,6 +565,13 @@ def test_sharded_parameters_are_not_gathered():
             lambda tx: iterative_soft_shrinkage(tx, 0.5, shrinkage=1.1),
             ValueError,
             "shrinkage must be in",
+        ),
+        (
+            lambda tx: hold_masks(
+                tx, lambda params: dict.fromkeys(params, True) | {"b": 1}
+            ),
+            ValueError,
+            "masks without a leaf: b",
         ),
         (
             lambda tx: hold_masks(tx, {"kernel": np.ones((2, 8, 6))}),

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from jaxprune import select
@@ -60,9 +61,16 @@ def hold_masks(
     def start(params: Any, key: jax.Array) -> Arrays:
         del key
         tree = masks(params) if callable(masks) else masks
-        pair_masks(params, tree)
-        found = zip(named_leaves(params), jax.tree.leaves(tree), strict=True)
-        return {path: mask for path, mask in found if mask.ndim or not mask}
+        pairs = zip(named_leaves(params).items(), pair_masks(params, tree), strict=True)
+        found = {}
+        for (path, w), (_, _, mask) in pairs:
+            if mask.ndim == 0 and not mask:
+                if not w.ndim:
+                    raise ValueError(f"masks remove {path!r}, which is a single number")
+                mask = np.zeros((1,) * w.ndim, bool)
+            if mask.ndim:
+                found[path] = mask
+        return found
 
     return sparse_training(tx, Rule(start))
 

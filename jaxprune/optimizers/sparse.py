@@ -21,6 +21,7 @@ Masks lie in the optimiser's state, packed to one bit per weight, and so travel 
 through checkpoints, `jit` and `jaxprune.slice_opt_state`.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -166,41 +167,35 @@ class _Now(NamedTuple):
 _Done = tuple[Any, PackedMasks, Any]  # updates, masks, state of the optimiser inside
 
 
+# A branch of `lax.cond` holds only what a refresh computes: whatever else stood in one
+# would be cut off from its neighbours, and on CPU from all cores but one.
+
+
 def _before(method: _Method, now: _Now) -> _Done:
-    """Masks first, then a step under them, or instead of it."""
+    """Masks first, then a step under them."""
     state, rule = now.state, method.rule
     due = rule.due(state.count, jax.random.fold_in(state.key, state.count))
-    if not rule.replaces_step:
-        masks, inner = _if(
-            due,
-            lambda: _renewed(method, now, now.params, state.count),
-            lambda: (state.masks, state.inner),
-        )
-        return _step(method, now, masks, inner)
-
-    def instead() -> _Done:
-        masks, inner = _renewed(method, now, now.params, state.count)
-        still = jax.tree.map(jnp.zeros_like, now.grads)
-        held = unpacked(masks, now.params)
-        return _left(still, now.params, held, method.post_step), masks, inner
-
-    return _if(due, instead, lambda: _step(method, now, state.masks, state.inner))
+    masks, inner = _if(
+        due,
+        lambda: _renewed(method, now, now.params, state.count),
+        lambda: (state.masks, state.inner),
+    )
+    return _step(method, now, masks, inner, due if rule.replaces_step else None)
 
 
 def _after(method: _Method, now: _Now) -> _Done:
     """A step of all weights first, then masks from where they are."""
     state, params, count = now.state, now.params, now.state.count + 1
     updates, inner = method.tx.update(now.grads, state.inner, params, **now.extra)
-
-    def refresh() -> Any:
-        moved = optax.apply_updates(params, updates)
-        masks, _ = _renewed(method, now, moved, count)
-        held = unpacked(masks, params)
-        return _left(updates, params, held, method.post_step), masks
-
+    moved = optax.apply_updates(params, updates)
     due = method.rule.due(count, jax.random.fold_in(state.key, count))
-    left, masks = _if(due, refresh, lambda: (updates, state.masks))
-    return left, masks, inner
+    masks = _if(
+        due, lambda: _renewed(method, now, moved, count)[0], lambda: state.masks
+    )
+    held = unpacked(masks, params)
+    if due is not True:
+        held = {path: mask | ~due for path, mask in held.items()}
+    return _left(updates, params, held, method.post_step), masks, inner
 
 
 def _if(due: Any, then: Any, otherwise: Any) -> Any:
@@ -208,12 +203,22 @@ def _if(due: Any, then: Any, otherwise: Any) -> Any:
     return then() if due is True else jax.lax.cond(due, then, otherwise)
 
 
-def _step(method: _Method, now: _Now, masks: PackedMasks, inner: Any) -> _Done:
-    """A step of the optimiser under masks, and what it leaves of removed weights."""
+def _step(
+    method: _Method, now: _Now, masks: PackedMasks, inner: Any, skip: Any = None
+) -> _Done:
+    """A step of the optimiser under masks, and what it leaves of removed weights.
+
+    Where `skip` is given and true, the optimiser stands still.
+    """
     held = unpacked(masks, now.params)
     grads = _scaled(now.grads, held, method.gradient)
-    updates, inner = method.tx.update(grads, inner, now.params, **now.extra)
-    return _left(updates, now.params, held, method.post_step), masks, inner
+    updates, moved = method.tx.update(grads, inner, now.params, **now.extra)
+    if skip is not None:
+        # lax.select, because a state may hold typed keys.
+        keep = functools.partial(jax.lax.select, jnp.asarray(skip))
+        updates = jax.tree.map(lambda u: keep(jnp.zeros_like(u), u), updates)
+        moved = jax.tree.map(keep, inner, moved)
+    return _left(updates, now.params, held, method.post_step), masks, moved
 
 
 def _renewed(
