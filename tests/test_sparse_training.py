@@ -28,8 +28,8 @@ from jaxprune.optimizers import (
     iterative_hard_thresholding,
     iterative_soft_shrinkage,
     masked_params,
+    resets,
     rigl,
-    sparse,
     sparse_evolutionary_training,
     sparse_training,
     straight_through,
@@ -336,7 +336,7 @@ def test_a_refresh_resets_any_optimiser(name):
         lambda x: x + 1 if jnp.issubdtype(x.dtype, jnp.floating) else x, tx.init(params)
     )
     lasting = jnp.array([[True, False, True], [False, True, True]])
-    found = sparse._reset(tx, opt_state, params, {"a/0": lasting})
+    found = resets.reset_state(tx, opt_state, params, {"a/0": lasting})
     assert jax.tree.structure(found) == jax.tree.structure(opt_state)
     fresh, checked = tx.init(params), 0
     for new, old, first in zip(

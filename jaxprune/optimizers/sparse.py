@@ -30,6 +30,7 @@ import numpy as np
 import optax
 
 from jaxprune.optimizers.leaves import name_of, named_leaves
+from jaxprune.optimizers.resets import check_resettable, reset_state
 from jaxprune.optimizers.sparse_state import (
     Arrays,
     Moment,
@@ -118,7 +119,7 @@ def sparse_training(
             masks = pack_masks(like_params(first, params, True), params)
             memory = rule.remember({path: leaves[path] for path in first})
             if method.resets:
-                _check_resettable(tx, inner, masks)
+                check_resettable(tx, inner, masks)
         return SparseState(jnp.zeros((), jnp.int32), own, masks, memory, factor, inner)
 
     def update(
@@ -243,7 +244,7 @@ def _renewed(
     if not method.resets:
         return masks, state.inner
     lasting = {path: old[path] & new[path] for path in old}
-    return masks, _reset(method.tx, state.inner, params, lasting)
+    return masks, reset_state(method.tx, state.inner, params, lasting)
 
 
 def _scaled(grads: Any, masks: Arrays, factor: float) -> Any:
@@ -279,52 +280,3 @@ def _left(updates: Any, params: Any, masks: Arrays, factor: float) -> Any:
         return jnp.where(mask, update, rest)
 
     return jax.tree.map_with_path(leave, updates)
-
-
-class _Part(NamedTuple):
-    """A part of the state of an optimiser that belongs to one parameter."""
-
-    value: Any
-    mask: Any
-
-
-def _reset(tx: Any, inner: Any, params: Any, lasting: Arrays) -> Any:
-    """The state of an optimiser, as after a fresh start where weights do not last."""
-
-    def part(value: Any, mask: Any, w: Any) -> Any:
-        whole = not _is_masked_node(value) and np.shape(value) == np.shape(w)
-        return _Part(value, mask) if whole and mask.ndim else value
-
-    masks = like_params(lasting, params, True)
-    marked = optax.tree.map_params(
-        tx, part, inner, masks, params, is_leaf=_is_masked_node
-    )
-    # The weights that leave are zero by now, should a state hold copies of them.
-    fresh = tx.init(_scaled(params, lasting, 0.0))
-    return jax.tree.map(
-        lambda old, new: (
-            jnp.where(old.mask, old.value, new.astype(old.value.dtype))
-            if isinstance(old, _Part)
-            else old
-        ),
-        marked,
-        fresh,
-        is_leaf=lambda x: isinstance(x, _Part),
-    )
-
-
-def _check_resettable(tx: Any, inner: Any, masks: PackedMasks) -> None:
-    try:
-        optax.tree.map_params(
-            tx, lambda value, _: value, inner, masks.bits, is_leaf=_is_masked_node
-        )
-    except Exception as error:  # tx.init on optax's placeholder may raise anything.
-        raise ValueError(
-            "optax.tree.map_params cannot tell which parts of the optimiser's state "
-            "belong to the parameters, so those of removed weights cannot be reset; "
-            "does tx.init do something unusual with its parameters?"
-        ) from error
-
-
-def _is_masked_node(part: Any) -> bool:
-    return isinstance(part, optax.MaskedNode)

@@ -13,17 +13,17 @@ value.
 Scores may be traced: then the decision is traced too.
 """
 
+from jaxprune.select.bisection import bisect as bisect
 from jaxprune.select.budget import Selection as Selection
-from jaxprune.select.budget import bisect as bisect
-from jaxprune.select.budget import remove_one as remove_one
 from jaxprune.select.budget import to_budget as to_budget
 from jaxprune.select.layerwise import erk as erk
 from jaxprune.select.layerwise import lamp as lamp
-from jaxprune.select.layerwise import proportional as proportional
 from jaxprune.select.layerwise import uniform as uniform
-from jaxprune.select.layerwise import widths_from_nonzeros as widths_from_nonzeros
+from jaxprune.select.one_unit import remove_one as remove_one
 from jaxprune.select.patterns import blocks as blocks
 from jaxprune.select.patterns import n_of_m as n_of_m
+from jaxprune.select.shares import proportional as proportional
+from jaxprune.select.shares import widths_from_nonzeros as widths_from_nonzeros
 from jaxprune.select.units import across_groups as across_groups
 from jaxprune.select.units import per_group as per_group
 from jaxprune.select.units import random as random

@@ -1,7 +1,6 @@
 """Budgets: as much score as a cost allows."""
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -9,6 +8,7 @@ import numpy as np
 
 from jaxprune.costs import Cost
 from jaxprune.coupling.groups import Groups
+from jaxprune.select.bisection import ends
 from jaxprune.select.knapsack import solve_exactly
 from jaxprune.select.limits import Each
 from jaxprune.select.queue import State, queues
@@ -239,92 +239,13 @@ def _uniform(state: State, budget: float) -> _After:
             for name, q in state.queues.items()
         }
 
-    sizes, wider = _ends(widths, state.cost, budget, 0.0, 1.0)
+    sizes, wider = ends(widths, state.cost, budget, 0.0, 1.0)
     state.gone[:] = [
         int(np.flatnonzero(q.widths == sizes[name])[0])
         for name, q in state.queues.items()
     ]
     waiting = (k for k, name in enumerate(sizes) if sizes[name] < wider[name])
     return _After(next(waiting, None))
-
-
-def bisect(
-    widths: Callable[[float], Mapping[str, int]],
-    cost: Cost,
-    *,
-    budget: float,
-    low: float,
-    high: float,
-) -> dict[str, int]:
-    """Finds the one number whose widths spend a budget.
-
-    Many allocations have one knob: a threshold on importances, an error allowed to
-    every layer, a keep ratio. Where the last step widens several groups at once, they
-    are widened one after another, in their order, as far as the budget allows: so it
-    is met to one step of one group.
-
-    Args:
-        widths: number -> group name -> how many units stay; every width grows with the
-            number, or every one falls.
-        cost: what is to be spent.
-        budget: the highest cost allowed.
-        low: one end of the search.
-        high: the other end.
-
-    Returns:
-        Group name -> width, for `to_sizes`.
-
-    Raises:
-        ValueError: if both ends cost more than the budget.
-
-    Example:
-        AdaPruner's keep ratios: the importance of a layer times one number, at most 1.
-
-        >>> from jaxprune.costs import Polynomial
-        >>> from jaxprune.costs.polynomial import Term
-        >>> terms = Term(3, (("a", 1),)), Term(9, (("a", 1), ("b", 1)))
-        >>> cost = Polynomial({"a": 16, "b": 32}, terms)
-        >>> importance = {"a": 1.0, "b": 0.4}
-        >>> def widths(ratio):
-        ...     kept = {name: min(1.0, ratio * own) for name, own in importance.items()}
-        ...     return {n: max(1, round(kept[n] * cost.sizes[n])) for n in kept}
-        >>> sizes = bisect(widths, cost, budget=0.3 * cost.full, low=0.0, high=3.0)
-        >>> sizes, cost.value(sizes) / cost.full
-        ({'a': 13, 'b': 11}, 0.284...)
-
-    References:
-        Liu et al., `AdaPruner <https://arxiv.org/abs/2109.06397>`_, 2021
-    """
-    return _ends(widths, cost, budget, low, high)[0]
-
-
-def _ends(
-    widths: Callable[[float], Mapping[str, int]],
-    cost: Cost,
-    budget: float,
-    low: float,
-    high: float,
-) -> tuple[dict[str, int], dict[str, int]]:
-    """The widths that fit, and those of the next number, which does not."""
-    low, high = sorted((low, high), key=lambda number: cost.value(widths(number)))
-    if cost.value(widths(low)) > budget:
-        raise ValueError(
-            f"budget={budget:g} is between no two ends: the costs there are "
-            f"{cost.value(widths(high)):g} and {cost.value(widths(low)):g}"
-        )
-    if cost.value(widths(high)) <= budget:
-        return dict(widths(high)), dict(widths(high))
-    for _ in range(200):
-        middle = (low + high) / 2
-        if middle in (low, high) or widths(low) == widths(high):
-            break
-        fits = cost.value(widths(middle)) <= budget
-        low, high = (middle, high) if fits else (low, middle)
-    sizes, wider = dict(widths(low)), dict(widths(high))
-    for name in sizes:
-        if cost.value({**sizes, name: wider[name]}) <= budget:
-            sizes[name] = wider[name]
-    return sizes, wider
 
 
 # --- exact ---------------------------------------------------------------------------
@@ -341,93 +262,6 @@ def _exact(state: State, budget: float, time_limit: float) -> _After:
         return _greedy(state, budget)._replace(bound=bound)
     state.gone[:] = gone
     return _fill(state, budget)._replace(bound=bound)
-
-
-# --- one at a time -------------------------------------------------------------------
-
-
-def remove_one(
-    groups: Groups,
-    scores: Mapping[str, Any],
-    cost: Cost,
-    keep: Mapping[str, Any] | None = None,
-    *,
-    min_keep: Each[int] = 1,
-    multiple_of: Each[int] = 1,
-    max_sparsity: Each[float] = 1.0,
-    only: str | Sequence[str] | None = None,
-) -> dict[str, np.ndarray]:
-    """Removes the one unit with the least score per cost that it saves.
-
-    For methods that score anew after every removal. With ``multiple_of > 1`` one block
-    goes, the lowest units of a group down to the next multiple.
-
-    Args:
-        groups: what `trace` returned.
-        scores: group name -> float ``[size]``, larger matters more; those of units
-            that are gone do not matter.
-        cost: what a unit saves, at the sizes still there.
-        keep: what is still there, group name -> bool ``[size]``; None for all.
-        min_keep: as for `to_budget`.
-        multiple_of: as for `to_budget`.
-        max_sparsity: as for `to_budget`, of the full size.
-        only: as for `to_budget`.
-
-    Returns:
-        Group name -> bool ``[size]``, True = kept, for the selected groups.
-
-    Raises:
-        ValueError: if the limits allow no group to lose more, or as `to_budget`.
-
-    Example:
-        Group Fisher pruning accumulates scores between two removals, until the cost
-        is met; here the scores stay as they are.
-
-        >>> import jax, jax.numpy as jnp, numpy as np, jaxprune
-        >>> def mlp(params, x):
-        ...     return jax.nn.relu(x @ params["a"]) @ params["b"]
-        >>> params = {"a": jnp.ones((4, 8)), "b": jnp.ones((8, 2))}
-        >>> groups = jaxprune.trace(mlp, params, jnp.ones((1, 4)))
-        >>> memory = jaxprune.cost_model(mlp, params, jnp.ones((1, 4))).activation_bytes
-        >>> keep = {name: np.ones(group.size, bool) for name, group in groups.items()}
-        >>> sizes = {}
-        >>> while memory.value(sizes) > 0.5 * memory.full:
-        ...     scores = {name: np.arange(8.0) for name in groups}
-        ...     keep = remove_one(groups, scores, memory, keep)
-        ...     sizes = {name: int(units.sum()) for name, units in keep.items()}
-        >>> sizes
-        {'a:1': 3}
-
-    References:
-        Liu et al., `Group Fisher Pruning for Practical Network Compression
-        <https://arxiv.org/abs/2108.00708>`_, 2021
-    """
-    there = {name: np.ones(group.size, bool) for name, group in groups.items()}
-    there |= {name: np.asarray(units, bool) for name, units in (keep or {}).items()}
-    # What is gone already leaves first, so that a queue can be entered half way.
-    masked = {
-        name: np.where(units, np.asarray(scores[name], np.float64), -np.inf)
-        if name in scores
-        else units
-        for name, units in there.items()
-    }
-    found = queues(groups, masked, cost, only, min_keep, multiple_of, max_sparsity)
-    left = {name: int(there[name].sum()) for name in found}
-    options = {}
-    for name, q in found.items():
-        lower = q.widths[q.widths < left[name]]
-        if len(lower):
-            gone = q.order[len(q.order) - left[name] : len(q.order) - lower[0]]
-            saved = cost.value(left) - cost.value({**left, name: int(lower[0])})
-            loss = float(q.scores[gone].sum())
-            options[name] = (loss / saved if saved > 0 else math.inf, int(lower[0]))
-    if not options:
-        raise ValueError("the limits allow no group to lose another unit")
-    best = min(options, key=lambda name: options[name][0])
-    return {
-        name: q.keep(options[best][1] if name == best else left[name])
-        for name, q in found.items()
-    }
 
 
 _METHODS: Mapping[str, Callable[[State, float], _After]] = {
