@@ -119,12 +119,11 @@ def _lines(
 def _alone(solution: Solution, lines: list[_Line]) -> list[bool]:
     """Is every position of a line a unit of its own that is on no other line?"""
     columns = [column for line in lines for column in line.columns]
-    every = np.concatenate([np.zeros(0, int), *columns])
-    uses = np.bincount(every[every >= 0], minlength=len(solution.why))
+    every = np.concatenate([np.zeros(0, np.int32), *columns])
+    uses = np.bincount(every + 1, minlength=len(solution.why) + 1)
+    alone = np.append(uses[1:] == 1, False)  # the last entry speaks of `NONE`
     return [
-        len(line.columns) == 1
-        and bool((line.columns[0] >= 0).all() and (uses[line.columns[0]] == 1).all())
-        for line in lines
+        len(line.columns) == 1 and bool(alone[line.columns[0]].all()) for line in lines
     ]
 
 
@@ -136,41 +135,30 @@ def _whole(line: _Line) -> Found:
 
 
 def _places(lines: list[_Line]) -> _Places:
-    parts = [_on_line(line.columns) for line in lines]
-    if not parts:
+    """One row for every unit on every line, whatever its positions."""
+    columns = [(k, column) for k, line in enumerate(lines) for column in line.columns]
+    if not columns:
         return _Places(*(np.zeros(0, int) for _ in range(5)))
-    unit, count, positions = (np.concatenate(x) for x in zip(*parts, strict=True))
-    start = np.cumsum(count) - count
-    line = np.repeat(np.arange(len(lines)), [len(found) for found, _, _ in parts])
-    order = np.argsort(unit, kind="stable")
-    return _Places(unit[order], line[order], start[order], count[order], positions)
-
-
-def _on_line(columns: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The units on a line, how many positions each has, and these, unit by unit."""
-    found = [np.flatnonzero(column >= 0) for column in columns]
-    each = [column[where] for column, where in zip(columns, found, strict=True)]
-    unit = np.concatenate([np.zeros(0, int), *each])
-    position = np.concatenate([np.zeros(0, int), *found])
-    order = _stable_order(unit)
-    unit, position = unit[order], position[order]
-    if len(columns) > 1:
+    sizes = [len(column) for _, column in columns]
+    unit = np.concatenate([column for _, column in columns]).astype(np.int64)
+    line = np.repeat([k for k, _ in columns], sizes)
+    position = np.concatenate([np.arange(n) for n in sizes])
+    held = unit >= 0
+    unit, line, position = unit[held], line[held], position[held]
+    key = line * (unit.max(initial=0) + 1) + unit
+    order = np.argsort(key, kind="stable")
+    if ((np.diff(key[order]) == 0) & (np.diff(position[order]) <= 0)).any():
         # A Gram matrix holds one unit in both of its factors, at one place of both.
-        column = np.repeat(np.arange(len(each)), [len(part) for part in each])[order]
-        if ((unit[1:] == unit[:-1]) & (column[1:] != column[:-1])).any():
-            pairs = np.unique(np.stack([unit, position], axis=1), axis=0)
-            unit, position = pairs.T
-    starts = _starts(unit)
-    return unit[starts], np.diff(np.r_[starts, len(unit)]), position
-
-
-def _stable_order(values: np.ndarray) -> np.ndarray:
-    """A stable argsort; of numbers close to each other, in linear time."""
-    if len(values):
-        low = values.min()
-        if values.max() - low < 1 << 16:
-            values = (values - low).astype(np.uint16)
-    return np.argsort(values, kind="stable")
+        order = np.lexsort((position, key))
+        same = np.diff(key[order], prepend=-1) == 0
+        same &= np.diff(position[order], prepend=-1) == 0
+        order = order[~same]
+    unit, line, position = unit[order], line[order], position[order]
+    start = _starts(key[order])
+    repeats = np.diff(np.r_[start, len(unit)])
+    unit, line = unit[start], line[start]
+    order = np.argsort(unit, kind="stable")
+    return _Places(unit[order], line[order], start[order], repeats[order], position)
 
 
 def _starts(values: np.ndarray) -> np.ndarray:
@@ -184,19 +172,27 @@ def _by_signature(places: _Places) -> list[np.ndarray]:
     """Rows of `places`, one array per group."""
     if not len(places.unit):
         return []
-    _, kind = np.unique(
-        places.line * (places.repeats.max() + 1) + places.repeats, return_inverse=True
-    )
+    kind = places.line * (places.repeats.max() + 1) + places.repeats
     # The signature of a unit is its set of (line, count): a sum of random words, in
     # 64 bits; a second word proves that no two signatures were confused.
-    words = np.random.default_rng(0).integers(2**63, size=(2, kind.max() + 1))
     units = _starts(places.unit)
-    one, two = (np.add.reduceat(word[kind], units) for word in words)
-    _, first, group = np.unique(one, return_index=True, return_inverse=True)
-    assert (two[first][group] == two).all()
+    one, two = (np.add.reduceat(_words(kind, salt), units) for salt in (1, 2))
+    runs = _starts(one)  # neighbours mostly share theirs
+    _, first, group = np.unique(one[runs], return_index=True, return_inverse=True)
+    group = np.repeat(group, np.diff(np.r_[runs, len(units)]))
+    assert (two[runs[first]][group] == two).all()
     per_row = np.repeat(group, np.diff(np.r_[units, len(places.unit)]))
     order = np.argsort(per_row, kind="stable")
     return np.split(order, _starts(per_row[order])[1:])
+
+
+def _words(numbers: np.ndarray, salt: int) -> np.ndarray:
+    """A random word of 64 bits for every number: the last step of SplitMix64."""
+    words = numbers.astype(np.uint64) + np.uint64(salt * 0x9E3779B97F4A7C15 % 2**64)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        words ^= words >> np.uint64(shift)
+        words *= np.uint64(factor)
+    return words ^ (words >> np.uint64(31))
 
 
 def _parts(places: _Places, lines: list[_Line], rows: np.ndarray) -> Found:
@@ -206,8 +202,8 @@ def _parts(places: _Places, lines: list[_Line], rows: np.ndarray) -> Found:
     rows = rows[np.argsort(places.positions[places.start[rows[:, 0]]])]
     index = []
     for column in rows.T:
-        within = np.arange(int(places.repeats[column[0]]))
-        held = places.positions[places.start[column][:, None] + within]
+        start, repeats = places.start[column][:, None], int(places.repeats[column[0]])
+        held = places.positions[start if repeats == 1 else start + np.arange(repeats)]
         index.append((lines[places.line[column[0]]], held.astype(np.int32)))
     lead, first = index[0]
     place = lead.axes[0][0], int(first[0, 0]), -first.shape[1], int(first[0, -1])
@@ -277,23 +273,28 @@ def explain(ledger: Ledger, unit: int) -> str:
 def _pinned(
     ledger: Ledger, solution: Solution, lines: list[_Line]
 ) -> tuple[Pinned, ...]:
+    whole = bool((solution.partly == NEVER).all())
     found = [
         (number, Pinned(path, d, held, text))
         for line in lines
-        for held, text in _held(ledger, solution, line)
+        for held, text in _held(ledger, solution, line, whole)
         for number, path, d in line.axes
     ]
     return tuple(pinned for _, pinned in sorted(found, key=lambda pair: pair[0]))
 
 
-def _held(ledger: Ledger, solution: Solution, line: _Line) -> list[tuple[int, str]]:
-    """How many positions of a line are held, and why."""
+def _held(
+    ledger: Ledger, solution: Solution, line: _Line, whole: bool
+) -> list[tuple[int, str]]:
+    """How many positions of a line are held, and why; is no class held in part?"""
     if isinstance(line.units, int):
         return [(1, explain(ledger, line.units))]
     held = []
     free = np.zeros(len(line.units), bool)
     for column in line.columns:
         free |= column >= 0
+    if whole and free.all():
+        return []
     partly = solution.partly[solution.classes[line.units[free]]]
     if len(partly) and partly.min() != NEVER:
         text = explain(ledger, int(partly.min()))
