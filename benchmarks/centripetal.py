@@ -55,6 +55,7 @@ def compare(depth: int, batch: int, repeats: int, sparsity: float) -> dict[str, 
         calls[name] = _again(compiled, args)
     times = _in_turns(calls, repeats)
     ratios = [b.wall / a.wall for a, b in zip(*times.values(), strict=True)]
+    cpus = [statistics.median(t.cpu for t in each) for each in times.values()]
     medians = {k: statistics.median(t.wall for t in each) for k, each in times.items()}
     return {
         "depth": depth,
@@ -64,6 +65,7 @@ def compare(depth: int, batch: int, repeats: int, sparsity: float) -> dict[str, 
         "flops": flops,
         "time": {name: machine.summary(each) for name, each in times.items()},
         "ratio_of_medians": round(medians["centripetal"] / medians["sgd"], 4),
+        "ratio_of_cpu": round(cpus[1] / cpus[0], 4),
         "median_ratio": round(statistics.median(ratios), 4),
         "ratio_of_flops": round(flops["centripetal"] / flops["sgd"], 4),
     }
@@ -118,7 +120,8 @@ def show(row: dict[str, Any]) -> None:
             name, f"{1e3 * each['wall']:.1f}", f"{row['flops'][name] / 1e9:.2f}"
         )
     rich.console.Console().print(table)
-    print("ratio of medians", row["ratio_of_medians"], "of pairs", row["median_ratio"])
+    told = ("ratio_of_medians", "ratio_of_cpu", "median_ratio", "ratio_of_flops")
+    print({name: row[name] for name in told})
 
 
 def main() -> None:
