@@ -56,12 +56,13 @@ def main() -> None:
 def page(found: Mapping[str, Any]) -> Iterator[str]:
     """The lines of the page."""
     machine, settings = found["machine"], found["settings"]
+    seconds = found["seconds"] + found.get("taken over", {}).get("seconds", 0.0)
     yield "# The Bridgeout family: which noise makes units dispensable?\n"
     yield "    python -m experiments.batch_bridgeout_family"
     yield "    python -m experiments.batch_bridgeout_family_report\n"
     yield (
         f"The second command makes this page. Means over the seeds with 95 %\n"
-        f"confidence intervals; {found['seconds']:.0f} s on {machine['cores']} busy "
+        f"confidence intervals; {seconds:.0f} s on {machine['cores']} busy "
         f"cores\n({machine['cpu']}), jax {machine['versions']['jax']}, with\n"
         "XLA_FLAGS=--xla_cpu_multi_thread_eigen=false. The same share of every layer\n"
         "is cut at once, lowest L2 norm first. Area: mean accuracy over the cuts 0,\n"

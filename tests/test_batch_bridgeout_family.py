@@ -1,5 +1,6 @@
 """The study of the Bridgeout family: its measures, and its page from its results."""
 
+import dataclasses
 import json
 
 import flax.linen as nn
@@ -10,7 +11,7 @@ import pytest
 
 from experiments import batch_bridgeout_family as family
 from experiments import batch_bridgeout_family_report as report
-from experiments import noisy_nets
+from experiments import noisy_nets, runs
 
 
 def test_hoyer_runs_from_equal_weights_to_a_single_one():
@@ -54,6 +55,25 @@ def test_every_draw_is_in_the_space_of_its_method():
             low, high = arena.learning_rates
             assert 0.99 * low <= hyper.learning_rate <= 1.01 * high
             assert hyper.target in family.TARGETED.get(method, (1.0,))
+
+
+def test_arenas_that_are_as_they_were_are_taken_over(tmp_path):
+    found = json.loads(family.RESULT.read_text())
+    settings = found["settings"] | {"shapes32": {"epochs": -1}}
+    with runs.open_run(tmp_path / "run", settings) as run:
+        family.take_over(run, found)
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    kept = {k: v for k, v in found["records"].items() if k[:8] != "shapes32"}
+    assert results["records"] == kept != found["records"]
+    assert results["taken over"]["arenas"] == ["mlp", "vgg"]
+
+
+def test_the_committed_arenas_on_digits_are_those_of_the_file():
+    found = json.loads(family.RESULT.read_text())["settings"]
+    for name in ("mlp", "vgg"):
+        arena = family.ARENAS[name]
+        here = dataclasses.asdict(arena) | {"net": repr(arena.net(num_classes=10))}
+        assert json.loads(json.dumps(here)) == found[name]
 
 
 def test_the_page_is_made_of_the_committed_results():
