@@ -16,13 +16,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.optimizers.bridgeout import bridge_noise
-from jaxprune.optimizers.weight_noise import (
-    check,
-    is_ranked,
-    kept_or_dropped,
-    lowest,
-    smallest,
-)
+from jaxprune.optimizers.draws import kept_or_dropped, lowest, smallest
+from jaxprune.optimizers.hyperparameters import check, is_ranked
 
 
 def bridgeout_dense(

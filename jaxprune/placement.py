@@ -16,7 +16,7 @@ _ALIGNMENT = 64  # bytes; from such an address JAX reads an array without copyin
 
 
 def on_host(*leaves: Any) -> bool:
-    """Can numpy read all of these where they are, as plain numbers?
+    """Can numpy compute with all of these where they are, and JAX go on with it?
 
     True for numpy arrays and for concrete jax arrays on one processor of this host,
     the same for all. Weakly typed arrays are left to JAX: numpy has none.
@@ -26,19 +26,25 @@ def on_host(*leaves: Any) -> bool:
         >>> on_host(np.ones(2)), bool(jax.jit(lambda x: on_host(x))(jnp.ones(2)))
         (True, False)
     """
-    devices = set()
-    for leaf in leaves:
-        if isinstance(leaf, np.ndarray | np.generic):
-            continue
-        if not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer):
-            return False
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.extended) or leaf.weak_type:
-            return False
-        devices |= leaf.sharding.device_set
-    here = jax.process_index()
-    return len(devices) <= 1 and all(
-        device.platform == "cpu" and device.process_index == here for device in devices
+    arrays = [leaf for leaf in leaves if isinstance(leaf, jax.Array)]
+    return (
+        all(map(readable, leaves))
+        and not any(array.weak_type for array in arrays)
+        and len({d for array in arrays for d in array.sharding.device_set}) <= 1
     )
+
+
+def readable(leaf: Any) -> bool:
+    """Is it an array of plain numbers that numpy can read where it is?"""
+    if isinstance(leaf, np.ndarray | np.generic):
+        return True
+    if not isinstance(leaf, jax.Array) or isinstance(leaf, Tracer):
+        return False
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
+        return False
+    first, *others = leaf.sharding.device_set
+    is_here = first.process_index == jax.process_index()
+    return not others and first.platform == "cpu" and is_here
 
 
 def empty(shape: Sequence[int], dtype: Any) -> np.ndarray:

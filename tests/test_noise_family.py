@@ -24,7 +24,7 @@ from jaxprune.optimizers import (
     noisy_params,
 )
 
-weight_noise = importlib.import_module("jaxprune.optimizers.weight_noise")
+draws = importlib.import_module("jaxprune.optimizers.draws")
 
 NOISES = {
     "bridgeout": lambda rate, **kw: bridgeout(rate, 1.0, **kw),
@@ -223,7 +223,7 @@ def draws_of(tx, params, count, function=None):
 
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5), (2, 3, 4)])
 def test_words_come_in_pairs_with_their_halves_swapped(shape):
-    words = np.asarray(weight_noise.random_words(jax.random.key(1), shape))
+    words = np.asarray(draws.random_words(jax.random.key(1), shape))
     assert (words.shape, words.dtype) == (shape, np.uint32)
     rows = words.reshape(-1, shape[-1] if shape else 1)
     even, odd = rows[:, 0::2], rows[:, 1::2]
@@ -239,7 +239,7 @@ def test_the_lowest_are_those_of_a_sort(wide):
     x[0, :3], x[1] = np.inf, 0.0
     with jax.enable_x64(wide):
         for fraction in (0.0, 0.3, 0.5, 1.0):
-            found = weight_noise.lowest(jnp.asarray(x, float), fraction, axis=1)
+            found = draws.lowest(jnp.asarray(x, float), fraction, axis=1)
             rank = int(9 * fraction)
             ordered = np.append(np.sort(x, axis=1), np.full((6, 1, 2), np.nan), axis=1)
             expected = np.isnan(ordered[:, [rank]]) | (x < ordered[:, [rank]])

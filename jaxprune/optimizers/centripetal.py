@@ -18,8 +18,9 @@ from jax import lax
 from jaxprune.clusters import checked_clusters
 from jaxprune.coupling.groups import Groups, Member
 from jaxprune.masks import parameter_paths
+from jaxprune.optimizers.hyperparameters import check, current
 from jaxprune.optimizers.leaves import name_of, named_leaves, select_leaves
-from jaxprune.optimizers.weight_noise import check, current
+from jaxprune.scores.leafwise import widened
 
 
 class CentripetalState(NamedTuple):
@@ -132,25 +133,19 @@ def centripetal(
                 "tx.update(grads, opt_state, params)"
             )
         _check_traced(groups, makers, params)
-        weights, kernels = (
-            named_leaves(params),
-            select_leaves(params, mask, gets="decay"),
-        )
+        weights = named_leaves(params)
+        kernels = select_leaves(params, mask, gets="decay")
 
         def rewrite(path: Any, grad: jax.Array) -> jax.Array:
             name = name_of(path)
-            decay = weight_decay if name in kernels else 0.0
-            share = 1.0 if name in kernels else vector_strength
-            members = makers.get(_traced(groups, name), ())
-            if not members and name not in kernels:
+            is_kernel, members = name in kernels, makers.get(_traced(groups, name), ())
+            if not members and not is_kernel:
                 return grad
-            g, w = _wide(grad), _wide(weights[name])
-            pull = (share * state.strength).astype(g.dtype) if members else 0.0
-            # Both averages in one: mean(g) + e (w - mean(w)) = mean(g - e w) + e w.
-            mean = g - pull * w if members else g
-            for axis, target in _targets(members, g.shape, state.clusters):
-                mean = _average(mean, target, axis)
-            return (mean + (pull + decay) * w).astype(grad.dtype)
+            share = 1.0 if is_kernel else vector_strength
+            pull = share * state.strength if members else 0.0
+            decay = weight_decay if is_kernel else 0.0
+            targets = _targets(members, grad.shape, state.clusters)
+            return _drawn(grad, weights[name], pull, decay, targets)
 
         count = jnp.asarray(optax.safe_increment(state.count))
         now = current("strength", strength, count)
@@ -158,6 +153,23 @@ def centripetal(
         return jax.tree.map_with_path(rewrite, updates), new
 
     return optax.GradientTransformation(init, update)
+
+
+def _drawn(
+    grad: jax.Array,
+    weight: jax.Array,
+    pull: Any,
+    decay: Any,
+    targets: list[tuple[int, jax.Array]],
+) -> jax.Array:
+    """The new gradient of a leaf; `targets` say which slices of it are one."""
+    g, w = widened(grad), widened(weight)
+    pull = jnp.asarray(pull, g.dtype)
+    # Both averages in one: mean(g) + e (w - mean(w)) = mean(g - e w) + e w.
+    mean = g - pull * w if targets else g
+    for axis, target in targets:
+        mean = _average(mean, target, axis)
+    return (mean + (pull + decay) * w).astype(grad.dtype)
 
 
 # Group and member, for every trained leaf that makes units of clustered groups.
@@ -251,7 +263,3 @@ def _average(x: jax.Array, target: jax.Array, axis: int) -> jax.Array:
     sums = jax.ops.segment_sum(line, target, size)
     means = sums / jnp.maximum(counts, 1).reshape(-1, *[1] * (x.ndim - 1))
     return jnp.moveaxis(jnp.take(means, target, axis=0, mode="clip"), 0, axis)
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x

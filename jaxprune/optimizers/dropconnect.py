@@ -7,16 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxprune.optimizers.draws import kept_or_dropped, smallest
+from jaxprune.optimizers.hyperparameters import check, current, is_ranked
 from jaxprune.optimizers.leaves import select_leaves
-from jaxprune.optimizers.weight_noise import (
-    check,
-    current,
-    is_ranked,
-    kept_or_dropped,
-    noise_of,
-    smallest,
-    weight_noise,
-)
+from jaxprune.optimizers.weight_noise import noise_of, weight_noise
 
 
 class DropConnectState(NamedTuple):

@@ -5,7 +5,7 @@ by how much the loss depends on them, gets its gradient; the others feel weight 
 alone, and momentum carries them to zero. The layers' sparsities come out by themselves.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,8 +15,9 @@ import optax
 from jax.core import Tracer
 
 from jaxprune.masks import apply_masks
+from jaxprune.optimizers.hyperparameters import check, current
 from jaxprune.optimizers.leaves import name_of, named_leaves, select_leaves
-from jaxprune.optimizers.weight_noise import check, current
+from jaxprune.scores.leafwise import widened
 from jaxprune.thresholds import lowest_together
 
 
@@ -102,8 +103,10 @@ def global_sparse_momentum(
                 "tx.update(grads, opt_state, params)"
             )
         chosen = select_leaves(params, mask, gets="a rank")
-        weights = {n: _wide(w) for n, w in named_leaves(params).items() if n in chosen}
-        grads = {n: _wide(g) for n, g in named_leaves(updates).items() if n in chosen}
+        weights = {
+            n: widened(w) for n, w in named_leaves(params).items() if n in chosen
+        }
+        grads = {n: widened(g) for n, g in named_leaves(updates).items() if n in chosen}
         # A number that is known is counted exactly; what is in the state is float32.
         known = not callable(nonzero_ratio) and not isinstance(nonzero_ratio, Tracer)
         ratio = nonzero_ratio if known else state.nonzero_ratio
@@ -175,14 +178,18 @@ def winning_ticket(
     """
     check("nonzero_ratio", nonzero_ratio)
     chosen = select_leaves(trained, mask, gets="a rank")
-    sizes = {
-        n: jnp.abs(_wide(w)) for n, w in named_leaves(trained).items() if n in chosen
-    }
+    sizes = {path: jnp.abs(w) for path, w in _wide(trained, chosen).items()}
     kept = _most(sizes, nonzero_ratio)
     masks = jax.tree.map_with_path(
         lambda path, _: kept.get(name_of(path), jnp.array(True)), trained
     )
     return Ticket(apply_masks(initial, masks), masks)
+
+
+def _wide(tree: Any, chosen: Collection[str]) -> dict[str, jax.Array]:
+    """Path -> leaf in single precision or more, of the chosen leaves."""
+    leaves = named_leaves(tree).items()
+    return {path: widened(leaf) for path, leaf in leaves if path in chosen}
 
 
 def _most(scores: Mapping[str, jax.Array], ratio: Any) -> Mapping[str, jax.Array]:
@@ -199,7 +206,3 @@ def _most(scores: Mapping[str, jax.Array], ratio: Any) -> Mapping[str, jax.Array
         list(scores.values()), gone, [leaf.size for leaf in scores.values()]
     )
     return {name: ~mask for name, mask in zip(scores, lowest, strict=True)}
-
-
-def _wide(x: jax.Array) -> jax.Array:
-    return x.astype(jnp.float32) if jnp.finfo(x.dtype).bits < 32 else x

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune.coupling.groups import Group, Groups, Member
+from jaxprune.optimizers.hyperparameters import check, current
 from jaxprune.optimizers.leaves import name_of, named_leaves, select_leaves
-from jaxprune.optimizers.weight_noise import check, current
+from jaxprune.scores.leafwise import widened
 
 
 class PenaltyState(NamedTuple):
@@ -181,7 +182,7 @@ def _link(
 
 
 def _power(w: jax.Array, q: float, eps: float) -> jax.Array:
-    wide = _wide(w)
+    wide = widened(w)
     alive = wide != 0
     # The inner `where` keeps the infinite slope at 0 out of the gradient.
     power = (jnp.abs(jnp.where(alive, wide, 1.0)) + eps) ** q
@@ -189,7 +190,7 @@ def _power(w: jax.Array, q: float, eps: float) -> jax.Array:
 
 
 def _filter_norms(w: jax.Array) -> jax.Array:
-    squares = jnp.square(_wide(w)).sum(tuple(range(w.ndim - 1)))
+    squares = jnp.square(widened(w)).sum(tuple(range(w.ndim - 1)))
     return math.sqrt(w.size // w.shape[-1]) * _sqrt(squares).sum()
 
 
@@ -208,7 +209,7 @@ def _unit_norms(group: Group, leaves: dict[str, jax.Array]) -> jax.Array:
 
 def _member_squares(member: Member, leaf: jax.Array) -> jax.Array:
     others = tuple(axis for axis in range(leaf.ndim) if axis != member.axis)
-    return jnp.square(_wide(leaf)).sum(others)[member.index].sum(1)
+    return jnp.square(widened(leaf)).sum(others)[member.index].sum(1)
 
 
 def _traced(groups: Groups, leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -231,10 +232,6 @@ def _sqrt(squares: jax.Array) -> jax.Array:
     """Square root with slope 0 at 0."""
     some = squares > 0
     return jnp.where(some, jnp.sqrt(jnp.where(some, squares, 1.0)), 0.0)
-
-
-def _wide(w: jax.Array) -> jax.Array:
-    return w.astype(jnp.float32) if jnp.finfo(w.dtype).bits < 32 else w
 
 
 def _sum(terms: Any) -> jax.Array:

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxprune.optimizers.hyperparameters import typed_key
 from jaxprune.optimizers.leaves import name_of, named_leaves
 from jaxprune.optimizers.resets import check_resettable, reset_state
 from jaxprune.optimizers.sparse_state import (
@@ -39,7 +40,6 @@ from jaxprune.optimizers.sparse_state import (
     like_params,
     unpacked,
 )
-from jaxprune.optimizers.weight_noise import typed_key
 from jaxprune.packing import PackedMasks, pack_masks
 
 

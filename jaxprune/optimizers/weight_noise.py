@@ -22,9 +22,10 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import optax
-from jax.core import Tracer
 
+from jaxprune.optimizers.hyperparameters import typed_key
 from jaxprune.optimizers.leaves import name_of, named_leaves
+from jaxprune.scores.leafwise import widened
 
 Noise = Callable[[jax.Array, jax.Array, Any], jax.Array]
 _AnyNoise = TypeVar("_AnyNoise", bound=Callable[..., jax.Array])
@@ -96,7 +97,7 @@ def noisy_params(params: Any, opt_state: Any) -> Any:
         noise = noises.get(name_of(path))
         if noise is None:
             return w
-        wide = _widened(w)
+        wide = widened(w)
         return (wide + jax.lax.stop_gradient(noise(wide))).astype(w.dtype)
 
     return jax.tree.map_with_path(perturb, params)
@@ -137,7 +138,7 @@ def weight_noise(
             noise = noises.get(name := name_of(path))
             if noise is None:
                 return grad
-            w = _widened(weights[name])
+            w = widened(weights[name])
             _, vjp = jax.vjp(noise, w)
             wide = grad.astype(w.dtype)
             return (wide + vjp(wide)[0]).astype(grad.dtype)
@@ -189,114 +190,3 @@ def _noises_of(state: Any, params: Any) -> dict[str, Callable[[jax.Array], jax.A
         return lambda w: noise(w, key, state)
 
     return {path: draw(path) for path in paths}
-
-
-_DOMAINS: dict[str, tuple[Callable[[float], bool], str]] = {
-    "rate": (lambda x: 0 <= x < 1, "in [0, 1)"),
-    "q": (lambda x: x > 0, "above 0"),
-    "inner_q": (lambda x: x >= 1, "at least 1"),
-    "eps": (lambda x: x > 0, "above 0"),
-    "strength": (lambda x: x >= 0, "at least 0"),
-    "vector_strength": (lambda x: x >= 0, "at least 0"),
-    "weight_decay": (lambda x: x >= 0, "at least 0"),
-    "nonzero_ratio": (lambda x: 0 < x <= 1, "in (0, 1]"),
-    "target_fraction": (lambda x: 0 < x <= 1, "in (0, 1]"),
-}
-
-
-def check(name: str, value: Any) -> None:
-    """Raises if a hyperparameter is out of range; schedules and tracers pass."""
-    if callable(value) or isinstance(value, Tracer):
-        return
-    inside, domain = _DOMAINS[name]
-    if not inside(float(value)):
-        raise ValueError(f"{name} must be {domain}, got {value}")
-
-
-def current(name: str, value: optax.ScalarOrSchedule, count: jax.Array) -> jax.Array:
-    """The value of a number or a schedule at a count, checked where it is known."""
-    now = value(count) if callable(value) else value
-    check(name, now)
-    return jnp.array(now, jnp.float32)
-
-
-def is_ranked(target_fraction: Any) -> bool:
-    """Whether weights must be ranked: not if the fraction is known to be 1."""
-    return isinstance(target_fraction, Tracer) or target_fraction < 1
-
-
-def typed_key(key: int | jax.Array) -> jax.Array:
-    """The key of a seed, or a copy of a typed key."""
-    dtype, shape = jnp.result_type(key), jnp.shape(key)
-    if jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ():
-        # A copy: donating the state's buffers must not delete the caller's key.
-        return jnp.copy(key)
-    if not jnp.issubdtype(dtype, jnp.integer) or shape != ():
-        raise TypeError(
-            f"key must be an int or a typed key such as jax.random.key(0), got {key!r};"
-            " wrap raw uint32 keys with jax.random.wrap_key_data"
-        )
-    return jax.random.key(key)
-
-
-def _widened(w: jax.Array) -> jax.Array:
-    return w.astype(jnp.float32) if jnp.finfo(w.dtype).bits < 32 else w
-
-
-def kept_or_dropped(key: jax.Array, w: jax.Array, rate: jax.Array) -> jax.Array:
-    """The random factor of the family, like `w`: mean 0, variance rate / (1 - rate).
-
-    It is ``rate / (1 - rate)`` where a weight is kept, with probability ``1 - rate``,
-    and -1 where it is dropped.
-    """
-    # Rounded down by at most 2^-32; a rate of 0 drops nothing.
-    threshold = (rate.astype(jnp.float32) * jnp.float32(2**32)).astype(jnp.uint32)
-    dropped = random_words(key, w.shape) < threshold
-    rate = rate.astype(w.dtype)
-    return jnp.where(dropped, -1.0, rate / (1 - rate))
-
-
-def random_words(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Uniform words uint32, of half the random bits.
-
-    Every second word is the one before with its halves swapped: each is uniform, and
-    two of a pair compare with a threshold independently unless the upper half of one
-    ties with it, which has probability 2^-16. The pairs lie side by side on the last
-    axis, so that sharded words are drawn where they are needed.
-    """
-    *rows, last = shape or (1,)
-    words = jax.random.bits(key, (*rows, -(-last // 2)), jnp.uint32)
-    pairs = jnp.stack([words, (words << 16) | (words >> 16)], axis=-1)
-    return pairs.reshape((*rows, -1))[..., :last].reshape(shape)
-
-
-def smallest(w: jax.Array, fraction: jax.Array) -> jax.Array:
-    """Which inputs of each output filter are small; bool ``[1, ..., 1, in, out]``."""
-    leading = tuple(range(w.ndim - 2))
-    norms = jnp.sqrt(jnp.sum(w * w, leading, keepdims=True)) if leading else jnp.abs(w)
-    return lowest(norms, fraction, axis=-2)
-
-
-def lowest(x: jax.Array, fraction: jax.Array | float, *, axis: int) -> jax.Array:
-    """Which entries along an axis lie below the one of rank ``int(size * fraction)``.
-
-    Entries are not negative. Ranks count from 0 and the comparison is strict, so ties
-    with that entry are out.
-    """
-    size = x.shape[axis]
-    # The margin covers the rounding of float32 products: 100 * 0.29 has rank 29.
-    rank = jnp.floor(size * jnp.asarray(fraction) * (1 + 1e-6)).astype(jnp.int32)
-    # As unsigned integers the bits of floats that are not negative have their order.
-    width = jnp.finfo(x.dtype).bits
-    bits = jax.lax.bitcast_convert_type(x, f"uint{width}")
-
-    def settle(index: jax.Array, bound: jax.Array) -> jax.Array:
-        bit = jnp.asarray(1, bits.dtype) << (width - 2 - index).astype(bits.dtype)
-        below = jnp.sum(bits < (bound | bit), axis, jnp.int32, keepdims=True)
-        return jnp.where(below <= rank, bound | bit, bound)
-
-    # The largest number with at most `rank` entries below it is the entry of that rank,
-    # found from its highest bit down: a tenth of the time of a sort.
-    begin = jnp.zeros_like(jax.lax.slice_in_dim(bits, 0, 1, axis=axis % x.ndim))
-    bound = jax.lax.fori_loop(jnp.int32(0), jnp.int32(width - 1), settle, begin)
-    return (bits < bound) | (rank >= size)

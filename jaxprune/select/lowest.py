@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from jaxprune.placement import readable
 from jaxprune.thresholds import Wide, kth_lowest, lowest_each, lowest_together
 
 _CHUNK = 1 << 18  # entries that stay in a core's cache with what is made of them
@@ -40,7 +41,7 @@ def lowest(leaves: Sequence[Any], count: int | Wide, caps: Sequence[int]) -> lis
         return []
     if isinstance(count, Wide) or any(isinstance(leaf, Tracer) for leaf in leaves):
         return lowest_together(leaves, count, caps)
-    if not on_host(leaves):
+    if not all(map(readable, leaves)):
         return jax.jit(lambda found: lowest_together(found, count, caps))(list(leaves))
     removed = _lowest_on_host([flat(leaf) for leaf in leaves], count, caps)
     return [
@@ -59,7 +60,7 @@ def lowest_alone(leaves: Sequence[Any], counts: Sequence[Any]) -> list[Any]:
         return []
     if any(isinstance(each, Tracer) for each in (*leaves, *counts)):
         return lowest_each(leaves, counts)
-    if not on_host(leaves):
+    if not all(map(readable, leaves)):
         return jax.jit(lowest_each)(list(leaves), list(counts))
     pairs = zip(leaves, counts, strict=True)
     return [lowest([leaf], count, [count])[0] for leaf, count in pairs]
@@ -69,18 +70,9 @@ def kth(leaves: Sequence[Any], k: int) -> Any:
     """The entry at place `k` (from 0) of all entries in ascending order."""
     if any(isinstance(leaf, Tracer) for leaf in leaves):
         return kth_lowest(leaves, k)
-    if not on_host(leaves):
+    if not all(map(readable, leaves)):
         return jax.jit(lambda found: kth_lowest(found, k))(list(leaves))
     return kth_smallest([flat(leaf) for leaf in leaves], k)
-
-
-def on_host(leaves: Sequence[Any]) -> bool:
-    """Can numpy read these concrete arrays where they are?"""
-    return all(
-        not isinstance(leaf, jax.Array)
-        or (len(leaf.devices()) == 1 and next(iter(leaf.devices())).platform == "cpu")
-        for leaf in leaves
-    )
 
 
 def flat(leaf: Any) -> np.ndarray:

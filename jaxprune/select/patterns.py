@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.masks import PyTree
+from jaxprune.placement import readable
 from jaxprune.select.limits import Each, selected
-from jaxprune.select.trees import checked, concrete, masks_like, scored
+from jaxprune.select.trees import checked, masks_like, scored
 from jaxprune.select.weights import across_leaves, per_leaf
 
 Pool = Literal["mean", "sum", "max"]
@@ -69,7 +70,7 @@ def n_of_m(
 
 def _lowest_of_runs(leaf: Any, axis: int, m: int, n: int) -> Any:
     """All but the highest n of every run: an entry goes if n others rank above it."""
-    xp: Any = np if concrete(leaf) else jnp
+    xp: Any = np if readable(leaf) else jnp
     last = xp.moveaxis(xp.asarray(leaf), axis, -1)
     short = -last.shape[-1] % m
     # What fills up the last run never outranks an entry.
@@ -160,7 +161,7 @@ _POOLS = {"mean": "sum", "sum": "sum", "max": "max"}
 
 def _pooled(leaf: Any, shape: tuple[int, int], pool: Pool) -> Any:
     """One score for every block."""
-    xp: Any = np if concrete(leaf) else jnp
+    xp: Any = np if readable(leaf) else jnp
     leaf = xp.asarray(leaf)
     rows, columns = (-(-n // b) for n, b in zip(leaf.shape[-2:], shape, strict=True))
     lead = leaf.shape[:-2]

@@ -9,8 +9,9 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxprune.masks import PyTree, named_leaves
+from jaxprune.placement import readable
 from jaxprune.select.limits import Each, limits_of
-from jaxprune.select.lowest import count_nan, on_host
+from jaxprune.select.lowest import count_nan
 
 
 def _is_none(leaf: Any) -> bool:
@@ -22,11 +23,6 @@ def scored(scores: PyTree) -> dict[str, Any]:
     return named_leaves(scores)
 
 
-def concrete(leaf: Any) -> bool:
-    """Can numpy work on this leaf?"""
-    return not isinstance(leaf, Tracer) and on_host([leaf])
-
-
 def checked(path: str, leaf: Any, nan: bool = True) -> Any:
     """The scores of a leaf as floats; without NaN, where that is known and wanted."""
     leaf = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
@@ -34,7 +30,7 @@ def checked(path: str, leaf: Any, nan: bool = True) -> Any:
         leaf = leaf.astype(np.float32)
     if isinstance(leaf, Tracer) or not nan:
         return leaf
-    found = count_nan(leaf) if on_host([leaf]) else int(jnp.isnan(leaf).sum())
+    found = count_nan(leaf) if readable(leaf) else int(jnp.isnan(leaf).sum())
     if found:
         raise ValueError(f"scores[{path}] is NaN for {found} entries")
     return leaf

@@ -8,9 +8,10 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxprune.masks import PyTree
+from jaxprune.placement import readable
 from jaxprune.select.limits import Each, fraction, fractions, selected
 from jaxprune.select.lowest import kth, lowest, lowest_alone
-from jaxprune.select.trees import caps, checked, concrete, masks_like, scored
+from jaxprune.select.trees import caps, checked, masks_like, scored
 from jaxprune.thresholds import Wide, wide_share
 
 
@@ -179,6 +180,6 @@ def _count(path: str, share: Any, size: int, cap: int) -> Any:
 
 
 def _norm(leaf: Any) -> Any:
-    xp: Any = np if concrete(leaf) else jnp
+    xp: Any = np if readable(leaf) else jnp
     wide = leaf.astype(np.promote_types(leaf.dtype, np.float32))
     return xp.sqrt(xp.sum(wide * wide)).astype(leaf.dtype)

@@ -1,0 +1,56 @@
+"""Numbers that optimisers are given: in range, known or traced, fixed or scheduled."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.core import Tracer
+
+_DOMAINS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "rate": (lambda x: 0 <= x < 1, "in [0, 1)"),
+    "q": (lambda x: x > 0, "above 0"),
+    "inner_q": (lambda x: x >= 1, "at least 1"),
+    "eps": (lambda x: x > 0, "above 0"),
+    "strength": (lambda x: x >= 0, "at least 0"),
+    "vector_strength": (lambda x: x >= 0, "at least 0"),
+    "weight_decay": (lambda x: x >= 0, "at least 0"),
+    "nonzero_ratio": (lambda x: 0 < x <= 1, "in (0, 1]"),
+    "target_fraction": (lambda x: 0 < x <= 1, "in (0, 1]"),
+}
+
+
+def check(name: str, value: Any) -> None:
+    """Raises if a hyperparameter is out of range; schedules and tracers pass."""
+    if callable(value) or isinstance(value, Tracer):
+        return
+    inside, domain = _DOMAINS[name]
+    if not inside(float(value)):
+        raise ValueError(f"{name} must be {domain}, got {value}")
+
+
+def current(name: str, value: optax.ScalarOrSchedule, count: jax.Array) -> jax.Array:
+    """The value of a number or a schedule at a count, checked where it is known."""
+    now = value(count) if callable(value) else value
+    check(name, now)
+    return jnp.array(now, jnp.float32)
+
+
+def is_ranked(target_fraction: Any) -> bool:
+    """Whether weights must be ranked: not if the fraction is known to be 1."""
+    return isinstance(target_fraction, Tracer) or target_fraction < 1
+
+
+def typed_key(key: int | jax.Array) -> jax.Array:
+    """The key of a seed, or a copy of a typed key."""
+    dtype, shape = jnp.result_type(key), jnp.shape(key)
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ():
+        # A copy: donating the state's buffers must not delete the caller's key.
+        return jnp.copy(key)
+    if not jnp.issubdtype(dtype, jnp.integer) or shape != ():
+        raise TypeError(
+            f"key must be an int or a typed key such as jax.random.key(0), got {key!r};"
+            " wrap raw uint32 keys with jax.random.wrap_key_data"
+        )
+    return jax.random.key(key)
