@@ -41,14 +41,25 @@ import rich.table
 
 import jaxprune
 from experiments.methods import Subject, filter_norms, subject_of
+from experiments.pages import percent
 from experiments.runs import Job, Run, Tick, open_run
-from experiments.training import PRNG, Fit, State, accuracy, cosine, fit, make_step
+from experiments.training import (
+    PRNG,
+    Fit,
+    State,
+    accuracy,
+    best,
+    cosine,
+    fit,
+    held_out,
+    judged,
+    make_step,
+)
 from jaxprune import clusters, select
 from jaxprune.cli import UsageError, known
 from jaxprune.data import DATASETS, Dataset, load
 from jaxprune.models import LeNet300, cifar_resnet
 from jaxprune.optimizers import centripetal
-from jaxprune.report import interval
 
 SHARES = (5 / 8, 3 / 8)  # of the width
 MOMENTUM = 0.9
@@ -300,13 +311,9 @@ class Bench:
 # ---------------------------------------------------------------------------- the arms
 
 
-def judged(bench: Bench, share: float, variables: Any, test: Dataset) -> dict[str, Any]:
+def judge(bench: Bench, share: float, variables: Any, test: Dataset) -> dict[str, Any]:
     """Accuracy and cross-entropy of a net."""
-    logits = bench.net(share).predict(variables, test)
-    loss = optax.softmax_cross_entropy_with_integer_labels(
-        jnp.asarray(logits), jnp.asarray(test.labels)
-    )
-    return {"accuracy": accuracy(logits, test), "loss": float(loss.mean())}
+    return judged(bench.net(share).predict(variables, test), test)
 
 
 def trimmed(
@@ -323,7 +330,7 @@ def trimmed(
         "output error": float(np.abs(before - after).max() / np.abs(before).max()),
         "deviation": float(sum(merged.deviation.values()))
         / sum(jax.tree.leaves(whole)),
-        **judged(bench, share, merged.variables, test),
+        **judge(bench, share, merged.variables, test),
     }
 
 
@@ -347,7 +354,7 @@ class Trainer:
     def base(self, hyper: Mapping[str, float]) -> Any:
         """The wide net, trained as usual."""
         begin = self.bench.init(1.0, self.seed)
-        return self._train(begin, self.scale.pretraining, hyper)
+        return self.train(begin, self.scale.pretraining, hyper)
 
     def arm(
         self, arm: str, base: Any, share: float, hyper: Mapping[str, float]
@@ -359,13 +366,13 @@ class Trainer:
                 bench.init(share, self.seed),
                 scale.pretraining + scale.epochs,
             )
-            end = self._train(begin, epochs, hyper, share=share)
-            return judged(bench, share, end, self.test)
+            end = self.train(begin, epochs, hyper, share=share)
+            return judge(bench, share, end, self.test)
         if arm == "l1":
             small = self._cut(base, share)
-            cut = judged(bench, share, small, self.test)["accuracy"]
-            end = self._train(small, scale.epochs, hyper, share=share)
-            return {"cut": cut, **judged(bench, share, end, self.test)}
+            cut = judge(bench, share, small, self.test)["accuracy"]
+            end = self.train(small, scale.epochs, hyper, share=share)
+            return {"cut": cut, **judge(bench, share, end, self.test)}
         if arm == "redundant":
             begin, epochs = bench.init(1.0, self.seed), scale.pretraining + scale.epochs
             ids = clustered(bench, "even", begin, share, self.seed)
@@ -373,10 +380,10 @@ class Trainer:
             begin, epochs = base, scale.epochs
             way = "k_means" if arm == "centripetal" else arm
             ids = clustered(bench, way, base, share, self.seed)
-        end = self._train(begin, epochs, hyper, ids=ids)
+        end = self.train(begin, epochs, hyper, ids=ids)
         return trimmed(bench, share, end, ids, self.test)
 
-    def _train(
+    def train(
         self, begin: Any, epochs: int, hyper: Mapping[str, float], **how: Any
     ) -> Any:
         return self.bench.train(
@@ -392,12 +399,7 @@ class Trainer:
 
 
 def _tuning(bench: Bench, train: Dataset, arm: str, wide: Mapping[str, float]) -> Job:
-    rows = np.random.default_rng(0).permutation(len(train))
-    held = len(train) // 5
-    inner, outer = (
-        dataclasses.replace(train, images=train.images[part], labels=train.labels[part])
-        for part in (rows[held:], rows[:held])
-    )
+    inner, outer = held_out(train)
     scale, begun = bench.scale, arm in ("centripetal", "l1")
     if arm in ("centripetal", "redundant"):
         drawn = [{"learning_rate": r, "strength": s} for r, s in scale.pulls]
@@ -410,7 +412,7 @@ def _tuning(bench: Bench, train: Dataset, arm: str, wide: Mapping[str, float]) -
         found = []
         for hyper in drawn:
             record = (
-                judged(bench, 1.0, trainer.base(hyper), outer)
+                judge(bench, 1.0, trainer.base(hyper), outer)
                 if arm == "dense"
                 else trainer.arm(arm, base, SHARES[-1], hyper)
             )
@@ -419,11 +421,6 @@ def _tuning(bench: Bench, train: Dataset, arm: str, wide: Mapping[str, float]) -
 
     each = (scale.pretraining if not begun else 0) + scale.epochs * (arm != "dense")
     return Job(compute, len(drawn) * each + begun * scale.pretraining)
-
-
-def best(tries: Any) -> dict[str, float]:
-    """Of the most accurate on held-out images, the one with the lowest loss."""
-    return max(tries, key=lambda t: (t["accuracy"], -t["loss"]))["hyper"]
 
 
 def _judging(
@@ -439,10 +436,10 @@ def _judging(
     def compute(tick: Tick) -> dict[str, Any]:
         trainer = Trainer(bench, train, test, seed, tick)
         base = trainer.base(hyper["dense"])
-        longer = trainer._train(base, after, hyper["l1"])
+        longer = trainer.train(base, after, hyper["l1"])
         record: dict[str, Any] = {
-            "dense": judged(bench, 1.0, base, test),
-            "dense, longer": judged(bench, 1.0, longer, test),
+            "dense": judge(bench, 1.0, base, test),
+            "dense, longer": judge(bench, 1.0, longer, test),
         }
         for share in SHARES:
             arms = {arm: hyper[arm] for arm in ARMS}
@@ -484,11 +481,8 @@ def _print(run: Run) -> None:
     for share in SHARES:
         table.add_column(f"{share} of the width", justify="right")
     for arm in (*ARMS, *CLUSTERINGS[1:]):
-        cells = []
-        for share in SHARES:
-            found = interval(over_seeds(run.results, share, arm, "accuracy"))
-            cells.append(
-                f"{100 * found.mean:.1f} ± {50 * (found.high - found.low):.1f}"
-            )
+        cells = [
+            percent(over_seeds(run.results, share, arm, "accuracy")) for share in SHARES
+        ]
         table.add_row(arm, *cells)
     rich.console.Console().print(table)

@@ -7,7 +7,6 @@ net. Everything here is a function of that; what the numbers say is written by h
 `NOTES`, and holds for the committed results only.
 """
 
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,9 +15,8 @@ from typing import Any
 import numpy as np
 
 from experiments import centripetal
-from experiments.batch_bridgeout_search import write_compact
 from experiments.centripetal import ARMS, CLUSTERINGS, SHARES, over_seeds
-from jaxprune.report import interval, new_figure
+from experiments.pages import Results, dots, gain, gathered, numbers, percent
 
 RESULT = Path(centripetal.__file__).with_suffix(".json")
 PAGE = Path(__file__).parents[1] / "docs" / "centripetal.md"
@@ -50,16 +48,10 @@ What it says. Intervals are not corrected for the number of comparisons.
   pull is 100 times theirs and more, so that clusters meet in time.
 """
 
-Results = Mapping[str, Any]
-
 
 def main() -> None:
     """Writes the page and the figure."""
-    if folders := sys.argv[1:]:
-        there = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-        runs = [json.loads(Path(f, "results.json").read_text()) for f in folders]
-        write_compact(RESULT, there | {run["settings"]["net"]: run for run in runs})
-    found = json.loads(RESULT.read_text())
+    found = gathered(RESULT, sys.argv[1:])
     PAGE.write_text("\n".join(page(found)))
     draw(found).savefig(PAGE.with_suffix(".png"), dpi=110)
 
@@ -94,11 +86,6 @@ def page(found: Mapping[str, Results]) -> Iterator[str]:
     yield ""
 
 
-def _percent(values: list[float]) -> str:
-    found = interval(values)
-    return f"{100 * found.mean:.1f} ± {50 * (found.high - found.low):.1f}"
-
-
 def _dense(found: Results, name: str) -> list[float]:
     records = found["records"]
     seeds = range(found["settings"]["seeds"])
@@ -114,21 +101,21 @@ def _table(found: Results) -> Iterator[str]:
         cells = []
         for share in SHARES:
             loss = np.mean(over_seeds(found, share, arm, "loss"))
-            accuracy = _percent(over_seeds(found, share, arm, "accuracy"))
+            accuracy = percent(over_seeds(found, share, arm, "accuracy"))
             cells.append(f"{accuracy} | {loss:.3f}")
         yield f"| {LABELS[arm]} | {' | '.join(cells)} |"
     yield ""
+    settings, whole = found["settings"], costs["1.0"]
+    parts = []
+    for share in SHARES:
+        own = costs[f"{share}"]
+        parameters, flops = (100 * own[k] / whole[k] for k in ("parameters", "flops"))
+        parts.append(f"{share}: {parameters:.0f} % and {flops:.0f} %")
     yield (
-        f"The wide net: {_percent(_dense(found, 'dense'))} after "
-        f"{found['settings']['pretraining']} epochs, "
-        f"{_percent(_dense(found, 'dense, longer'))} after all. Share of its "
-        "parameters and FLOPs\nat each width: "
-        + "; ".join(
-            f"{share}: {100 * costs[f'{share}']['parameters'] / costs['1.0']['parameters']:.0f} % "  # noqa: E501
-            f"and {100 * costs[f'{share}']['flops'] / costs['1.0']['flops']:.0f} %"
-            for share in SHARES
-        )
-        + ".\n"
+        f"The wide net: {percent(_dense(found, 'dense'))} after "
+        f"{settings['pretraining']} epochs, "
+        f"{percent(_dense(found, 'dense, longer'))} after all. Share of its "
+        f"parameters and FLOPs\nat each width: {'; '.join(parts)}.\n"
     )
 
 
@@ -166,13 +153,10 @@ def _differences(found: Results) -> Iterator[str]:
         ("centripetal", "imbalanced"),
     ]
     for one, other in pairs:
-        cells = []
-        for share in SHARES:
-            ours, theirs = (
-                over_seeds(found, share, arm, "accuracy") for arm in (one, other)
-            )
-            gain = interval([100 * (a - b) for a, b in zip(ours, theirs, strict=True)])
-            cells.append(f"{gain.mean:+.1f} [{gain.low:+.1f}, {gain.high:+.1f}]")
+        cells = [
+            gain(*(over_seeds(found, share, arm, "accuracy") for arm in (one, other)))
+            for share in SHARES
+        ]
         yield f"| {one} over {other} | {' | '.join(cells)} |"
     yield ""
 
@@ -181,31 +165,19 @@ def _tuned(found: Results) -> Iterator[str]:
     tries = len(found["records"][f"tune/{ARMS[0]}"])
     yield f"Of {tries} tries each, every arm runs at:\n"
     for arm in ("dense", *ARMS):
-        numbers = ", ".join(
-            f"{name.replace('_', ' ')} {value}"
-            for name, value in found["hyper"][arm].items()
-        )
-        yield f"* {arm}: {numbers}"
+        yield f"* {arm}: {numbers(found['hyper'][arm])}"
     yield ""
 
 
 def draw(found: Mapping[str, Results]) -> Any:
     """A dot for every seed, a bar for their mean; dashed, the wide net."""
-    figure = new_figure(
-        len(found) * len(SHARES), height=3.4, width=5.0 * len(found) + 2
-    )
-    panels = [(net, share) for net in found for share in SHARES]
-    for axes, (net, share) in zip(figure.axes, panels, strict=True):
-        for row, arm in enumerate(SHOWN[::-1]):
-            values = 100 * np.array(over_seeds(found[net], share, arm, "accuracy"))
-            axes.scatter(values, np.full(len(values), row), s=18, alpha=0.5)
-            axes.plot([values.mean()] * 2, [row - 0.3, row + 0.3], color="black")
-        dense = 100 * np.mean(_dense(found[net], "dense, longer"))
-        axes.axvline(dense, color="grey", lw=0.8, ls="--")
-        labels = SHOWN[::-1] if axes is figure.axes[0] else [""] * len(SHOWN)
-        axes.set_yticks(range(len(SHOWN)), labels)
-        axes.set(title=f"{net}, {share} of the width", xlabel="test accuracy (%)")
-    return figure
+    panels = {}
+    for net, run in found.items():
+        for share in SHARES:
+            arms = {arm: over_seeds(run, share, arm, "accuracy") for arm in SHOWN[::-1]}
+            title = f"{net}, {share} of the width"
+            panels[title] = arms, _dense(run, "dense, longer")
+    return dots(panels, height=3.4, width=5.0 * len(found) + 2, size=18)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -42,12 +42,23 @@ import rich.table
 
 from experiments.methods import Subject, subject_of
 from experiments.runs import Job, Run, Tick, open_run
-from experiments.training import PRNG, Fit, State, accuracy, cosine, fit, make_step
+from experiments.training import (
+    PRNG,
+    Fit,
+    State,
+    best,
+    cosine,
+    fit,
+    held_out,
+    judged,
+    make_step,
+)
 from jaxprune import apply_masks
 from jaxprune.cli import UsageError, known
 from jaxprune.data import DATASETS, Dataset, load
 from jaxprune.models import LeNet300, cifar_resnet
-from jaxprune.optimizers import global_sparse_momentum, winning_ticket
+from jaxprune.optimizers import global_sparse_momentum, hold_masks, winning_ticket
+from jaxprune.packing import pack_masks
 from jaxprune.report import interval
 
 FACTORS = (60, 10)  # times fewer weights
@@ -207,34 +218,14 @@ def main(config: Config) -> None:
 # ------------------------------------------------------------------------ the programs
 
 
-class Held(NamedTuple):
-    """State of `held`: masks like the parameters."""
-
-    masks: Any
-
-
-def held() -> optax.GradientTransformation:
-    """Leaves weights alone that the masks in its state remove; at first none."""
-
-    def init(params: Any) -> Held:
-        return Held(jax.tree.map(lambda w: jnp.ones(w.shape, bool), params))
-
-    def update(updates: Any, state: Held, params: Any = None) -> tuple[Any, Held]:
-        del params
-        return apply_masks(updates, state.masks), state
-
-    return optax.GradientTransformation(init, update)  # pyright: ignore
-
-
-def masked_sgd(
+def plain_sgd(
     learning_rate: Any, steps: Any, weight_decay: Any, momentum: Any
 ) -> optax.GradientTransformation:
-    """SGD that keeps removed weights at zero; the numbers may be traced."""
+    """SGD as usual; the numbers may be traced."""
     return optax.chain(
         optax.add_decayed_weights(weight_decay, _kernels),
         optax.trace(momentum, nesterov=True),
         optax.scale_by_schedule(cosine(learning_rate, steps)),
-        held(),
     )
 
 
@@ -251,6 +242,10 @@ def sparse_sgd(
         optax.trace(momentum),
         optax.scale_by_schedule(cosine(learning_rate, steps)),
     )
+
+
+def _all(params: Any) -> Any:
+    return jax.tree.map(lambda w: jnp.ones(w.shape, bool), params)
 
 
 def _kernels(params: Any) -> Any:
@@ -283,7 +278,7 @@ class Bench:
     ) -> optax.GradientTransformation:
         numbers = {**hyper, "steps": float(steps)}
         if sparse is None:
-            return optax.inject_hyperparams(masked_sgd)(**numbers)
+            return hold_masks(optax.inject_hyperparams(plain_sgd)(**numbers), _all)
         return optax.inject_hyperparams(sparse_sgd)(**numbers, nonzero_ratio=sparse)
 
     def init(self, seed: int) -> Any:
@@ -366,7 +361,7 @@ class Trainer:
     def _held(self, state: State, masks: Any) -> State:
         """Weights that the masks remove are zero and stay it."""
         params = apply_masks(state.variables["params"], masks)
-        opt_state = optax.tree.set(state.opt_state, masks=masks)
+        opt_state = state.opt_state._replace(masks=pack_masks(masks, params))
         variables = {**state.variables, "params": params}
         return state._replace(variables=variables, opt_state=opt_state)
 
@@ -376,12 +371,7 @@ class Trainer:
 
     def judged(self, variables: Any) -> dict[str, float]:
         """Accuracy and cross-entropy."""
-        logits = self.bench.subject.predict(variables, self.test)
-        loss = optax.softmax_cross_entropy_with_integer_labels(
-            jnp.asarray(logits), jnp.asarray(self.test.labels)
-        )
-        found = accuracy(logits, self.test)
-        return {"accuracy": found, "loss": float(loss.mean())}
+        return judged(self.bench.subject.predict(variables, self.test), self.test)
 
     def cut(self, variables: Any, ratio: float) -> tuple[Any, Any]:
         """The net without its small weights, and the masks."""
@@ -426,12 +416,7 @@ class Trainer:
 
 
 def _tuning(bench: Bench, train: Dataset, arm: str, factor: int) -> Job:
-    rows = np.random.default_rng(0).permutation(len(train))
-    held_out = len(train) // 5
-    inner, outer = (
-        dataclasses.replace(train, images=train.images[part], labels=train.labels[part])
-        for part in (rows[held_out:], rows[:held_out])
-    )
+    inner, outer = held_out(train)
     scale = bench.scale
     usual = {**scale.usual}
     tried = [{**usual, "learning_rate": rate} for rate in scale.rates]
@@ -447,11 +432,6 @@ def _tuning(bench: Bench, train: Dataset, arm: str, factor: int) -> Job:
         ]
 
     return Job(compute, scale.pretraining + len(tried) * scale.epochs)
-
-
-def best(tries: Any) -> dict[str, float]:
-    """Of the most accurate on held-out images, the one with the lowest loss."""
-    return max(tries, key=lambda t: (t["accuracy"], -t["loss"]))["hyper"]
 
 
 def _judging(

@@ -7,7 +7,6 @@ Everything here is a function of that; what the numbers say is written by hand i
 `NOTES`, and holds for the committed results only.
 """
 
-import json
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -16,9 +15,8 @@ from typing import Any
 import numpy as np
 
 from experiments import gsm
-from experiments.batch_bridgeout_search import write_compact
 from experiments.gsm import ARMS, FACTORS, TICKETS, over_seeds
-from jaxprune.report import interval, new_figure
+from experiments.pages import Results, dots, gain, gathered, numbers, percent
 
 RESULT = Path(gsm.__file__).with_suffix(".json")
 PAGE = Path(__file__).parents[1] / "docs" / "gsm.md"
@@ -46,16 +44,10 @@ What it says. Intervals are not corrected for the number of comparisons.
   are equal.
 """
 
-Results = Mapping[str, Any]
-
 
 def main() -> None:
     """Writes the page and the figure."""
-    if folders := sys.argv[1:]:
-        there = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-        runs = [json.loads(Path(f, "results.json").read_text()) for f in folders]
-        write_compact(RESULT, there | {run["settings"]["net"]: run for run in runs})
-    found = json.loads(RESULT.read_text())
+    found = gathered(RESULT, sys.argv[1:])
     PAGE.write_text("\n".join(page(found)))
     draw(found).savefig(PAGE.with_suffix(".png"), dpi=110)
 
@@ -88,11 +80,6 @@ def page(found: Mapping[str, Results]) -> Iterator[str]:
     yield ""
 
 
-def _percent(values: list[float]) -> str:
-    found = interval(values)
-    return f"{100 * found.mean:.1f} ± {50 * (found.high - found.low):.1f}"
-
-
 def _dense(run: Results) -> list[float]:
     records, seeds = run["records"], range(run["settings"]["seeds"])
     return [records[f"seed{s}"]["dense"]["accuracy"] for s in seeds]
@@ -102,7 +89,7 @@ def _table(net: str, run: Results) -> Iterator[str]:
     yield f"## {net}\n"
     yield (
         f"{run['weights']} weights in its kernels; trained as usual, all of them: "
-        f"{_percent(_dense(run))}.\n"
+        f"{percent(_dense(run))}.\n"
     )
     heads = [
         f"{factor}x: {over_seeds(run, factor, 'gsm', 'weights')[0]} weights | loss"
@@ -114,7 +101,7 @@ def _table(net: str, run: Results) -> Iterator[str]:
         cells = []
         for factor in FACTORS:
             loss = np.mean(over_seeds(run, factor, arm, "loss"))
-            accuracy = _percent(over_seeds(run, factor, arm, "accuracy"))
+            accuracy = percent(over_seeds(run, factor, arm, "accuracy"))
             cells.append(f"{accuracy} | {loss:.3f}")
         yield f"| {LABELS[arm]} | {' | '.join(cells)} |"
     yield ""
@@ -131,15 +118,10 @@ def _cuts(run: Results) -> Iterator[str]:
             (_dense(run), over_seeds(run, factor, "one_shot", "untuned")),
         ]
         for cells, (before, after) in zip(rows.values(), pairs, strict=True):
-            cells.append(_gain(after, before))
+            cells.append(gain(after, before))
     for name, cells in rows.items():
         yield f"| {name} | {' | '.join(cells)} |"
     yield ""
-
-
-def _gain(ours: list[float], theirs: list[float]) -> str:
-    gain = interval([100 * (a - b) for a, b in zip(ours, theirs, strict=True)])
-    return f"{gain.mean:+.1f} [{gain.low:+.1f}, {gain.high:+.1f}]"
 
 
 def _differences(run: Results) -> Iterator[str]:
@@ -148,7 +130,7 @@ def _differences(run: Results) -> Iterator[str]:
     yield "|---|" + "--:|" * len(FACTORS)
     for one, other in (("gsm", "one_shot"), ("gsm", "gradual"), TICKETS):
         cells = [
-            _gain(*(over_seeds(run, factor, arm, "accuracy") for arm in (one, other)))
+            gain(*(over_seeds(run, factor, arm, "accuracy") for arm in (one, other)))
             for factor in FACTORS
         ]
         yield f"| {one} over {other} | {' | '.join(cells)} |"
@@ -159,28 +141,21 @@ def _tuned(run: Results) -> Iterator[str]:
     name = next(iter(run["hyper"]))
     yield f"The best of {len(run['records'][f'tune/{name}'])} tries each:\n"
     for arm, hyper in run["hyper"].items():
-        numbers = ", ".join(f"{n.replace('_', ' ')} {v}" for n, v in hyper.items())
-        yield f"* {arm}: {numbers}"
+        yield f"* {arm}: {numbers(hyper)}"
     yield ""
 
 
 def draw(found: Mapping[str, Results]) -> Any:
     """A dot for every seed, a bar for their mean."""
-    figure = new_figure(
-        len(found) * len(FACTORS), height=3.2, width=5.0 * len(found) + 2
-    )
-    shown = (*ARMS, *TICKETS)[::-1]
-    panels = [(net, factor) for net in found for factor in FACTORS]
-    for axes, (net, factor) in zip(figure.axes, panels, strict=True):
-        for row, arm in enumerate(shown):
-            values = 100 * np.array(over_seeds(found[net], factor, arm, "accuracy"))
-            axes.scatter(values, np.full(len(values), row), s=16, alpha=0.5)
-            axes.plot([values.mean()] * 2, [row - 0.3, row + 0.3], color="black")
-        axes.axvline(100 * np.mean(_dense(found[net])), color="grey", lw=0.8, ls="--")
-        labels = shown if axes is figure.axes[0] else [""] * len(shown)
-        axes.set_yticks(range(len(shown)), labels)
-        axes.set(title=f"{net}, {factor}x", xlabel="test accuracy (%)")
-    return figure
+    panels = {}
+    for net, run in found.items():
+        for factor in FACTORS:
+            arms = {
+                arm: over_seeds(run, factor, arm, "accuracy")
+                for arm in (*ARMS, *TICKETS)[::-1]
+            }
+            panels[f"{net}, {factor}x"] = arms, _dense(run)
+    return dots(panels, height=3.2, width=5.0 * len(found) + 2, size=16)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ run that was killed and resumed ends where an uninterrupted one ends.
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -193,3 +193,30 @@ def make_predict(
 def accuracy(logits: np.ndarray, data: Dataset) -> float:
     """The fraction of examples whose largest logit is at the label."""
     return float(np.mean(logits.argmax(-1) == data.labels))
+
+
+def judged(logits: np.ndarray, data: Dataset) -> dict[str, float]:
+    """Accuracy and mean cross-entropy, as ``accuracy`` and ``loss``."""
+    loss = optax.softmax_cross_entropy_with_integer_labels(
+        jnp.asarray(logits), jnp.asarray(data.labels)
+    )
+    return {"accuracy": accuracy(logits, data), "loss": float(loss.mean())}
+
+
+def best(tries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The numbers of the most accurate try; of several, of that with the lowest loss.
+
+    Args:
+        tries: what `judged` said of each, and its ``hyper``.
+    """
+    return max(tries, key=lambda t: (t["accuracy"], -t["loss"]))["hyper"]
+
+
+def held_out(data: Dataset) -> tuple[Dataset, Dataset]:
+    """Four fifths to train on and a fifth to tune on, drawn at random, always alike."""
+    rows, border = np.random.default_rng(0).permutation(len(data)), len(data) // 5
+    inner, outer = (
+        dataclasses.replace(data, images=data.images[part], labels=data.labels[part])
+        for part in (rows[border:], rows[:border])
+    )
+    return inner, outer

@@ -9,6 +9,7 @@ import pytest
 
 from experiments import centripetal, centripetal_report
 from experiments.centripetal import ARMS, SHARES, Bench, Scale, Trainer
+from experiments.training import best
 from jaxprune.data import DATASETS, Dataset
 
 COMMITTED = json.loads(centripetal_report.RESULT.read_text())
@@ -47,7 +48,7 @@ def test_the_committed_runs_are_of_five_seeds_and_one_budget():
         for arm in ("dense", *ARMS):
             tried = run["records"][f"tune/{arm}"]
             assert len(tried) == 4
-            assert run["hyper"][arm] == centripetal.best(tried)
+            assert run["hyper"][arm] == best(tried)
 
 
 def test_trimming_was_free():
@@ -79,7 +80,7 @@ def test_the_page_is_made_of_the_committed_results():
 def test_the_best_try_is_accurate_then_sure():
     tries = [(0.9, 0.3, "less sure"), (0.9, 0.2, "best"), (0.8, 0.1, "less accurate")]
     named = [{"accuracy": a, "loss": b, "hyper": c} for a, b, c in tries]
-    assert centripetal.best(named) == "best"
+    assert best(named) == "best"
 
 
 def test_settings_of_the_paper():

@@ -8,6 +8,7 @@ import pytest
 
 from experiments import gsm, gsm_report
 from experiments.gsm import ARMS, FACTORS, TICKETS, Bench, Scale, Trainer, hyper_of
+from experiments.training import best
 from jaxprune.data import DATASETS, Dataset
 from jaxprune.models import LeNet300
 
@@ -59,7 +60,7 @@ def test_the_committed_runs_are_of_five_seeds_and_one_budget():
         for name, hyper in run["hyper"].items():
             tried = run["records"][f"tune/{name}"]
             assert len(tried) == 4
-            assert hyper == gsm.best(tried)
+            assert hyper == best(tried)
         for factor in FACTORS:
             for arm in (*ARMS, *TICKETS):
                 for left in gsm.over_seeds(run, factor, arm, "weights"):
