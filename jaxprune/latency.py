@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.optimize import isotonic_regression
 
 from jaxprune.costs import Cost
 from jaxprune.costs.polynomial import Sizes
@@ -216,6 +215,8 @@ def _widths(size: int, shares: Sequence[float], multiple: int) -> list[int]:
 
 def _monotone(x: Sequence[float], y: Sequence[float]) -> Curve:
     """The closest curve that never falls; equal points share their mean."""
+    from scipy.optimize import isotonic_regression  # slow to import, seldom used
+
     points, place = np.unique(np.asarray(x, float), return_inverse=True)
     count = np.bincount(place)
     mean = np.bincount(place, weights=np.asarray(y, float)) / count

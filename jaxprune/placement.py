@@ -1,7 +1,7 @@
 """Where arrays lie: what numpy can read in place needs no compiler.
 
 Most of pruning runs once, on arrays of many shapes. On the host, compiling an operation
-for every shape takes a hundred times longer than the operations; numpy starts at once.
+for every shape takes far longer than the operations; numpy starts at once.
 """
 
 from collections.abc import Sequence

@@ -17,8 +17,8 @@ import jax
 import pytest
 
 # They compile far more than they run: the same XLA programs, without LLVM's slow passes
-# (a third of all processor time) and, where XLA still has the choice, without its MLIR
-# emitters (another third). Read by the first computation, not by the import.
+# and, where XLA still has the choice, without its MLIR emitters. Read by the first
+# computation, not by the import.
 QUICK = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 if jax.__version_info__ < (0, 11):
     QUICK += " --xla_cpu_use_fusion_emitters=false"

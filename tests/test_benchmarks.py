@@ -10,12 +10,6 @@ from benchmarks import coupling, decoders, machine, nets, tables
 from benchmarks.machine import Seconds
 from benchmarks.torch_process import TorchPruning
 
-MISSING = [
-    name
-    for name in ("coupling", "narrow")
-    if not (machine.RESULTS / f"{name}.json").exists()
-]
-
 
 def decoder(layers):
     return nets.decoder_net(decoders.Llama(layers, 8, 4, 2, 2, 6, 10), 3)
@@ -90,7 +84,6 @@ def test_what_torch_lacks_is_said():
     assert there.measure("vit", [12]) is None
 
 
-@pytest.mark.skipif(bool(MISSING), reason=f"not measured yet: {MISSING}")
 def test_the_document_shows_the_committed_results():
     texts = tables.parts(tables.load("coupling"), tables.load("narrow"))
     document = tables.DOCUMENT.read_text()

@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import coo_matrix
 
 from jaxprune.costs import Cost, Polynomial
@@ -95,6 +94,9 @@ class _Programme:
         self, kept: Mapping[str, np.ndarray], budget: float, time_limit: float
     ) -> Any:
         """Runs HiGHS."""
+        # Slow to import, and seldom used.
+        from scipy.optimize import Bounds, LinearConstraint, milp
+
         value = np.zeros(len(self.low))
         for name, own in self.choices.items():
             value[own] = kept[name]
