@@ -77,8 +77,8 @@ def whole_way(net: Net, variables: Any) -> list[Seconds]:
 
 
 def _l2_scores(groups: jaxprune.Groups, variables: Any) -> dict[str, np.ndarray]:
-    scores = jaxprune.scores.magnitude(variables)
-    found = jaxprune.group_scores(groups, scores, reduce="l2", normalize="mean")
+    # The norm of a unit needs no |w| of its own: `reduce` squares what it is given.
+    found = jaxprune.group_scores(groups, variables, reduce="l2", normalize="mean")
     return {name: np.asarray(units) for name, units in found.items()}
 
 

@@ -57,5 +57,19 @@ def empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
 
 def placed_like(array: np.ndarray, leaf: Any) -> jax.Array:
     """A jax array of these numbers, where `leaf` lies; nobody else may hold `array`."""
-    committed = isinstance(leaf, jax.Array) and leaf.committed
-    return jax.device_put(array, leaf.sharding if committed else None)
+    return all_placed_like([array], [leaf])[0]
+
+
+def all_placed_like(
+    arrays: Sequence[np.ndarray], leaves: Sequence[Any]
+) -> list[jax.Array]:
+    """`placed_like` for many, in one call for each place: calls are what takes time."""
+    places: dict[Any, list[int]] = {}
+    for k, leaf in enumerate(leaves):
+        committed = isinstance(leaf, jax.Array) and leaf.committed
+        places.setdefault(leaf.sharding if committed else None, []).append(k)
+    placed: dict[int, jax.Array] = {}
+    for place, there in places.items():
+        found = jax.device_put([arrays[k] for k in there], place)
+        placed.update(zip(there, found, strict=True))
+    return [placed[k] for k in range(len(arrays))]

@@ -5,6 +5,8 @@ abstract: a ShapeDtypeStruct is sliced to a smaller ShapeDtypeStruct.
 """
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -22,7 +24,7 @@ from jaxprune.masks import (
     zero_removed,
 )
 from jaxprune.packing import PackedMasks, slice_bits
-from jaxprune.placement import empty, on_host, placed_like
+from jaxprune.placement import all_placed_like, empty, on_host
 
 
 def slice_params(params: PyTree, masks: PyTree) -> PyTree:
@@ -50,7 +52,7 @@ def slice_params(params: PyTree, masks: PyTree) -> PyTree:
         {'w': array([[0., 2.], [3., 5.]])}
     """
     return jax.tree.structure(params).unflatten(
-        _slice_leaf(path, leaf, mask) for path, leaf, mask in pair_masks(params, masks)
+        _slice_leaves(pair_masks(params, masks))
     )
 
 
@@ -162,7 +164,7 @@ class _ParamLike:
             return self.state
         (_, _, mask), *_ = pair_masks({self.path: self.state}, {self.path: self.mask})
         try:
-            return _slice_leaf(self.path, self.state, mask)
+            return _slice_leaves([(self.path, self.state, mask)])[0]
         except ValueError as error:
             raise ValueError(
                 f"opt_state keeps {np.shape(self.state)} numbers for {self.path}, "
@@ -182,7 +184,22 @@ def _is_masked_node(part: Any) -> bool:
     return isinstance(part, optax.MaskedNode)
 
 
+def _slice_leaves(paired: Sequence[tuple[str, Any, np.ndarray]]) -> list[Any]:
+    """Slices every leaf of some ``(path, leaf, mask)``."""
+    small = [_slice_leaf(*each) for each in paired]
+    moved = [
+        k
+        for k, (_, leaf, _) in enumerate(paired)
+        if isinstance(leaf, jax.Array) and isinstance(small[k], np.ndarray)
+    ]
+    placed = all_placed_like([small[k] for k in moved], [paired[k][1] for k in moved])
+    for k, array in zip(moved, placed, strict=True):
+        small[k] = array
+    return small
+
+
 def _slice_leaf(path: str, leaf: Any, mask: Any) -> Any:
+    """The sliced leaf; as a numpy array, not yet placed, if it was read on the host."""
     mask = concrete(path, check_broadcast(path, np.shape(leaf), mask))
     kept = axis_keep(mask, np.shape(leaf))
     if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -190,32 +207,47 @@ def _slice_leaf(path: str, leaf: Any, mask: Any) -> Any:
         return leaf.update(
             shape=tuple(n if k is None else int(k.sum()) for n, k in sizes)
         )
-    for axis, positions in enumerate(kept):
-        if positions is None:
-            continue
-        leaf = _take(leaf, positions, axis)
+    cut = [(axis, keep) for axis, keep in enumerate(kept) if keep is not None]
+    small = _take(leaf, cut)
+    if _nothing_inside(mask, kept):
+        return small
+    for axis, positions in cut:
         if mask.ndim and mask.shape[axis] > 1:
             mask = np.compress(positions, mask, axis)
-    return zero_removed(leaf, mask)
+    return zero_removed(small, mask)
 
 
-def _take(leaf: Any, positions: np.ndarray, axis: int) -> Any:
-    if isinstance(leaf, np.ndarray):
-        return np.compress(positions, leaf, axis)
-    if on_host(leaf):
-        shape = list(leaf.shape)
-        shape[axis] = int(positions.sum())
-        smaller = empty(shape, leaf.dtype)
-        np.compress(positions, np.asarray(leaf), axis, out=smaller)
-        return placed_like(smaller, leaf)
-    return jnp.take(
-        leaf,
-        np.flatnonzero(positions),
-        axis=axis,
-        unique_indices=True,
-        indices_are_sorted=True,
-        mode="clip",
-    )
+def _nothing_inside(mask: np.ndarray, kept: Sequence[np.ndarray | None]) -> bool:
+    """Does the mask remove whole positions of axes only?"""
+    sizes = zip(mask.shape, kept[: mask.ndim], strict=True)
+    inside = (n if n == 1 or k is None else np.count_nonzero(k) for n, k in sizes)
+    return np.count_nonzero(mask) == math.prod(inside)
+
+
+def _take(leaf: Any, cut: Sequence[tuple[int, np.ndarray]]) -> Any:
+    """The kept positions of some axes."""
+    if cut and on_host(leaf):
+        leaf = np.asarray(leaf)
+        for axis, positions in cut:
+            leaf = _take_on_host(leaf, positions, axis)
+        return leaf
+    for axis, positions in cut:
+        leaf = jnp.take(
+            leaf,
+            np.flatnonzero(positions),
+            axis=axis,
+            unique_indices=True,
+            indices_are_sorted=True,
+            mode="clip",
+        )
+    return leaf
+
+
+def _take_on_host(whole: np.ndarray, positions: np.ndarray, axis: int) -> np.ndarray:
+    where = np.flatnonzero(positions)
+    shape = (*whole.shape[:axis], len(where), *whole.shape[axis + 1 :])
+    # In range by construction; "clip" spares numpy a copy of what it writes.
+    return np.take(whole, where, axis, empty(shape, whole.dtype), mode="clip")
 
 
 def _unslice_leaf(path: str, leaf: Any, mask: Any) -> Any:

@@ -339,14 +339,14 @@ def test_register_rule_teaches_a_primitive(monkeypatch):
     from jaxprune.coupling.registry import RULES
     from jaxprune.coupling.rules.elementwise import elementwise
 
-    monkeypatch.setitem(RULES, "mystery", None)  # undone after the test
-    jaxprune.register_rule(mystery_p, elementwise("first"))
-
     def fn(p, x):
         return mystery_p.bind(x @ p["w"]) @ p["v"]
 
     variables = weights(**WV)
-    groups = jaxprune.trace(fn, variables, X)
+    assert not jaxprune.trace(fn, variables, X)
+    monkeypatch.setitem(RULES, "mystery", None)  # undone after the test
+    jaxprune.register_rule(mystery_p, elementwise("first"))
+    groups = jaxprune.trace(fn, variables, X)  # what was known before is not used
     assert {n: g.size for n, g in groups.items()} == {"w:1": 6}
     assert gap(fn, variables, groups, ["w:1"], 0, (X,)) < TOLERANCE
 

@@ -20,6 +20,7 @@ from zoo import MODELS, random_variables, weights
 
 import jaxprune
 from jaxprune.coupling import narrow as narrow_module
+from jaxprune.coupling import walk as walk_module
 from jaxprune.models import cifar_resnet
 
 X = np.random.default_rng(1).normal(size=(3, 4)).astype(np.float32)
@@ -160,6 +161,34 @@ def test_jit_and_grad_do_not_trace_again():
     assert len(calls) == 1  # the same program, differentiated
     jitted(SMALL, X[:1])
     assert len(calls) == 2
+
+
+def test_a_program_is_walked_once_for_trace_and_narrow(monkeypatch):
+    body, _ = counted(mlp)
+    walk, walks = counted(walk_module._walk_program)
+    monkeypatch.setattr(walk_module, "_walk_program", walk)
+    first = jaxprune.trace(body, PARAMS, X)
+    pinned = jaxprune.trace(body, PARAMS, X, pin=["w1:1"])
+    again = jaxprune.trace(body, PARAMS, X)
+    assert (list(first), list(pinned), list(again)) == (["w1:1"], [], ["w1:1"])
+    assert_same(jaxprune.narrow(body, MASKS)(SMALL, X), EXPECTED)
+    assert len(walks) == 1
+    jaxprune.trace(body, PARAMS, X[:2])
+    assert len(walks) == 2
+
+
+def test_tracers_that_a_function_closes_over_do_not_stay():
+    @jax.jit
+    def outer(shift):
+        def shifted(p, x):
+            return mlp(p, x + shift)
+
+        assert list(jaxprune.trace(shifted, PARAMS, X)) == ["w1:1"]
+        return jaxprune.narrow(shifted, MASKS)(SMALL, X)
+
+    walk_module._remembered.cache_clear()
+    assert_same(outer(jnp.float32(0)), EXPECTED)
+    assert walk_module._remembered.cache_info().currsize == 0
 
 
 # --- transformations -----------------------------------------------------------------

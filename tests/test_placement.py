@@ -7,7 +7,7 @@ import pytest
 
 import jaxprune
 from jaxprune import scores
-from jaxprune.placement import empty, on_host, placed_like
+from jaxprune.placement import all_placed_like, empty, on_host, placed_like
 
 WIDTH = 13  # in no other test: what is compiled for it is compiled here
 
@@ -112,3 +112,13 @@ def test_jax_takes_an_empty_array_over(dtype):
     device = jax.devices()[0]
     like = jax.device_put(jnp.ones(2), device)
     assert placed_like(np.ones(3, np.float32), like).committed
+
+
+def test_each_array_goes_where_its_leaf_lies():
+    committed = jax.device_put(jnp.ones(2), jax.devices()[0])
+    leaves = [jnp.ones(1), committed, np.ones(1), committed]
+    arrays = [np.full(2, k, np.float32) for k in range(4)]
+    placed = all_placed_like(arrays, leaves)
+    assert [array.committed for array in placed] == [False, True, False, True]
+    np.testing.assert_array_equal([array[0] for array in placed], range(4))
+    assert all_placed_like([], []) == []

@@ -11,6 +11,7 @@ from contract import quick_jit
 from jaxprune import scores
 from jaxprune.coupling.groups import Group, Groups, Member
 from jaxprune.masks import named_leaves
+from jaxprune.scores import grouping
 
 SCORES = {
     "magnitude": scores.magnitude,
@@ -252,6 +253,23 @@ def test_group_scores_equal_a_loop_over_entries(variables):
             np.testing.assert_allclose(
                 found[reduce][name], expected, rtol=1e-5, atol=1e-6, err_msg=reduce
             )
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("block", [1, 7, 40, 1 << 18])
+def test_scores_on_the_host_do_not_depend_on_how_memory_is_read(
+    block, reduce, monkeypatch
+):
+    monkeypatch.setattr(grouping, "_BLOCK", block)
+    leaf = np.random.default_rng(0).normal(size=(3, 4, 5, 6)).astype(np.float32)
+    members = (Member("w", d, np.arange(n)[:, None]) for d, n in enumerate(leaf.shape))
+    groups = {f"g{m.axis}": Group(f"g{m.axis}", len(m.index), (m,)) for m in members}
+    traced = Groups(groups, (), {"w": leaf.shape}, jax.tree.structure({"w": 0}))
+    found = scores.group_scores(traced, {"w": leaf}, reduce=reduce)
+    for d, n in enumerate(leaf.shape):
+        units = np.moveaxis(leaf.astype(np.float64), d, 0)
+        expected = [REDUCTIONS[reduce](units[u]) for u in range(n)]
+        np.testing.assert_allclose(found[f"g{d}"], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("reduce", "order"), [("l1", 1), ("l2", 2)])

@@ -30,7 +30,7 @@ def decide(
         solution: the ledger, solved.
         walked: the program.
         names: what to call its inputs in error messages.
-        masks: for every input, which positions of each axis live.
+        masks: for the first inputs, which positions of each axis live.
 
     Returns:
         bool ``[units]``.
@@ -40,7 +40,7 @@ def decide(
     """
     keep = {
         (k, d): np.ones(value.shape[d], bool) if mask is None else mask
-        for k, (value, each) in enumerate(zip(walked.ins, masks, strict=True))
+        for k, (value, each) in enumerate(zip(walked.ins, masks, strict=False))
         for d, mask in enumerate(each)
         if mask is not SILENT
     }
@@ -49,7 +49,7 @@ def decide(
     wrong = told.wrong()
     if wrong is not None:
         # Perhaps every block of a group loses units of its own, but as many as others.
-        inputs = dict(zip(names, walked.ins, strict=True))
+        inputs = dict(zip(names, walked.ins, strict=False))
         balance = Balance(solution, walked, find_groups(ledger, solution, inputs))
         same = balance.canonical(walked.ins, keep)
         again = _Told(ledger, solution, walked, names, same)
@@ -88,11 +88,16 @@ class _Told:
         self.axes: dict[Place, _Axis] = {}
         seen = np.zeros(len(solution.why), bool)
         self.kept_by = np.full((len(solution.why), 2), NONE)  # a place
+        same: dict[int, np.ndarray] = {}  # block of units -> the mask it was told
         for (k, d), mask in keep.items():
             axis = walked.ins[k].axes[d]
             if isinstance(axis, int):
                 continue
             units = axis[0].units
+            block = ledger.block(units)
+            first = same.setdefault(block, mask)
+            if block >= 0 and first is not mask and np.array_equal(first, mask):
+                continue  # it says what another axis has said
             told = self.axes[k, d] = _Axis(units, mask, solution.atoms(units))
             for column in told.columns:
                 rows = column >= 0

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import NamedSharding
 
 
@@ -36,9 +37,9 @@ def bind(eqn: Any, *operands: Any) -> list[Any]:
     return list(outs) if eqn.primitive.multiple_results else [outs]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Program:
-    """A traced function.
+    """A traced function; equal to another if JAX traced only once for both.
 
     Attributes:
         closed: the jaxpr with its constants.
@@ -56,6 +57,21 @@ class Program:
     def jaxpr(self) -> Any:
         """The open jaxpr; its invars are the array leaves of (args, kwargs)."""
         return opened(self.closed)[0]
+
+    @property
+    def lasting(self) -> bool:
+        """May it be kept? Not if it holds tracers, which end with their trace."""
+        return not any(isinstance(const, Tracer) for const in opened(self.closed)[1])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Program) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    @functools.cached_property
+    def _key(self) -> Any:
+        return id(self.closed), tuple(self.paths), tuple(self.out_paths), self.out_tree
 
 
 def is_array(leaf: Any) -> bool:

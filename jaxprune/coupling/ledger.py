@@ -56,6 +56,13 @@ class Ledger:
         self._reason_of: dict[tuple[str | int, ...], int] = {}
         self._factors: dict[Any, tuple[Units, list[tuple[Column, ...]]]] = {}
 
+    def copy(self) -> "Ledger":
+        """A ledger that goes on from here; units and axes mean the same in both."""
+        other = Ledger()
+        for name, entries in vars(self).items():
+            setattr(other, name, entries if name == "size" else entries.copy())
+        return other
+
     def fresh(self, n: int) -> Units:
         """`n` new units."""
         start = self.size

@@ -12,7 +12,6 @@ from jaxprune.coupling.decide import SILENT, Alive
 from jaxprune.coupling.jaxprs import (
     Program,
     abstract,
-    input_name,
     is_array,
     keystr,
     trace_program,
@@ -66,24 +65,19 @@ def narrow(apply_fn: Callable[..., Any], masks: Any) -> Callable[..., Any]:
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(masks)
     flat = {keystr(path): _concrete(keystr(path), mask) for path, mask in leaves}
-    restricted: dict[int, tuple[Program, Restricted]] = {}
+    restricted: dict[Program, Restricted] = {}
 
     @functools.wraps(apply_fn)
     def small_apply(variables: Any, *args: Any, **kwargs: Any) -> Any:
         full, alive = _full_shapes(variables, flat, treedef)
         program = trace_program(apply_fn, full, *args, **kwargs)
-        if id(program.jaxpr) not in restricted:
-            others: list[list[Alive]] = [
-                [None] * len(v.aval.shape) for v in program.jaxpr.invars[len(alive) :]
-            ]
-            names = [
-                path.split("/", 2)[-1] if k < len(alive) else input_name(path)
-                for k, path in enumerate(program.paths)
-            ]
-            done = restrict(program, alive + others, names)
-            restricted[id(program.jaxpr)] = (program, done)
+        ready = restricted.get(program)
+        if ready is None:
+            names = [path.split("/", 2)[-1] for path in program.paths[: len(alive)]]
+            ready = restrict(program, alive, names)
+        if program.lasting:
+            restricted[program] = ready
         arrays = jax.tree.leaves(((variables, *args), kwargs))
-        _, ready = restricted[id(program.jaxpr)]
         return ready.flat([x for x in arrays if is_array(x)])
 
     return small_apply

@@ -14,10 +14,9 @@ from jax.extend.core import Literal
 from jaxprune.coupling.decide import Alive, decide
 from jaxprune.coupling.jaxprs import Program, abstract, bind, trace_program
 from jaxprune.coupling.labels import Axis, Value
-from jaxprune.coupling.ledger import Ledger
 from jaxprune.coupling.registry import RULES
 from jaxprune.coupling.solve import solve
-from jaxprune.coupling.walk import Step, Walk, Walked
+from jaxprune.coupling.walk import Step, Walked, walk_program
 
 
 class Kept:
@@ -28,16 +27,21 @@ class Kept:
 
     def __init__(self, alive_units: np.ndarray) -> None:
         self._alive = alive_units
-        self._seen: dict[int, tuple[Axis, Alive]] = {}
+        self._seen: dict[int, tuple[Axis, Alive, int]] = {}
 
     def mask(self, axis: Axis) -> Alive:
         """Which positions of an axis live; None if all do."""
-        if isinstance(axis, int):
-            return None
-        if id(axis) not in self._seen:
+        return None if isinstance(axis, int) else self._look(axis)[1]
+
+    def _look(self, axis: Any) -> tuple[Axis, Alive, int]:
+        """The axis, kept so that its id stays its own; its mask; how many live."""
+        found = self._seen.get(id(axis))
+        if found is None:
             alive = np.logical_and.reduce([self._alive[c.units] for c in axis])
-            self._seen[id(axis)] = (axis, None if alive.all() else alive)
-        return self._seen[id(axis)][1]
+            size = int(np.count_nonzero(alive))
+            found = axis, None if size == len(alive) else alive, size
+            self._seen[id(axis)] = found
+        return found
 
     def positions(self, axis: Axis) -> np.ndarray | None:
         """The living positions of an axis; None if all are."""
@@ -50,8 +54,8 @@ class Kept:
 
     def shape(self, value: Value) -> tuple[int, ...]:
         """The size of a value when dead positions are gone."""
-        masks = zip(self.alive(value), value.shape, strict=True)
-        return tuple(n if alive is None else int(alive.sum()) for alive, n in masks)
+        axes = zip(value.axes, value.shape, strict=True)
+        return tuple([n if isinstance(a, int) else self._look(a)[2] for a, n in axes])
 
     def cut(self, x: Any, value: Value) -> Any:
         """Drops the dead positions of an array of full size."""
@@ -72,7 +76,7 @@ class Kept:
     def touches(self, *values: Value) -> bool:
         """Is any axis of these values cut?"""
         return any(
-            axis.__class__ is not int and self.mask(axis) is not None
+            not isinstance(axis, int) and self._look(axis)[1] is not None
             for value in values
             for axis in value.axes
         )
@@ -186,18 +190,14 @@ def restrict(
 
     Args:
         program: the traced program.
-        alive: for every input leaf, which positions of each axis live.
+        alive: for the first input leaves, which positions of each axis live; nothing
+            of the others is cut.
         names: how to call the input leaves in error messages.
 
     Raises:
         ValueError: if two coupled axes disagree, or a pinned position is cut.
     """
-    ledger = Ledger()
-    inputs = [
-        Value(v.aval.shape, tuple(ledger.fresh_axis(n) for n in v.aval.shape))
-        for v in program.jaxpr.invars
-    ]
-    walked = Walk(ledger).run(program.closed, inputs)
-    names = names or [f"input {k}" for k in range(len(inputs))]
+    ledger, walked = walk_program(program, len(alive))
+    names = names or [f"input {k}" for k in range(len(alive))]
     alive_units = decide(ledger, solve(ledger), walked, names, alive)
     return Restricted(program, walked, Kept(alive_units))

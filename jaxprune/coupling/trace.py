@@ -13,7 +13,6 @@ from jaxprune.coupling.collect import collect_groups, find_groups
 from jaxprune.coupling.groups import Groups
 from jaxprune.coupling.jaxprs import (
     Program,
-    input_name,
     is_array,
     keystr,
     trace_program,
@@ -22,7 +21,7 @@ from jaxprune.coupling.labels import Value
 from jaxprune.coupling.ledger import Ledger
 from jaxprune.coupling.roles import Whole
 from jaxprune.coupling.solve import solve
-from jaxprune.coupling.walk import Walk, Walked
+from jaxprune.coupling.walk import Walked, walk_program
 
 
 def trace(
@@ -85,11 +84,9 @@ def trace(
     named = [(name, leaf) for name, (_, leaf) in zip(names, leaves, strict=True)]
     shapes = {name: tuple(np.shape(leaf)) for name, leaf in named}
     arrays = [name for name, leaf in named if is_array(leaf)]
-    ledger = Ledger()
-    inputs = _inputs(ledger, program, len(arrays))
-    known = dict(zip(arrays, inputs, strict=False))
+    ledger, walked = walk_program(program, len(arrays))
+    known = dict(zip(arrays, walked.ins, strict=False))
     _pin(ledger, known, pin)
-    walked = Walk(ledger).run(program.closed, inputs)
     twins = _close_outputs(ledger, program, walked.outs, known, unpin)
     ordered = _order_by_use(ledger, walked, known)
     solution = solve(ledger)
@@ -99,22 +96,6 @@ def trace(
         return groups
     balance = Balance(solution, walked, find_groups(ledger, solution, ordered))
     return balance_groups(groups, balance, known, balanced)
-
-
-def _inputs(ledger: Ledger, program: Program, count: int) -> list[Value]:
-    """Parameters get a fresh unit per position, arguments are frozen."""
-    values = []
-    for k, (path, var) in enumerate(
-        zip(program.paths, program.jaxpr.invars, strict=True)
-    ):
-        shape = var.aval.shape
-        if k < count:
-            axes = tuple(ledger.fresh_axis(n, zero=True) for n in shape)
-        else:
-            why = ledger.reason(f"coupled to the input {input_name(path)}")
-            axes = (why,) * len(shape)
-        values.append(Value(shape, axes))
-    return values
 
 
 def _pin(ledger: Ledger, known: dict[str, Value], patterns: Sequence[str]) -> None:

@@ -1,12 +1,13 @@
 """The interpreter: walks a jaxpr once, moving labels through every equation."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 from jax.extend.core import Literal
 
 from jaxprune.coupling import data, rules
-from jaxprune.coupling.jaxprs import live_equations, opened
+from jaxprune.coupling.jaxprs import Program, input_name, live_equations, opened
 from jaxprune.coupling.labels import Value
 from jaxprune.coupling.ledger import Ledger
 from jaxprune.coupling.registry import RULES
@@ -135,6 +136,40 @@ class Walk:
             return operands, tuple(self.unknown(eqn, *operands))
         results = rule.label(self, eqn, *operands)
         return operands, (results,) if isinstance(results, Value) else tuple(results)
+
+
+def walk_program(program: Program, count: int) -> tuple[Ledger, Walked]:
+    """Walks a program whose first `count` inputs may be cut anywhere, others nowhere.
+
+    A program is walked once, however often it is asked for (by `trace`, by `narrow`);
+    the ledger is the caller's own.
+    """
+    if not program.lasting:
+        return _walk_program(program, count)
+    ledger, walked = _remembered(program, count, tuple(RULES.items()))
+    return ledger.copy(), walked
+
+
+def _walk_program(program: Program, count: int) -> tuple[Ledger, Walked]:
+    ledger = Ledger()
+    ins = []
+    for k, (path, var) in enumerate(
+        zip(program.paths, program.jaxpr.invars, strict=True)
+    ):
+        shape = var.aval.shape
+        if k < count:  # what is cut from a variable is zero in the masked program
+            axes = tuple(ledger.fresh_axis(n, zero=True) for n in shape)
+        else:
+            why = ledger.reason(f"coupled to the input {input_name(path)}")
+            axes = (why,) * len(shape)
+        ins.append(Value(shape, axes))
+    return ledger, Walk(ledger).run(program.closed, ins)
+
+
+@functools.lru_cache(maxsize=8)
+def _remembered(program: Program, count: int, rules: Any) -> tuple[Ledger, Walked]:
+    # `rules`: what was registered since makes it another walk.
+    return _walk_program(program, count)
 
 
 def unused(var: Any) -> Value:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import jax
@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxprune.coupling.groups import Group, Groups, Member
 from jaxprune.masks import PyTree, named_leaves, parameter_paths
-from jaxprune.placement import on_host, placed_like
+from jaxprune.placement import all_placed_like, on_host
 from jaxprune.scores.leafwise import numbers, widened
 from jaxprune.scores.weights import share_of_larger
 
@@ -120,7 +120,7 @@ def normalized(
     if on_host(*each):
         with np.errstate(all="ignore"):  # as in JAX, inf and NaN are no events
             done = [_normalized(np, np.asarray(one), normalize) for one in each]
-        done = map(placed_like, done, each)
+        done = all_placed_like(done, each)
     else:
         done = _compiled_normalized(each, normalize)
     return dict(zip(unit_scores, done, strict=True))
@@ -138,10 +138,16 @@ def _unit_scores(
     xp: Any, leaves: Leaves, indices: Indices, places: Places, reduce: Reduce
 ) -> list[Any]:
     """The scores of every group."""
-    add_up = _add_up if xp is jnp else _add_up_on_host
-    every = dict.fromkeys(place for each in places for place in each)
+    every: dict[str, set[int]] = {}
+    for path, d in (place for each in places for place in each):
+        every.setdefault(path, set()).add(d)
     # Reduce first, then pick: the gather is over one axis, never over the parameter.
-    lines = {(path, d): add_up(leaves[path], d, reduce) for path, d in every}
+    add_up = _add_up if xp is jnp else _add_up_on_host
+    lines = {
+        (path, d): line
+        for path, axes in every.items()
+        for d, line in add_up(leaves[path], sorted(axes), reduce).items()
+    }
     found = []
     for each, own in zip(places, indices, strict=True):
         parts = [(lines[at], index) for at, index in zip(each, own, strict=True)]
@@ -168,51 +174,69 @@ def _scores_on_host(
 ) -> list[jax.Array]:
     with np.errstate(all="ignore"):  # as in JAX, inf and NaN are no events
         found = _unit_scores(np, leaves, indices, places, reduce)
-    done = []
-    for units, each in zip(found, places, strict=True):
-        own = [leaves[path] for path, _ in each]
-        dtype = np.result_type(*(_wide_dtype(leaf) for leaf in own))
-        done.append(placed_like(units.astype(dtype), own[0]))
-    return done
+    own = [[leaves[path] for path, _ in each] for each in places]
+    dtypes = [np.result_type(*map(_wide_dtype, each)) for each in own]
+    done = [units.astype(dtype) for units, dtype in zip(found, dtypes, strict=True)]
+    return all_placed_like(done, [first for first, *_ in own])
 
 
 def _wide_dtype(leaf: Any) -> Any:
     return numbers(np.zeros(0, leaf.dtype)).dtype
 
 
-def _term(xp: Any, scores: Any, reduce: Reduce) -> Any:
-    """What one entry adds to the score of its unit."""
-    if reduce == "l1":
-        return xp.abs(scores)
-    return xp.square(scores) if reduce == "l2" else scores
+def _add_up(
+    scores: jax.Array, axes: Sequence[int], reduce: Reduce
+) -> dict[int, jax.Array]:
+    """Axis -> the terms of all entries at every position of it, reduced."""
+    terms = widened(scores)
+    if reduce in ("l1", "l2"):
+        terms = jnp.abs(terms) if reduce == "l1" else jnp.square(terms)
+    add_up = jnp.max if reduce == "max" else jnp.sum
+    rest = {d: tuple(k for k in range(scores.ndim) if k != d) for d in axes}
+    return {d: add_up(terms, others) for d, others in rest.items()}
 
 
-def _add_up(scores: jax.Array, axis: int, reduce: Reduce) -> jax.Array:
-    """The terms of all entries at every position of an axis, reduced."""
-    others = tuple(other for other in range(scores.ndim) if other != axis)
-    terms = _term(jnp, widened(scores), reduce)
-    return terms.max(others) if reduce == "max" else terms.sum(others)
+def _add_up_on_host(
+    scores: Any, axes: Sequence[int], reduce: Reduce
+) -> dict[int, np.ndarray]:
+    """`_add_up`, reading memory once; sums of blocks add up in double precision."""
+    whole = np.ascontiguousarray(scores)
+    wide = np.result_type(_wide_dtype(whole), np.float64)
+    start = -np.inf if reduce == "max" else 0
+    lines = {d: np.full(whole.shape[d], start, wide) for d in axes}
+    combine = np.maximum if reduce == "max" else np.add
+    for block in _blocks(whole.shape):
+        part = numbers(whole[block])
+        for d, line in lines.items():
+            here = line[block[d]] if d < len(block) else line
+            combine(here, _line(part, d, reduce), out=here)
+    return lines
 
 
-_CHUNK = 1 << 18  # entries that stay in a core's cache with their terms
+_BLOCK = 1 << 18  # entries that stay in a core's cache with their terms
 
 
-def _add_up_on_host(scores: Any, axis: int, reduce: Reduce) -> np.ndarray:
-    """`_add_up`, a chunk at a time; the sums of chunks add up in double precision."""
-    whole = np.asarray(scores)
-    before, size = math.prod(whole.shape[:axis]), whole.shape[axis]
-    grid = whole.reshape(before, size, math.prod(whole.shape[axis + 1 :]))
+def _blocks(shape: Sequence[int]) -> Iterator[tuple[slice, ...]]:
+    """Pieces of consecutive entries, as slices of the leading axes."""
+    inner = math.prod(shape[1:])
+    rows = max(1, _BLOCK // max(1, inner))
+    for start in range(0, shape[0], rows):
+        here = slice(start, start + rows)
+        if inner <= _BLOCK:
+            yield (here,)
+        else:
+            yield from ((here, *rest) for rest in _blocks(shape[1:]))
+
+
+def _line(part: np.ndarray, axis: int, reduce: Reduce) -> np.ndarray:
+    """The terms of one piece at every position of an axis, reduced."""
+    before, size = math.prod(part.shape[:axis]), part.shape[axis]
+    grid = part.reshape(before, size, math.prod(part.shape[axis + 1 :]))
+    if reduce == "l2":  # one pass, no squares in memory
+        return np.einsum("abc,abc->b", grid, grid)
     if reduce == "max":
         return grid.max((0, 2))
-    total = np.zeros(size, np.result_type(_wide_dtype(whole), np.float64))
-    columns = max(1, _CHUNK // max(1, grid.shape[2]))
-    rows = max(1, columns // max(1, size))
-    for start in range(0, before, rows):
-        for first in range(0, size, columns):
-            part = grid[start : start + rows, first : first + columns]
-            sums = _term(np, numbers(part), reduce).sum((0, 2))
-            total[first : first + columns] += sums
-    return total
+    return (np.abs(grid) if reduce == "l1" else grid).sum((0, 2))
 
 
 def _finished(xp: Any, total: Any, reduce: Reduce, entries: int) -> Any:

@@ -10,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxprune.masks import PyTree
-from jaxprune.placement import on_host, placed_like
+from jaxprune.placement import all_placed_like, on_host
 
 
 def each_leaf(
@@ -26,17 +26,21 @@ def each_leaf(
     """
     leaves, treedef = jax.tree.flatten(params)
     found: list[Any] = [None] * len(leaves)
+    here: dict[int, np.ndarray] = {}
     remote: dict[Any, list[int]] = {}
     for k, leaf in enumerate(leaves):
         if not has_score(leaf):
             continue
         if on_host(leaf):
             with np.errstate(all="ignore"):  # as in JAX, inf and NaN are no events
-                found[k] = placed_like(score(np, np.asarray(leaf), *options), leaf)
+                here[k] = score(np, np.asarray(leaf), *options)
         elif isinstance(leaf, Tracer):
             found[k] = score(jnp, leaf, *options)
         else:
             remote.setdefault(frozenset(leaf.sharding.device_set), []).append(k)
+    placed = all_placed_like(list(here.values()), [leaves[k] for k in here])
+    for k, value in zip(here, placed, strict=True):
+        found[k] = value
     for places in remote.values():
         values = _compiled(score, [leaves[k] for k in places], options)
         for k, value in zip(places, values, strict=True):

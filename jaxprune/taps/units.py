@@ -13,10 +13,9 @@ import numpy as np
 from jaxprune.coupling.groups import Group, Groups
 from jaxprune.coupling.jaxprs import Program
 from jaxprune.coupling.labels import Axis, Value, is_live
-from jaxprune.coupling.ledger import Ledger
 from jaxprune.coupling.solution import Solution
 from jaxprune.coupling.solve import solve
-from jaxprune.coupling.walk import Step, Walk, Walked
+from jaxprune.coupling.walk import Step, Walked, walk_program
 from jaxprune.taps.names import Kind, Naming, variable_kinds, variable_path
 from jaxprune.taps.program import Site, inner_program
 
@@ -57,18 +56,10 @@ def unit_sites(
         ValueError: if the program has none of the parameters of a group, or sums over
             its units where taps cannot act.
     """
-    ledger, inputs = Ledger(), []
-    for path, var in zip(program.paths, program.jaxpr.invars, strict=True):
-        shape = var.aval.shape
-        if variable_path(path) is None:
-            axes = (ledger.reason("an argument"),) * len(shape)
-        else:
-            axes = tuple(ledger.fresh_axis(n, zero=True) for n in shape)
-        inputs.append(Value(shape, axes))
-    walked = Walk(ledger).run(program.closed, inputs)
+    paths = [path for path in map(variable_path, program.paths) if path is not None]
+    ledger, walked = walk_program(program, len(paths))
     solution = solve(ledger)
-    own = map(variable_path, program.paths)
-    known = {p: v for p, v in zip(own, inputs, strict=True) if p is not None}
+    known = dict(zip(paths, walked.ins, strict=False))
     places = _Places(solution, groups, known)
     naming = Naming()
     naming.run(program.closed, variable_kinds(program), ())
