@@ -101,7 +101,7 @@ def first_calls(name: str, python: str | None, processes: int) -> dict[str, Any]
         answer = _in_a_process("--first", name)
         ours.append([Seconds(**answer[part]) for part in PARTS])
         torch = TorchPruning(python)
-        theirs.append(torch.measure(name, []))
+        theirs.append(torch.measure(torch_name(name), []))
         torch.close()
     return _summaries(ours, theirs)
 
@@ -116,8 +116,13 @@ def later_calls(
     for k in range(repeats):
         ours.append(whole_way(net, variables))
         if k == 0 or not sizes:  # their deepest nets take minutes
-            theirs.append(torch.measure(name, sizes))
+            theirs.append(torch.measure(torch_name(name), sizes))
     return _summaries(ours, theirs)
+
+
+def torch_name(name: str) -> str:
+    """What a net is called there, whichever library writes it here."""
+    return name.removesuffix("_nnx")
 
 
 def _summaries(ours: list[list[Seconds]], theirs: list[Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ function. Variables and inputs are shapes; `real_variables` fills them with nois
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -13,8 +14,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from benchmarks import decoders
+from benchmarks.nnx_nets import NNX_NETS
 from jaxprune.models import MODELS, ResNet, ViT
 
 
@@ -94,6 +97,26 @@ def image_net(module: nn.Module, side: int) -> Net:
     return Net(lambda: lambda v, x: module.apply(v, x), variables, (images,))
 
 
+def nnx_net(build: Callable[[nnx.Rngs], nnx.Module], side: int) -> Net:
+    """An NNX module on one image of `side` x `side` x 3."""
+    module = nnx.eval_shape(lambda: build(nnx.Rngs(0)))
+    graph, params, rest = nnx.split(module, nnx.Param, ...)
+
+    def make() -> Callable[..., Any]:
+        def apply(variables: Any, x: jax.Array) -> jax.Array:
+            own = variables["params"], variables["batch_stats"]
+            return nnx.merge(graph, *own)(x)
+
+        return apply
+
+    images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+    variables = {
+        "params": nnx.to_pure_dict(params),
+        "batch_stats": nnx.to_pure_dict(rest),
+    }
+    return Net(make, variables, (images,))
+
+
 def decoder_net(config: decoders.Llama, length: int) -> Net:
     """A decoder in plain JAX on one sequence."""
     tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
@@ -121,6 +144,10 @@ NETS: Mapping[str, Callable[[], Net]] = MappingProxyType(
         "gpt2_small": _gpt2,
         "vgg16_bn": lambda: image_net(MODELS["vgg16_bn_imagenet"](), 224),
         "densenet121": lambda: image_net(DenseNet(), 224),
+        **{
+            f"{name}_nnx": partial(nnx_net, build, 224)
+            for name, build in NNX_NETS.items()
+        },
     }
 )
 """The nets at their published sizes."""

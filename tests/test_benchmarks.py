@@ -6,7 +6,8 @@ import sys
 import jax
 import pytest
 
-from benchmarks import coupling, decoders, machine, nets, tables
+import jaxprune
+from benchmarks import coupling, decoders, machine, nets, nnx_nets, tables
 from benchmarks.machine import Seconds
 from benchmarks.torch_process import TorchPruning
 
@@ -75,6 +76,17 @@ def test_the_giant_has_seventy_billion_parameters():
     assert net.parameters == 70_553_706_496
     leaves = jax.tree.leaves(net.variables)
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+
+
+@pytest.mark.parametrize("name", nnx_nets.NNX_NETS)
+def test_a_net_in_nnx_is_the_net_in_linen(name):
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        linen, nnx = nets.NETS[name](), nets.NETS[f"{name}_nnx"]()
+        groups = [jaxprune.trace(n.make(), n.variables, *n.args) for n in (linen, nnx)]
+    sizes, others = (sorted(g.size for g in each.values()) for each in groups)
+    assert sizes == others and len(sizes) > 20
+    assert linen.parameters == nnx.parameters
+    assert coupling.torch_name(f"{name}_nnx") == coupling.torch_name(name) == name
 
 
 def test_what_torch_lacks_is_said():

@@ -13,6 +13,7 @@ equation of the program; `zero` is what makes sums commute: it says that the val
 wherever the column's unit is dead.
 """
 
+import math
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -173,14 +174,14 @@ def merge(axes: list[Axis], sizes: list[int]) -> Axis:
     A position of the merged axis dies if it dies in any of the parts, so columns are
     concatenated. Parts that cannot be cut add no column.
     """
-    if not any(is_live(axis) for axis in axes):
+    if len(axes) == 1 or not any(is_live(axis) for axis in axes):
         return axes[0]
-    total = int(np.prod(sizes))
+    total = math.prod(sizes)
     columns = []
     for d, axis in enumerate(axes):
         if isinstance(axis, int):
             continue
-        inner = int(np.prod(sizes[d + 1 :]))
+        inner = math.prod(sizes[d + 1 :])
         outer = total // (inner * sizes[d])
         for units, zero in axis:
             spread = zero if isinstance(zero, bool) else _spread(zero, outer, inner)

@@ -67,10 +67,11 @@ def _axis(walk: Any, eqn: Any, values: tuple[Value, ...], d: int, n: int, combin
         return with_zero_of(axis, combine)
     if len(values) == 2:
         x, y = values
-        if x.shape == y.shape:
+        if len(x.shape) == len(y.shape) and x.shape[d] == n == y.shape[d]:
             a, b = x.axes[d], y.axes[d]
             if isinstance(a, int) or isinstance(b, int):
-                walk.ledger.tie(a, b)
+                if a != b:
+                    walk.ledger.tie(a, b)
                 return b if isinstance(b, int) else a
             if a is b and combine in _ALIKE:
                 return a  # the same labels: so are the flags
