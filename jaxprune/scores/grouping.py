@@ -45,6 +45,9 @@ def group_scores(
     group of equal scores keeps finite numbers. Accumulates in float32 or wider;
     jit-able in `scores`.
 
+    A norm of the weights themselves needs no score before: give the parameters, as in
+    ``group_scores(groups, params, reduce="l1")``.
+
     An entry that a unit occupies through two members of one leaf (the diagonal of a
     recurrent kernel) counts in each. Only parameters count: BatchNorm statistics are
     cut with their group but never scored.
