@@ -166,7 +166,7 @@ def _walk_program(program: Program, count: int) -> tuple[Ledger, Walked]:
     return ledger, Walk(ledger).run(program.closed, ins)
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=4)
 def _remembered(program: Program, count: int, rules: Any) -> tuple[Ledger, Walked]:
     # `rules`: what was registered since makes it another walk.
     return _walk_program(program, count)
