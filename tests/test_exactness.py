@@ -378,6 +378,13 @@ def test_pinned_by_the_caller_says_so():
     groups = jaxprune.trace(two_layers, weights(**LAYERS), X, pin=["second/w:0"])
     why = {f"{pin.path}:{pin.axis}": pin.why for pin in groups.pinned}
     assert why["first/w:1"] == why["second/w:0"] == "pinned by the caller"
+    assert why["first/w:0"] == "coupled to the input args/1"
+
+
+def test_the_callers_pin_is_told_before_other_reasons():
+    groups = jaxprune.trace(two_layers, weights(**LAYERS), X, pin=["first/w:0"])
+    why = {f"{pin.path}:{pin.axis}": pin.why for pin in groups.pinned}
+    assert why["first/w:0"] == "pinned by the caller"
 
 
 def test_patterns_that_match_nothing_raise():

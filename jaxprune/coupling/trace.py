@@ -21,7 +21,7 @@ from jaxprune.coupling.labels import Value
 from jaxprune.coupling.ledger import Ledger
 from jaxprune.coupling.roles import Whole
 from jaxprune.coupling.solve import solve
-from jaxprune.coupling.walk import Walked, walk_program
+from jaxprune.coupling.walk import PINNED, Walked, walk_program
 
 
 def trace(
@@ -99,7 +99,7 @@ def trace(
 
 
 def _pin(ledger: Ledger, known: dict[str, Value], patterns: Sequence[str]) -> None:
-    why = ledger.reason("pinned by the caller")
+    why = ledger.reason(PINNED)
     for pattern in patterns:
         found = False
         for name, value in known.items():

@@ -16,6 +16,9 @@ from jaxprune.coupling.rules.shuffle import join_shuffles
 assert rules  # importing the package fills the registry
 
 
+PINNED = "pinned by the caller"
+
+
 class Step(NamedTuple):
     """One equation with the labels that its operands and results carry.
 
@@ -152,6 +155,7 @@ def walk_program(program: Program, count: int) -> tuple[Ledger, Walked]:
 
 def _walk_program(program: Program, count: int) -> tuple[Ledger, Walked]:
     ledger = Ledger()
+    ledger.reason(PINNED)  # of several reasons the first is told
     ins = []
     for k, (path, var) in enumerate(
         zip(program.paths, program.jaxpr.invars, strict=True)
