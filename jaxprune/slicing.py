@@ -24,7 +24,7 @@ from jaxprune.masks import (
     zero_removed,
 )
 from jaxprune.packing import PackedMasks, slice_bits
-from jaxprune.placement import all_placed_like, empty, on_host
+from jaxprune.placement import all_placed_like, empty, on_all_cores, on_host
 
 
 def slice_params(params: PyTree, masks: PyTree) -> PyTree:
@@ -186,7 +186,8 @@ def _is_masked_node(part: Any) -> bool:
 
 def _slice_leaves(paired: Sequence[tuple[str, Any, np.ndarray]]) -> list[Any]:
     """Slices every leaf of some ``(path, leaf, mask)``."""
-    small = [_slice_leaf(*each) for each in paired]
+    sizes = [np.size(leaf) if on_host(leaf) else 0 for _, leaf, _ in paired]
+    small = on_all_cores(lambda each: _slice_leaf(*each), paired, sizes)
     moved = [
         k
         for k, (_, leaf, _) in enumerate(paired)

@@ -1,13 +1,20 @@
 from typing import get_args
 
+import chain
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxprune
-from jaxprune import scores
-from jaxprune.placement import all_placed_like, empty, on_host, placed_like
+from jaxprune import placement, scores
+from jaxprune.placement import (
+    all_placed_like,
+    empty,
+    on_all_cores,
+    on_host,
+    placed_like,
+)
 
 WIDTH = 13  # in no other test: what is compiled for it is compiled here
 
@@ -122,3 +129,27 @@ def test_each_array_goes_where_its_leaf_lies():
     assert [array.committed for array in placed] == [False, True, False, True]
     np.testing.assert_array_equal([array[0] for array in placed], range(4))
     assert all_placed_like([], []) == []
+
+
+@pytest.mark.parametrize("large", [1, 5, 1 << 18])
+def test_all_cores_give_what_one_gives(large, monkeypatch):
+    monkeypatch.setattr(placement, "_LARGE", large)
+    items = [np.full(n, float(n)) for n in (3, 9, 0, 4, 7)]
+    sizes = [item.size for item in items]
+    assert on_all_cores(np.sum, items, sizes) == [9.0, 81.0, 0.0, 16.0, 49.0]
+    assert on_all_cores(np.sum, [], []) == []
+    with pytest.raises(ZeroDivisionError):
+        on_all_cores(lambda n: 1 // n, [1, 2, 0], [9, 9, 9])
+
+
+def test_slices_and_scores_are_the_same_on_all_cores(monkeypatch):
+    variables, groups = chain.variables(), chain.groups()
+    masks = jaxprune.expand_masks(groups, chain.random_keep())
+
+    def both():
+        found = jaxprune.group_scores(groups, variables)
+        return jaxprune.slice_params(variables, masks), found
+
+    one = both()
+    monkeypatch.setattr(placement, "_LARGE", 1)
+    jax.tree.map(np.testing.assert_array_equal, both(), one)

@@ -11,7 +11,7 @@ from contract import quick_jit
 from jaxprune import scores
 from jaxprune.coupling.groups import Group, Groups, Member
 from jaxprune.masks import named_leaves
-from jaxprune.scores import grouping
+from jaxprune.scores import unit_sums
 
 SCORES = {
     "magnitude": scores.magnitude,
@@ -260,7 +260,7 @@ def test_group_scores_equal_a_loop_over_entries(variables):
 def test_scores_on_the_host_do_not_depend_on_how_memory_is_read(
     block, reduce, monkeypatch
 ):
-    monkeypatch.setattr(grouping, "_BLOCK", block)
+    monkeypatch.setattr(unit_sums, "_BLOCK", block)
     leaf = np.random.default_rng(0).normal(size=(3, 4, 5, 6)).astype(np.float32)
     members = (Member("w", d, np.arange(n)[:, None]) for d, n in enumerate(leaf.shape))
     groups = {f"g{m.axis}": Group(f"g{m.axis}", len(m.index), (m,)) for m in members}

@@ -1,9 +1,8 @@
 """From scores of single weights to one number per unit of a group."""
 
 import functools
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeAlias, get_args
+from collections.abc import Mapping
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +11,9 @@ import numpy as np
 from jaxprune.coupling.groups import Group, Groups, Member
 from jaxprune.masks import PyTree, named_leaves, parameter_paths
 from jaxprune.placement import all_placed_like, on_host
-from jaxprune.scores.leafwise import numbers, widened
+from jaxprune.scores.unit_sums import Reduce, add_up_units
 from jaxprune.scores.weights import share_of_larger
 
-Reduce = Literal["l1", "l2", "sum", "mean", "max", "abs_of_sum", "square_of_sum"]
 Normalize = Literal["sum", "mean", "max", "gaussian", "lamp"]
 Members = Literal["all", "first"]
 
@@ -91,8 +89,7 @@ def group_scores(
     leaves = {member.path: leaves[member.path] for each in chosen for member in each}
     places = tuple(tuple((m.path, m.axis) for m in each) for each in chosen)
     indices = [[member.index for member in each] for each in chosen]
-    compute = _scores_on_host if on_host(*leaves.values()) else _compiled_scores
-    found = compute(leaves, indices, places, reduce)
+    found = add_up_units(leaves, indices, places, reduce)
     return normalized(dict(zip(groups, found, strict=True)), normalize)
 
 
@@ -127,136 +124,6 @@ def normalized(
     else:
         done = _compiled_normalized(each, normalize)
     return dict(zip(unit_scores, done, strict=True))
-
-
-# --- the scores of all groups, in numpy on the host, else in one program -------------
-
-
-Leaves: TypeAlias = Mapping[str, Any]
-Places: TypeAlias = Sequence[Sequence[tuple[str, int]]]  # members' (path, axis)
-Indices: TypeAlias = Sequence[Sequence[np.ndarray]]  # and their positions
-
-
-def _unit_scores(
-    xp: Any, leaves: Leaves, indices: Indices, places: Places, reduce: Reduce
-) -> list[Any]:
-    """The scores of every group."""
-    every: dict[str, set[int]] = {}
-    for path, d in (place for each in places for place in each):
-        every.setdefault(path, set()).add(d)
-    # Reduce first, then pick: the gather is over one axis, never over the parameter.
-    add_up = _add_up if xp is jnp else _add_up_on_host
-    lines = {
-        (path, d): line
-        for path, axes in every.items()
-        for d, line in add_up(leaves[path], sorted(axes), reduce).items()
-    }
-    found = []
-    for each, own in zip(places, indices, strict=True):
-        parts = [(lines[at], index) for at, index in zip(each, own, strict=True)]
-        if reduce == "max":
-            found.append(xp.stack([line[i].max(1) for line, i in parts]).max(0))
-            continue
-        total = xp.stack([line[index].sum(1) for line, index in parts]).sum(0)
-        shapes = [(leaves[path].shape, d) for path, d in each]
-        entries = sum(
-            index.shape[1] * (math.prod(shape) // shape[d])
-            for (shape, d), index in zip(shapes, own, strict=True)
-        )
-        found.append(_finished(xp, total, reduce, entries))
-    return found
-
-
-_compiled_scores = jax.jit(
-    functools.partial(_unit_scores, jnp), static_argnames=("places", "reduce")
-)
-
-
-def _scores_on_host(
-    leaves: Leaves, indices: Indices, places: Places, reduce: Reduce
-) -> list[jax.Array]:
-    with np.errstate(all="ignore"):  # as in JAX, inf and NaN are no events
-        found = _unit_scores(np, leaves, indices, places, reduce)
-    own = [[leaves[path] for path, _ in each] for each in places]
-    dtypes = [np.result_type(*map(_wide_dtype, each)) for each in own]
-    done = [units.astype(dtype) for units, dtype in zip(found, dtypes, strict=True)]
-    return all_placed_like(done, [first for first, *_ in own])
-
-
-def _wide_dtype(leaf: Any) -> Any:
-    return numbers(np.zeros(0, leaf.dtype)).dtype
-
-
-def _add_up(
-    scores: jax.Array, axes: Sequence[int], reduce: Reduce
-) -> dict[int, jax.Array]:
-    """Axis -> the terms of all entries at every position of it, reduced."""
-    terms = widened(scores)
-    if reduce in ("l1", "l2"):
-        terms = jnp.abs(terms) if reduce == "l1" else jnp.square(terms)
-    add_up = jnp.max if reduce == "max" else jnp.sum
-    rest = {d: tuple(k for k in range(scores.ndim) if k != d) for d in axes}
-    return {d: add_up(terms, others) for d, others in rest.items()}
-
-
-def _add_up_on_host(
-    scores: Any, axes: Sequence[int], reduce: Reduce
-) -> dict[int, np.ndarray]:
-    """`_add_up`, reading memory once; sums of blocks add up in double precision."""
-    whole = np.ascontiguousarray(scores)
-    wide = np.result_type(_wide_dtype(whole), np.float64)
-    start = -np.inf if reduce == "max" else 0
-    lines = {d: np.full(whole.shape[d], start, wide) for d in axes}
-    combine = np.maximum if reduce == "max" else np.add
-    for block in _blocks(whole.shape):
-        part = numbers(whole[block])
-        for d, line in lines.items():
-            here = line[block[d]] if d < len(block) else line
-            combine(here, _line(part, d, reduce), out=here)
-    return lines
-
-
-_BLOCK = 1 << 18  # entries that stay in a core's cache with their terms
-
-
-def _blocks(shape: Sequence[int]) -> Iterator[tuple[slice, ...]]:
-    """Pieces of consecutive entries, as slices of the leading axes."""
-    inner = math.prod(shape[1:])
-    rows = max(1, _BLOCK // max(1, inner))
-    for start in range(0, shape[0], rows):
-        here = slice(start, start + rows)
-        if inner <= _BLOCK:
-            yield (here,)
-        else:
-            yield from ((here, *rest) for rest in _blocks(shape[1:]))
-
-
-def _line(part: np.ndarray, axis: int, reduce: Reduce) -> np.ndarray:
-    """The terms of one piece at every position of an axis, reduced."""
-    before, size = math.prod(part.shape[:axis]), part.shape[axis]
-    grid = part.reshape(before, size, math.prod(part.shape[axis + 1 :]))
-    if reduce == "l2":  # one pass, no squares in memory
-        return np.einsum("abc,abc->b", grid, grid)
-    if reduce == "max":
-        return grid.max((0, 2))
-    return (np.abs(grid) if reduce == "l1" else grid).sum((0, 2))
-
-
-def _finished(xp: Any, total: Any, reduce: Reduce, entries: int) -> Any:
-    if reduce == "l2":
-        return _sqrt(xp, total)
-    if reduce == "mean":
-        return total / entries
-    if reduce == "abs_of_sum":
-        return xp.abs(total)
-    return xp.square(total) if reduce == "square_of_sum" else total
-
-
-def _sqrt(xp: Any, total: Any) -> Any:
-    """Square root with gradient 0 at 0, so that a dead unit does not yield NaN."""
-    zero = total == 0
-    zeros, ones = xp.zeros_like(total), xp.ones_like(total)
-    return xp.where(zero, zeros, xp.sqrt(xp.where(zero, ones, total)))
 
 
 def _normalized(xp: Any, scores: Any, normalize: Normalize) -> Any:
