@@ -160,11 +160,13 @@ def axis_keep(
     if mask.ndim == 0:
         return tuple(None if mask else np.zeros(size, bool) for size in shape)
     kept = []
-    for axis, size in enumerate(shape):
+    for axis, size in enumerate(mask.shape):
+        if size == 1:
+            kept.append(None)
+            continue
         others = tuple(other for other in range(mask.ndim) if other != axis)
         positions = mask.any(axis=others)
-        whole = mask.shape[axis] == 1 or positions.all()
-        kept.append(None if whole else np.broadcast_to(positions, (size,)))
+        kept.append(None if positions.all() else positions)
     return tuple(kept)
 
 
