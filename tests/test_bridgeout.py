@@ -1,7 +1,5 @@
 import importlib
 import re
-import subprocess
-import sys
 from typing import Any, NamedTuple
 
 import chex
@@ -679,46 +677,6 @@ def test_optax_can_map_over_the_parameters_in_the_state(mask, net):
         )
         # A valid prefix of the state, as jit's shardings must be.
         jax.tree.map(lambda spec, part: spec, specs, state)
-
-
-SHARDED = """
-import jax
-jax.config.update("jax_num_cpu_devices", 4)
-import jax.numpy as jnp, numpy as np, optax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from jaxprune.optimizers import bridgeout, noisy_params
-
-mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-tx = bridgeout(0.3, 1.5)
-
-def step(params, state):
-    noisy = noisy_params(params, state)
-    return noisy, tx.update(noisy, state, params)
-
-params = {"kernel": jax.random.normal(jax.random.key(0), (3, 3, 8, 16))}
-expected = jax.jit(step)(params, tx.init(params))
-sharding = NamedSharding(mesh, P(None, None, "data", "model"))
-sharded = jax.device_put(params, sharding)
-state = tx.init(sharded)
-compiled = jax.jit(step).lower(sharded, state).compile()
-got = compiled(sharded, state)
-assert got[0]["kernel"].sharding.is_equivalent_to(sharding, 4)
-for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
-    assert collective not in compiled.as_text(), collective
-for a, b in zip(jax.tree.leaves(got[:1]), jax.tree.leaves(expected[:1]), strict=True):
-    np.testing.assert_allclose(a, b, rtol=1e-6)
-np.testing.assert_allclose(
-    got[1][0]["kernel"], expected[1][0]["kernel"], rtol=1e-5, atol=1e-6
-)
-"""
-
-
-def test_sharded_parameters_need_no_communication():
-    """In a process of its own: the number of devices is fixed once JAX has started."""
-    ran = subprocess.run(
-        [sys.executable, "-W", "error", "-c", SHARDED], capture_output=True, text=True
-    )
-    assert ran.returncode == 0, ran.stderr
 
 
 # --- another member of the family ----------------------------------------------------

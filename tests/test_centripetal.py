@@ -1,8 +1,6 @@
 """Centripetal SGD against loops in numpy, the claims of the paper, and the contract."""
 
 import itertools
-import os
-import subprocess
 import sys
 
 import chex
@@ -363,41 +361,3 @@ def test_errors(net):
         tx.update(params, tx.init(params))
     with pytest.raises(ValueError, match="params lack a, which makes the units of a:1"):
         tx.init({"e": params["e"]})
-
-
-SHARDED = r"""
-import jax, numpy as np, optax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-import jaxprune
-from jaxprune.optimizers import centripetal, global_sparse_momentum
-from tests.contract import quick_jit
-mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-rng = np.random.default_rng(0)
-params = {"a": rng.normal(size=(4, 8)).astype("f"), "b": rng.normal(size=(8, 4)).astype("f")}
-def net(p, x): return jax.nn.relu(x @ p["a"]) @ p["b"]
-groups = jaxprune.trace(net, params, np.ones((1, 4), "f"), roles=True)
-ids = jaxprune.clusters.even(groups, sparsity=0.5)
-where = {"a": NamedSharding(mesh, P("data", "model")), "b": NamedSharding(mesh, P("model"))}
-links = centripetal(groups, ids, 0.5), global_sparse_momentum(0.3, weight_decay=0.1)
-tx = optax.chain(*links, optax.sgd(0.1, momentum=0.9))
-def step(p, s, key):
-    g = jax.tree.map(lambda w: w * jax.random.normal(key, w.shape), p)
-    u, s = tx.update(g, s, p)
-    return optax.apply_updates(p, u), s, jax.random.split(key)[0]
-ends = []
-for tree in (params, jax.device_put(params, where)):
-    key, state, run = jax.random.key(0), tx.init(tree), quick_jit(step)
-    for _ in range(3):
-        tree, state, key = run(tree, state, key)
-    ends.append(tree)
-assert not ends[1]["a"].is_fully_replicated
-for name in params:
-    np.testing.assert_allclose(ends[0][name], ends[1][name], atol=1e-6)
-"""
-
-
-def test_sharded_parameters():
-    """This link and `global_sparse_momentum`, with a typed key around."""
-    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"
-    env = os.environ | {"XLA_FLAGS": flags}
-    subprocess.run([sys.executable, "-c", SHARDED], check=True, env=env)

@@ -3,17 +3,14 @@
 import collections
 import functools
 import inspect
-import os
 import re
-import subprocess
-import sys
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from contract import assert_same, halve
+from contract import assert_same, halve, quick_jit
 from jax import lax
 from jax.sharding import Mesh, PartitionSpec
 from zoo import MODELS, random_variables, weights
@@ -257,78 +254,31 @@ def deep(p, x):
     return tripled(h) @ p["w2"]
 
 
+@pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("fn", [mlp, deep])
-def test_under_shard_map(fn):
-    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
-    rows = PartitionSpec("data")
+def test_under_shard_map(fn, devices):
+    """Rows over devices; the gradient of the variables adds up over all of them."""
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
+    rows = np.concatenate([X, 1 - X])
+    over, whole = PartitionSpec("data"), PartitionSpec()
 
-    def slope(fn, p, x):
-        return jax.grad(lambda x: jnp.sin(fn(p, x)).sum())(x)
+    def slopes(fn, p, x):
+        return jax.grad(lambda *args: jnp.sin(fn(*args)).sum(), argnums=(0, 1))(p, x)
 
-    def sharded(fn):
-        specs = {"in_specs": (PartitionSpec(), rows), "out_specs": rows}
-        return jax.jit(jax.shard_map(fn, mesh=mesh, **specs))
+    def sharded(fn, out_specs):
+        specs = {"in_specs": (whole, over), "out_specs": out_specs}
+        return quick_jit(jax.shard_map(fn, mesh=mesh, **specs))
 
     small_fn = jaxprune.narrow(fn, MASKS)
     masked = jaxprune.apply_masks(PARAMS, MASKS)
-    assert_same(sharded(small_fn)(SMALL, X), fn(masked, X))
-    got = sharded(functools.partial(slope, small_fn))(SMALL, X)
-    assert_same(got, slope(fn, masked, X))
-
-
-SHARDED = """
-import sys
-sys.path.insert(0, "tests")
-import jax, jax.numpy as jnp, numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-import jaxprune
-from contract import assert_same, quick_jit
-from test_narrow import GROUPS, MASKS, PARAMS, SMALL, X, deep, mlp
-
-assert jax.device_count() == 2
-mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
-rows = np.concatenate([X, 1 - X])
-masked = jaxprune.apply_masks(PARAMS, MASKS)
-
-# Rows over devices; the gradient of the variables adds up over all of them.
-for fn in (mlp, deep):
-    def both(p, x, fn=fn):
-        return fn(p, x), jax.grad(lambda p: jnp.sin(fn(p, x)).sum())(p)
-
-    small_fn = jaxprune.narrow(fn, MASKS)
-    specs = {"in_specs": (P(), P("data")), "out_specs": (P("data"), P())}
-    sharded = jax.shard_map(lambda p, x: both(p, x, small_fn), mesh=mesh, **specs)
-    out, slope = quick_jit(sharded)(SMALL, rows)
-    assert len(out.sharding.device_set) == 2
-    expected, full = quick_jit(both)(masked, rows)
-    assert_same(out, expected)
-    assert_same(slope, jaxprune.slice_params(full, MASKS))
-
-# Variables over devices: scored and sliced where they lie.
-specs = {"w1": P(None, "data"), "b1": P("data"), "w2": P("data")}
-put = {n: jax.device_put(w, NamedSharding(mesh, specs[n])) for n, w in PARAMS.items()}
-for options in ({}, {"reduce": "l1", "normalize": "gaussian"}):
-    scores = [
-        jaxprune.group_scores(GROUPS, jaxprune.scores.magnitude(p), **options)
-        for p in (put, PARAMS)
-    ]
-    np.testing.assert_allclose(scores[0]["w1:1"], scores[1]["w1:1"], rtol=1e-5)
-small = jaxprune.slice_params(put, MASKS)
-assert_same(small, SMALL)
-assert len(small["w1"].sharding.device_set) == 2
-got = quick_jit(jaxprune.narrow(mlp, MASKS))(small, rows)
-assert_same(got, mlp(masked, rows))
-"""
-
-
-def test_on_two_devices():
-    flags = (
-        "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
-    )
-    env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", SHARDED]
-    done = subprocess.run(command, capture_output=True, text=True, env=env, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    out = sharded(small_fn, over)(SMALL, rows)
+    assert len(out.sharding.device_set) == devices
+    assert_same(out, fn(masked, rows))
+    of_fn = functools.partial(slopes, small_fn)
+    of_small, of_rows = sharded(of_fn, (whole, over))(SMALL, rows)
+    of_full, expected = quick_jit(functools.partial(slopes, fn))(masked, rows)
+    assert_same(of_rows, expected)
+    assert_same(of_small, jaxprune.slice_params(of_full, MASKS))
 
 
 def test_export_and_back():

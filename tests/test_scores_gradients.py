@@ -1,7 +1,3 @@
-import subprocess
-import sys
-import textwrap
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -340,64 +336,3 @@ def test_synaptic_flow_of_a_deep_net_does_not_overflow():
         scores.synflow(
             lambda p, x: deep(p, x).astype(jnp.float16), params, jnp.ones((1, 16))
         )
-
-
-SHARDED = """
-    import jax, jax.numpy as jnp, numpy as np
-    from jax.sharding import NamedSharding, PartitionSpec as P
-    import jaxprune
-    from jaxprune import scores
-
-    mesh = jax.make_mesh((8,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
-    rng = np.random.default_rng(0)
-    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
-    plain = {"w1": draw(3, 32), "w2": draw(32, 2)}
-    batches = [draw(6, 3), draw(6, 3)]
-    specs = {"w1": P(None, "model"), "w2": P("model", None)}
-    params = {n: jax.device_put(w, NamedSharding(mesh, specs[n])) for n, w in plain.items()}
-    net = lambda p, x: jnp.tanh(x @ p["w1"]) @ p["w2"]
-    loss = lambda p, x: jnp.square(net(p, x)).sum(1).mean()
-    key = jax.random.key(0)
-
-    def every(params, batch):
-        fisher = scores.fisher(loss, params, [batch])
-        return {
-            "magnitude": scores.magnitude(params),
-            "lp": scores.lp(params, 3.0),
-            "random": scores.random(params, key),
-            "taylor": scores.taylor(loss, params, [batch]),
-            "snip": scores.snip(loss, params, [batch]),
-            "grasp": scores.grasp(loss, params, [batch]),
-            "fisher": fisher,
-            "obd": scores.obd(params, fisher),
-            "hessian": scores.hessian_diagonal(loss, params, [batch], key),
-            "movement": scores.movement(params, jax.grad(loss)(params, batch)),
-        }
-
-    options = {"xla_backend_optimization_level": 0}
-    text = jax.jit(every).lower(params, batches[0]).compile(options).as_text()
-    assert "all-reduce" in text and "all-gather" not in text and "all-to-all" not in text
-
-    groups = jaxprune.trace(net, plain, batches[0])
-    for score in (
-        lambda p: scores.taylor(loss, p, batches),
-        lambda p: scores.wanda(net, p, batches),
-        lambda p: scores.mean_activation(groups, net, p, batches),
-        lambda p: scores.group_fisher(groups, loss, p, batches),
-    ):
-        got, expected = score(params), score(plain)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), got, expected)
-    found = scores.taylor(loss, params, batches)
-    assert all(found[n].sharding.spec == specs[n] for n in specs), found["w1"].sharding
-"""
-
-
-def test_sharded_parameters_are_never_gathered():
-    code = "import os; os.environ['XLA_FLAGS'] = '--xla_force_host_platform_device_count=8'\n"
-    done = subprocess.run(
-        [sys.executable, "-c", code + textwrap.dedent(SHARDED)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]

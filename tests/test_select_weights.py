@@ -1,10 +1,5 @@
 """Masks of single weights: per leaf, global, n of m, blocks; the exact threshold."""
 
-import os
-import subprocess
-import sys
-import textwrap
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -270,64 +265,3 @@ def test_blocks_across_leaves_and_under_jit():
         select.blocks(scores, shape=(0, 2), sparsity=0.5)
     with pytest.raises(ValueError, match="pool must be one of.*'median'"):
         select.blocks(scores, shape=(2, 2), sparsity=0.5, pool="median")
-
-
-# --- sharded -------------------------------------------------------------------------
-
-SHARDED = r"""
-    import re
-    import jax, jax.numpy as jnp, numpy as np
-    from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-    from jaxprune import select
-
-    assert jax.device_count() == 4
-    rng = np.random.default_rng(0)
-    host = {
-        "a": rng.normal(size=(32, 24)).astype(np.float32),
-        "b": rng.choice(3, size=(16, 8)).astype(np.float32) * 1e-9,
-    }
-    for kind in (AxisType.Auto, AxisType.Explicit):
-        mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(kind,) * 2)
-        specs = {"a": P("data", "model"), "b": P(None, "model")}
-        put = {
-            name: jax.device_put(leaf, NamedSharding(mesh, specs[name]))
-            for name, leaf in host.items()
-        }
-        fn = jax.jit(lambda s: select.across_leaves(s, sparsity=0.6))
-        with jax.set_mesh(mesh):
-            compiled = fn.lower(put).compile()
-            masks = compiled(put)
-        text = compiled.as_text()
-        moved = set(re.findall(r"\b(all-\w+|collective-\w+|reduce-scatter)", text))
-        assert moved <= {"all-reduce", "all-gather"}, (kind, moved)
-        gathered = re.findall(r"= \(?([a-z0-9]+)\[([0-9,]*)\][^=]*all-gather", text)
-        for dtype, shape in gathered:  # only counts, of every device
-            size = np.prod([int(n) for n in shape.split(",") if n])
-            assert dtype == "u32" and size <= 8, (kind, dtype, shape)
-        for name, mask in select.across_leaves(host, sparsity=0.6).items():
-            np.testing.assert_array_equal(np.asarray(masks[name]), mask)
-            assert masks[name].sharding.spec == specs[name], name
-    leaf = {"b": put["b"]}
-    outside = select.per_leaf(leaf, sparsity=0.6)["b"]
-    assert outside.sharding.spec == specs["b"]
-    np.testing.assert_array_equal(
-        np.asarray(outside), select.per_leaf(host, sparsity=0.6)["b"]
-    )
-    print("same")
-"""
-
-
-def test_sharded_scores_exchange_counts_alone():
-    flags = (
-        "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
-    )
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(SHARDED)],
-        capture_output=True,
-        text=True,
-        env=environment,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip() == "same"

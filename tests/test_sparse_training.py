@@ -1,9 +1,6 @@
 """Sparse training: every method goes through the same checks, then each has its own."""
 
 import functools
-import os
-import subprocess
-import sys
 
 import flax.linen as nn
 import jax
@@ -468,39 +465,6 @@ def test_a_step_after_slicing_is_the_masked_step_sliced():
         after,
         slice_params(expected, cut),
     )
-
-
-SHARDED = r"""
-import re, jax, jax.numpy as jnp, numpy as np, optax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from jaxprune.optimizers import current_masks, rigl
-mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-rng = np.random.default_rng(0)
-host = {"w": rng.normal(size=(64, 32)).astype("f")}
-params = {"w": jax.device_put(host["w"], NamedSharding(mesh, P("data", "model")))}
-tx = rigl(optax.sgd(0.1, momentum=0.9), 0.75, every=1, start=0)
-def run(params, opt_state):
-    grads = {"w": jnp.sin(3 * params["w"])}
-    updates, opt_state = tx.update(grads, opt_state, params)
-    return optax.apply_updates(params, updates), opt_state
-expected = jax.jit(run)(host, tx.init(host))
-compiled = jax.jit(run).lower(params, tx.init(params)).compile()
-gathered = re.findall(r"= \(?([a-z0-9]+)\[([0-9,]*)\][^=]*all-gather", compiled.as_text())
-assert all(np.prod([int(n) for n in s.split(",") if n]) <= 64 for _, s in gathered), gathered
-got = compiled(params, tx.init(params))
-np.testing.assert_array_equal(
-    current_masks(*got)["w"], current_masks(*expected)["w"]
-)
-np.testing.assert_allclose(got[0]["w"], expected[0]["w"], rtol=1e-6)
-assert not got[0]["w"].is_fully_replicated
-assert not got[1].masks.bits["w"].is_fully_replicated
-"""
-
-
-def test_sharded_parameters_are_not_gathered():
-    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"
-    env = os.environ | {"XLA_FLAGS": flags}
-    subprocess.run([sys.executable, "-c", SHARDED], check=True, env=env)
 
 
 # --- what is refused -----------------------------------------------------------------
