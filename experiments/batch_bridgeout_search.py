@@ -16,8 +16,6 @@ ranges were narrowed after a wider first look, for all methods alike.
 """
 
 import functools
-import json
-import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -39,6 +37,7 @@ from experiments.methods import (
     subject,
     training_net,
 )
+from experiments.pages import write_compact
 from experiments.runs import Job, Run, Tick, open_run
 from experiments.training import Fit, accuracy, fit, make_step, start
 from jaxprune import apply_masks
@@ -204,14 +203,6 @@ def main() -> None:
     versions = run.results["machine"]["versions"]
     records = {arm: run.results["records"][arm] for arm in arms}
     write_compact(RESULT, settings | {"versions": versions, "candidates": records})
-
-
-def write_compact(path: Path, found: dict[str, Any]) -> None:
-    """Writes a result, with a line for each list of numbers."""
-    lines = json.dumps(found, indent=1)
-    lists = re.compile(r"\[\s+([-\d.,\s]+?)\s+\]")
-    lines = lists.sub(lambda m: "[" + re.sub(r"\s+", " ", m[1]) + "]", lines)
-    path.write_text(lines + "\n")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """What the pages of results share: numbers as text, runs by net, dots by arm."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from experiments.batch_bridgeout_search import write_compact
 from jaxprune.report import interval, new_figure
 
 Results = Mapping[str, Any]
@@ -66,3 +66,11 @@ def dots(
         axes.set_yticks(range(len(arms)), names)
         axes.set(title=title, xlabel="test accuracy (%)")
     return figure
+
+
+def write_compact(path: Path, found: dict[str, Any]) -> None:
+    """Writes a result, with a line for each list of numbers."""
+    lines = json.dumps(found, indent=1)
+    lists = re.compile(r"\[\s+([-\d.,\s]+?)\s+\]")
+    lines = lists.sub(lambda m: "[" + re.sub(r"\s+", " ", m[1]) + "]", lines)
+    path.write_text(lines + "\n")

@@ -158,7 +158,7 @@ def open_run(folder: Path, settings: Mapping[str, Any]) -> Iterator[Run]:
     if results is None:
         folder.mkdir(parents=True, exist_ok=True)
         results = {
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": "",
             "started": _now(),
             "seconds": 0.0,
             "settings": settings,
@@ -167,9 +167,17 @@ def open_run(folder: Path, settings: Mapping[str, Any]) -> Iterator[Run]:
         }
         _write(folder, results)
     _refuse_other(folder, results["settings"], settings)
+    results["command"] = _command()
     _keep_compiled(folder.parent / ".jax_cache")
     with Run(folder, results)._working() as run:
         yield run
+
+
+def _command() -> str:
+    """What was typed, as anyone can type it: no paths of this machine."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    own = ["python", "-m", spec.name] if spec else [Path(sys.argv[0]).name]
+    return shlex.join([*own, *sys.argv[1:]])
 
 
 def _now() -> str:
