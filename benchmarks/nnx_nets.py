@@ -1,4 +1,4 @@
-"""Three of the nets in NNX, whose tracing costs a third of that of Linen.
+"""Three of the nets in NNX, whose tracing costs less than half of that of Linen.
 
 Linen compares the shape of every parameter with that of its initialiser each time a
 module is applied, and evaluates the initialiser abstractly to know it.
