@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import importlib.machinery
 import json
 import os
 import signal
@@ -701,3 +702,19 @@ def test_settings_are_data():
     )
     assert dataclasses.is_dataclass(settings)
     assert json.loads(json.dumps(settings.as_json()))["hyper"]
+
+
+@pytest.mark.parametrize(
+    ("module", "start"),
+    [(None, "jaxprune"), ("experiments.a_study", "python -m experiments.a_study")],
+)
+def test_a_run_records_the_command_that_anyone_can_type(
+    module, start, tmp_path, monkeypatch
+):
+    spec = None if module is None else importlib.machinery.ModuleSpec(module, None)
+    monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+    for words in (["run", "it"], ["run", "it", "--seeds", "2"]):  # the second goes on
+        monkeypatch.setattr(sys, "argv", ["/somewhere/jaxprune", *words])
+        with runs.open_run(tmp_path / "run", {}) as run:
+            pass
+        assert run.results["command"] == " ".join([start, *words])
