@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments.batch_bridgeout_family import NORMS, RATES, RESULT
+from experiments.batch_bridgeout_family import NORMS, PAPER, RATES, RESULT
 from experiments.methods import FRACTIONS
 from jaxprune.report import interval
 
@@ -83,6 +83,8 @@ def page(found: Mapping[str, Any]) -> Iterator[str]:
             f"{setting['seeds']} seeds.\n"
         )
         yield from _methods(runs, setting["methods"])
+        yield "\nBy how much areas differ, paired by seed; tries that met the floor.\n"
+        yield from _differences(runs, _met(found["records"], arena, setting))
         if setting["afterwards"]:
             tuned = ", or tuned for 2 epochs" if setting["tuned"] else ""
             yield f"\nAfter the cut: BatchNorm recalibrated{tuned}.\n"
@@ -114,9 +116,37 @@ def _methods(find: Runs, methods: Sequence[str]) -> Iterator[str]:
         yield _row([method, area, *(f"{x:.1f}" for x in curve), f"{hoyer:.2f}"])
 
 
+def _met(
+    records: Mapping[str, Any], arena: str, setting: Mapping[str, Any]
+) -> dict[str, str]:
+    """Method -> how many of its tries were accurate enough uncut."""
+    tries, least = range(setting["tries"]), setting["least"]
+    uncut = {
+        method: [records[f"{arena}/{method}/try{k}"]["accuracy"][0] for k in tries]
+        for method in setting["methods"]
+    }
+    return {
+        method: f"{sum(x >= least for x in found)} of {len(tries)}"
+        for method, found in uncut.items()
+    }
+
+
+def _differences(find: Runs, met: Mapping[str, str]) -> Iterator[str]:
+    yield from _header(["method", "tries", *(f"over {other}" for other in PAPER)])
+    areas = {method: np.array([run["area"] for run in find(method)]) for method in met}
+    for method, tries in met.items():
+        gains = [
+            interval((areas[method] - areas[other]).tolist()) if other != method else ""
+            for other in PAPER
+        ]
+        yield _row([method, tries, *gains])
+
+
 def _afterwards(find: Runs, methods: Sequence[str]) -> Iterator[str]:
     shown = FRACTIONS[:8]
-    head = ["method", "then", "area", *(f"{100 * f:.0f} % cut" for f in shown)]
+    reference, *_ = PAPER
+    cuts = (f"{100 * f:.0f} % cut" for f in shown)
+    head = ["method", "then", "area", f"over {reference}", *cuts]
     yield from _header(head)
     for method in methods:
         runs = find(method)
@@ -124,8 +154,11 @@ def _afterwards(find: Runs, methods: Sequence[str]) -> Iterator[str]:
             if stage not in runs[0]:
                 continue
             curve = 100 * np.mean([run[stage] for run in runs], axis=0)[: len(shown)]
-            area = interval([float(np.mean(run[stage])) for run in runs])
-            yield _row([method, label, area, *(f"{x:.1f}" for x in curve)])
+            areas = np.array([np.mean(run[stage]) for run in runs])
+            gains = areas - [np.mean(run[stage]) for run in find(reference)]
+            over = interval(gains.tolist()) if method != reference else ""
+            row = [method, label, interval(areas.tolist()), over]
+            yield _row([*row, *(f"{x:.1f}" for x in curve)])
 
 
 def _sweep(find: Runs) -> Iterator[str]:
