@@ -9,6 +9,7 @@ Knowing them turns "indexed by data" into an exact map of positions; `concrete` 
 them, in numpy, only when asked.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -47,6 +48,13 @@ def constant(array: Any) -> Value:
     return Value(shape, (ALIVE,) * len(shape), False, True, origin)
 
 
+def literal(var: Any) -> Value:
+    """A number that stands in the program itself."""
+    if var.aval.shape:
+        return constant(var.val)
+    return Value((), (), not var.val, True, Known(var.val))
+
+
 def derive(eqn: Any, operands: tuple[Value, ...]) -> tuple[Value, ...]:
     """The results of an equation all of whose operands are data."""
     if eqn.primitive.name in ("jit", "pjit"):
@@ -58,10 +66,10 @@ def _derive_call(eqn: Any, operands: tuple[Value, ...]) -> tuple[Value, ...]:
     """The results of a call, through the equations of its program."""
     jaxpr, consts = opened(eqn.params["jaxpr"])
     env: dict[Any, Value] = dict(zip(jaxpr.invars, operands, strict=True))
-    env.update((v, constant(c)) for v, c in zip(jaxpr.constvars, consts, strict=True))
+    env.update(zip(jaxpr.constvars, map(constant, consts), strict=True))
 
     def read(var: Any) -> Value:
-        return constant(var.val) if isinstance(var, Literal) else env[var]
+        return literal(var) if isinstance(var, Literal) else env[var]
 
     for inner in jaxpr.eqns:
         results = derive(inner, tuple(read(var) for var in inner.invars))
@@ -75,7 +83,7 @@ def _derive(eqn: Any, k: int, var: Any, operands: tuple[Value, ...]) -> Value:
     is_zero = name in _MOVES and operands[0].is_zero
     origin = None
     if name in _NUMPY and all(v.origin is not None for v in operands):
-        small = np.prod(shape, dtype=np.int64) <= LIMIT
+        small = math.prod(shape) <= LIMIT
         number = not shape and name == "convert_element_type"
         if number or (small and _is_index(var.aval.dtype)):
             origin = Derived(eqn, k, operands)

@@ -6,6 +6,7 @@ counts differently. Nothing else in the package looks at these differences.
 
 import dataclasses
 import functools
+import itertools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -151,9 +152,10 @@ def abstract(leaf: Any, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeS
     return jax.ShapeDtypeStruct(shape, aval.dtype, **options)
 
 
-def live_equations(jaxpr: Any, used: list[bool]) -> list[Any]:
-    """The equations that the used outputs need, in order."""
-    needed = {id(v) for v, u in zip(jaxpr.outvars, used, strict=True) if u}
+def live_equations(jaxpr: Any, used: list[bool] | None = None) -> list[Any]:
+    """The equations that the used outputs (all, unless told) need, in order."""
+    outs = jaxpr.outvars
+    needed = set(map(id, outs if used is None else itertools.compress(outs, used)))
     kept = []
     for eqn in reversed(jaxpr.eqns):
         if eqn.effects or not needed.isdisjoint(map(id, eqn.outvars)):

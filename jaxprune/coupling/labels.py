@@ -14,6 +14,8 @@ wherever the column's unit is dead.
 """
 
 import math
+from collections.abc import Callable
+from operator import is_
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -101,13 +103,26 @@ def flags_on(target: tuple[Column, ...], source: Axis) -> list[Zero]:
     return [all_zero(source)] * len(target)
 
 
-def with_zero(axis: Axis, zero: Zero) -> Axis:
-    """The same labels with the flag `zero` on every column."""
+def with_flags(axis: tuple[Column, ...], flags: list[Zero]) -> Axis:
+    """The same labels with a flag for each column; the same axis if it has them."""
+    if len(axis) == 1:  # the usual case
+        (units, held), (zero,) = axis[0], flags
+        return axis if zero is held else (Column(units, zero),)
+    if all(map(is_, flags, [column.zero for column in axis])):
+        return axis
+    return tuple(map(Column, [column.units for column in axis], flags))
+
+
+def map_zero(axis: Axis, change: Callable[[Zero], Zero]) -> Axis:
+    """The same labels, with every flag changed."""
     if isinstance(axis, int):
         return axis
-    if all(column.zero is zero for column in axis):
-        return axis
-    return tuple(Column(column.units, zero) for column in axis)
+    return with_flags(axis, [change(column.zero) for column in axis])
+
+
+def with_zero(axis: Axis, zero: Zero) -> Axis:
+    """The same labels with the flag `zero` on every column."""
+    return axis if isinstance(axis, int) else with_flags(axis, [zero] * len(axis))
 
 
 def same_units(a: Axis, b: Axis) -> bool:
@@ -174,7 +189,7 @@ def merge(axes: list[Axis], sizes: list[int]) -> Axis:
     A position of the merged axis dies if it dies in any of the parts, so columns are
     concatenated. Parts that cannot be cut add no column.
     """
-    if len(axes) == 1 or not any(is_live(axis) for axis in axes):
+    if len(axes) == 1 or not any(map(is_live, axes)):
         return axes[0]
     total = math.prod(sizes)
     columns = []
@@ -190,6 +205,6 @@ def merge(axes: list[Axis], sizes: list[int]) -> Axis:
 
 
 def _spread(values: np.ndarray, outer: int, inner: int) -> np.ndarray:
-    if inner > 1:
-        values = np.repeat(values, inner)
-    return np.tile(values, outer) if outer > 1 else values
+    grid = np.empty((outer, len(values), inner), values.dtype)
+    grid[...] = values[:, None]
+    return grid.ravel()

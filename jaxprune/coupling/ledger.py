@@ -6,8 +6,7 @@ freezes (a unit can never be cut, and why), doubts (cutting a unit differs from
 masking it, and why) and orders (a unit is tied to a place in a table).
 """
 
-import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,11 +19,11 @@ from jaxprune.coupling.labels import (
     either,
     flags_on,
     same_units,
+    with_flags,
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Reason:
+class Reason(NamedTuple):
     """Why something cannot be cut or is not exact, and where.
 
     Attributes:
@@ -53,7 +52,7 @@ class Ledger:
         self.ordered: list[Units] = []
         self.reasons: dict[int, Reason] = {ALIVE: Reason("never cut")}
         self.calls: list[Any] = []  # the equations being walked, outermost first
-        self._reason_of: dict[tuple[str | int, ...], int] = {}
+        self._reason_of: dict[str | tuple[str | int, ...], int] = {}
         self._factors: dict[Any, tuple[Units, list[tuple[Column, ...]]]] = {}
 
     def copy(self) -> "Ledger":
@@ -78,7 +77,7 @@ class Ledger:
         Most ties join whole axes. They are kept as pairs of blocks, so that what is
         the same throughout is solved and collected once, whatever its size.
         """
-        start = int(units[0]) if len(units) else -1
+        start = units.item(0) if len(units) else -1
         if self.blocks.get(start) is not units:
             return -1
         twins = self._twins
@@ -95,14 +94,14 @@ class Ledger:
 
     def reason(self, text: str, eqn: Any = None) -> int:
         """The unit that stands for a reason; doubles as a frozen `Axis`."""
-        calls = tuple(self.calls) if eqn is not None else ()
-        key = (text, id(eqn) if eqn is not None else 0, *map(id, calls))
-        if key not in self._reason_of:
-            unit = self.size
+        key = text if eqn is None else (text, id(eqn), *map(id, self.calls))
+        unit = self._reason_of.get(key)
+        if unit is None:
+            unit = self._reason_of[key] = self.size
             self.size += 1
-            self._reason_of[key] = unit
+            calls = () if eqn is None else tuple(self.calls)
             self.reasons[unit] = Reason(text, eqn, calls)
-        return self._reason_of[key]
+        return unit
 
     def freeze(self, axis: Axis, why: int) -> None:
         """No position of this axis may be cut."""
@@ -120,14 +119,14 @@ class Ledger:
             self.freeze(b, a)
         elif isinstance(b, int):
             self.freeze(a, b)
-        elif same_units(a, b):
-            pass
-        elif len(a) == 1 and len(b) == 1:
+        elif len(a) == len(b) == 1:
             self._tie_units(a[0].units, b[0].units)
-        else:
+        elif not same_units(a, b):
             self._equate(a, b)
 
     def _tie_units(self, a: Units, b: Units) -> None:
+        if a is b:
+            return
         one, other = self.block(a), self.block(b)
         if one < 0 or other < 0 or len(a) != len(b):
             self.ties.append((a, b))
@@ -162,12 +161,9 @@ class Ledger:
         self.tie(a, b)
         if isinstance(a, int) or isinstance(b, int):
             return  # nothing dies here
-        flags = zip(flags_on(a, a), flags_on(a, b), strict=True)
-        product = tuple(
-            Column(column.units, either(x, y))
-            for column, (x, y) in zip(a, flags, strict=True)
-        )
-        self.sum_over(product, what, eqn)
+        flags = [column.zero for column in a]
+        product = list(map(either, flags, flags_on(a, b)))
+        self.sum_over(with_flags(a, product), what, eqn)
 
     def split(self, axis: Axis, sizes: tuple[int, ...]) -> list[Axis]:
         """Labels of the axes that a reshape makes from one axis (row-major).
@@ -201,7 +197,7 @@ class Ledger:
             found = self._factor(column.units, sizes)
             self._factors[key] = (column.units, found)
         return [
-            tuple(Column(c.units, _split_zero(column.zero, sizes, d)) for c in part)
+            tuple([Column(c.units, _split_zero(column.zero, sizes, d)) for c in part])
             for d, part in enumerate(found)
         ]
 

@@ -1,6 +1,5 @@
 """The interpreter: walks a jaxpr once, moving labels through every equation."""
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ from jaxprune.coupling import data, rules
 from jaxprune.coupling.jaxprs import Program, input_name, live_equations, opened
 from jaxprune.coupling.labels import Value
 from jaxprune.coupling.ledger import Ledger
-from jaxprune.coupling.registry import RULES
+from jaxprune.coupling.registry import RULES, Rule
 from jaxprune.coupling.rules.shuffle import join_shuffles
 
 assert rules  # importing the package fills the registry
@@ -35,8 +34,7 @@ class Step(NamedTuple):
     subs: tuple["Walked", ...] = ()
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Walked:
+class Walked(NamedTuple):
     """A walked jaxpr: what `narrow` replays."""
 
     jaxpr: Any
@@ -59,18 +57,16 @@ class Walk:
         """Walks a jaxpr (closed or open) whose inputs carry the labels `ins`."""
         jaxpr, consts = opened(jaxpr)
         env: dict[Any, Value] = dict(zip(jaxpr.invars, ins, strict=True))
-        env.update(
-            (v, data.constant(c)) for v, c in zip(jaxpr.constvars, consts, strict=True)
-        )
+        env.update(zip(jaxpr.constvars, map(data.constant, consts), strict=True))
         outer, steps = self._subs, []
-        live = live_equations(jaxpr, used or [True] * len(jaxpr.outvars))
-        for eqn in join_shuffles(live, jaxpr.outvars):
+        calls = self.ledger.calls
+        for eqn in join_shuffles(live_equations(jaxpr, used), jaxpr.outvars):
             self._subs = []
-            self.ledger.calls.append(eqn)
-            operands, results = self._label(eqn, [_read(env, v) for v in eqn.invars])
-            self.ledger.calls.pop()
-            env.update(zip(eqn.outvars, results, strict=True))
-            steps.append(Step(eqn, operands, results, tuple(self._subs)))
+            calls.append(eqn)
+            step = self._label(eqn, [_read(env, v) for v in eqn.invars])
+            calls.pop()
+            env.update(zip(eqn.outvars, step.outs, strict=True))
+            steps.append(step)
         self._subs = outer
         outs = [
             _read(env, v) if isinstance(v, Literal) or v in env else unused(v)
@@ -88,10 +84,9 @@ class Walk:
 
     def enter_branch(self, jaxpr: Any, ins: list[Value]) -> list[Value]:
         """Like `enter`, for outputs that must agree with those of other programs."""
-        sub = self.run(jaxpr, ins)
-        sub = dataclasses.replace(sub, outs=[self.view(value) for value in sub.outs])
-        self._subs.append(sub)
-        return sub.outs
+        outs = self.enter(jaxpr, ins)
+        outs[:] = map(self.view, outs)
+        return outs
 
     def forget_subs(self) -> None:
         """Drops the inner programs of the current equation, to walk them again."""
@@ -120,25 +115,22 @@ class Walk:
         shapes = [getattr(v.aval, "shape", ()) for v in eqn.outvars]
         return [Value(shape, (why,) * len(shape)) for shape in shapes]
 
-    def _label(
-        self, eqn: Any, values: list[Value]
-    ) -> tuple[tuple[Value, ...], tuple[Value, ...]]:
+    def _label(self, eqn: Any, values: list[Value]) -> Step:
         """The operands as this equation sees them, and its results."""
-        known = [k for k, value in enumerate(values) if value.data]
-        if len(known) == len(values):
+        known = [value.data for value in values]
+        if all(known):
             operands = tuple(values)
-            return operands, data.derive(eqn, operands)
-        rule = RULES.get(eqn.primitive.name)
-        if known:
-            whole = rule.whole(eqn) if rule is not None else 0
-            for k in known:
-                if k >= whole:
-                    values[k] = self.view(values[k])
-        operands = tuple(values)
-        if rule is None:
-            return operands, tuple(self.unknown(eqn, *operands))
-        results = rule.label(self, eqn, *operands)
-        return operands, (results,) if isinstance(results, Value) else tuple(results)
+            return Step(eqn, operands, data.derive(eqn, operands))
+        rule = RULES.get(eqn.primitive.name, _NO_RULE)
+        if any(known):
+            for k in range(rule.whole(eqn), len(values)):
+                values[k] = self.view(values[k])
+        results = rule.label(self, eqn, *values)
+        outs = (results,) if isinstance(results, Value) else tuple(results)
+        return Step(eqn, tuple(values), outs, tuple(self._subs))
+
+
+_NO_RULE = Rule(Walk.unknown)
 
 
 def walk_program(program: Program, count: int) -> tuple[Ledger, Walked]:
@@ -162,7 +154,7 @@ def _walk_program(program: Program, count: int) -> tuple[Ledger, Walked]:
     ):
         shape = var.aval.shape
         if k < count:  # what is cut from a variable is zero in the masked program
-            axes = tuple(ledger.fresh_axis(n, zero=True) for n in shape)
+            axes = tuple([ledger.fresh_axis(n, zero=True) for n in shape])
         else:
             why = ledger.reason(f"coupled to the input {input_name(path)}")
             axes = (why,) * len(shape)
@@ -183,4 +175,4 @@ def unused(var: Any) -> Value:
 
 
 def _read(env: dict[Any, Value], var: Any) -> Value:
-    return data.constant(var.val) if isinstance(var, Literal) else env[var]
+    return data.literal(var) if isinstance(var, Literal) else env[var]

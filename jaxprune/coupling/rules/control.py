@@ -8,7 +8,7 @@ from jax import lax
 from jax.extend.core import DropVar
 
 from jaxprune.coupling.jaxprs import abstract, bind, scan_counts
-from jaxprune.coupling.labels import Axis, Column, Value, both, flags_on
+from jaxprune.coupling.labels import Axis, Value, both, flags_on, with_flags
 from jaxprune.coupling.registry import rule
 
 # --- calls ---------------------------------------------------------------------------
@@ -150,11 +150,8 @@ def _meet(walk: Any, a: Value, b: Value) -> Value:
 def _weaker(x: Axis, y: Axis) -> Axis:
     if isinstance(x, int) or isinstance(y, int):
         return x if isinstance(x, int) else y
-    flags = flags_on(x, y)
-    return tuple(
-        Column(column.units, both(column.zero, flag))
-        for column, flag in zip(x, flags, strict=True)
-    )
+    flags = [column.zero for column in x]
+    return with_flags(x, list(map(both, flags, flags_on(x, y))))
 
 
 def _flags(values: list[Value]) -> list[Any]:

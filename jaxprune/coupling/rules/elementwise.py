@@ -6,7 +6,7 @@ only in whether the result is 0 where the operands are.
 
 from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from jax.extend.core import Literal
@@ -14,30 +14,18 @@ from jax.extend.core import Literal
 from jaxprune.coupling.data import concrete
 from jaxprune.coupling.labels import (
     Axis,
-    Column,
     Value,
     Zero,
     both,
     either,
     flags_on,
+    map_zero,
+    with_flags,
     with_zero,
 )
 from jaxprune.coupling.registry import register_rule
 
-Flags = Sequence[Zero]
-
-
-def tie_all(walk: Any, axes: list[tuple[int, Axis]]) -> Axis:
-    """Ties the axes of several operands; returns the one with the most columns."""
-    first = axes[0][1]
-    chosen = first
-    for _, axis in axes[1:]:
-        walk.ledger.tie(first, axis)
-        if isinstance(axis, int) or (
-            not isinstance(chosen, int) and len(axis) > len(chosen)
-        ):
-            chosen = axis
-    return chosen
+Combine: TypeAlias = Callable[[Zero, Zero], Zero]  # folded over more operands
 
 
 def elementwise(zero: str) -> Callable[..., Value]:
@@ -51,95 +39,127 @@ def elementwise(zero: str) -> Callable[..., Value]:
 
     def label(walk: Any, eqn: Any, *values: Value) -> Value:
         shape = eqn.outvars[0].aval.shape
-        if len(values) == 1 and combine is not _never:
-            return Value(shape, values[0].axes)
-        axes = tuple(
-            [_axis(walk, eqn, values, d, n, combine) for d, n in enumerate(shape)]
-        )
-        return Value(shape, axes, zero == "any" and any(v.is_zero for v in values))
+        if len(values) == 1:
+            axes = values[0].axes
+            if combine is _never:
+                axes = tuple([with_zero(axis, False) for axis in axes])
+        elif len(values) == 2:
+            axes = _axes_of_two(walk, eqn, *values, combine)
+        else:
+            axes = [
+                join_axes(walk, eqn, values, d, n, combine) for d, n in enumerate(shape)
+            ]
+        is_zero = zero == "any" and any(value.is_zero for value in values)
+        return Value(shape, tuple(axes), is_zero)
 
     return label
 
 
-def _axis(walk: Any, eqn: Any, values: tuple[Value, ...], d: int, n: int, combine):
-    if len(values) == 1:
-        axis = values[0].axes[d]
-        return with_zero_of(axis, combine)
-    if len(values) == 2:
-        x, y = values
-        if len(x.shape) == len(y.shape) and x.shape[d] == n == y.shape[d]:
-            a, b = x.axes[d], y.axes[d]
-            if isinstance(a, int) or isinstance(b, int):
-                if a != b:
-                    walk.ledger.tie(a, b)
-                return b if isinstance(b, int) else a
-            if a is b and combine in _ALIKE:
-                return a  # the same labels: so are the flags
-    here = []
-    for k, v in enumerate(values):
-        if not v.shape:
-            continue
-        axis = v.axes[d]
-        if v.shape[d] == n:
-            here.append((k, axis))
-        elif not isinstance(axis, int):  # of size 1, spread over n: it cannot go
-            walk.ledger.freeze(axis, walk.ledger.reason("it is broadcast", eqn))
-    chosen = tie_all(walk, here)
+def _axes_of_two(
+    walk: Any, eqn: Any, x: Value, y: Value, combine: Combine
+) -> list[Axis]:
+    """The axes of two operands; a scalar or an axis of size 1 is there for all."""
+    if x.shape == y.shape:
+        return [_pair(walk, a, b, combine) for a, b in zip(x.axes, y.axes, strict=True)]
+
+    def x_alone(zero: Zero) -> Zero:
+        return combine(zero, y.is_zero)
+
+    def y_alone(zero: Zero) -> Zero:
+        return combine(x.is_zero, zero)
+
+    if not y.shape:
+        return [map_zero(axis, x_alone) for axis in x.axes]
+    if not x.shape:
+        return [map_zero(axis, y_alone) for axis in y.axes]
+    axes = []
+    for a, m, b, n in zip(x.axes, x.shape, y.axes, y.shape, strict=True):
+        if m == n:
+            axes.append(_pair(walk, a, b, combine))
+        elif n == 1:
+            _spread(walk, eqn, b)
+            axes.append(map_zero(a, x_alone))
+        else:
+            _spread(walk, eqn, a)
+            axes.append(map_zero(b, y_alone))
+    return axes
+
+
+def _pair(walk: Any, a: Axis, b: Axis, combine: Combine) -> Axis:
+    """Ties two axes of the same size."""
+    if a is b and combine in _IDEMPOTENT:
+        return a
+    walk.ledger.tie(a, b)
+    if isinstance(b, int):
+        return b
+    if isinstance(a, int):
+        return a
+    chosen = b if len(b) > len(a) else a
+    flags = map(combine, flags_on(chosen, a), flags_on(chosen, b))
+    return with_flags(chosen, list(flags))
+
+
+def _spread(walk: Any, eqn: Any, axis: Axis) -> None:
+    """An axis of size 1 is spread over a longer one: it cannot go."""
+    if not isinstance(axis, int):
+        walk.ledger.freeze(axis, walk.ledger.reason("it is broadcast", eqn))
+
+
+def join_axes(
+    walk: Any, eqn: Any, values: Sequence[Value], d: int, n: int, combine: Combine
+) -> Axis:
+    """Ties the axes `d`, of size `n`, of several operands, some of them scalars."""
+    here: dict[int, Axis] = {}
+    for k, value in enumerate(values):
+        if value.shape and value.shape[d] == n:
+            here[k] = value.axes[d]
+        elif value.shape:
+            _spread(walk, eqn, value.axes[d])
+    chosen = _tie_all(walk, list(here.values()))
     if isinstance(chosen, int):
         return chosen
-    alike = len(here) == len(values) and all(axis is chosen for _, axis in here)
-    if alike and combine in _ALIKE:
-        return chosen
-    present = dict(here)
     per_operand = [
-        flags_on(chosen, present[k]) if k in present else [v.is_zero] * len(chosen)
-        for k, v in enumerate(values)
+        flags_on(chosen, here[k]) if k in here else [value.is_zero] * len(chosen)
+        for k, value in enumerate(values)
     ]
-    return tuple(
-        Column(column.units, combine([flags[c] for flags in per_operand]))
-        for c, column in enumerate(chosen)
-    )
+    columns = zip(*per_operand, strict=True)
+    return with_flags(chosen, [reduce(combine, flags) for flags in columns])
 
 
-def with_zero_of(axis: Axis, combine: Callable[[Flags], Zero]) -> Axis:
-    """The flags of a unary function's result."""
-    if isinstance(axis, int) or combine is not _never:
-        return axis
-    return with_zero(axis, False)
+def _tie_all(walk: Any, axes: list[Axis]) -> Axis:
+    """Ties the axes of several operands; returns the one with the most columns."""
+    chosen = first = axes[0]
+    for axis in axes[1:]:
+        walk.ledger.tie(first, axis)
+        if isinstance(axis, int) or (
+            not isinstance(chosen, int) and len(axis) > len(chosen)
+        ):
+            chosen = axis
+    return chosen
 
 
-def _never(flags: Flags) -> Zero:
+def _never(a: Zero, b: Zero) -> Zero:
     return False
 
 
-def _first(flags: Flags) -> Zero:
-    return flags[0]
+def _first(a: Zero, b: Zero) -> Zero:
+    return a
 
 
-def _quotient(flags: Flags) -> Zero:
-    numerator, denominator = flags  # 0 / 0 is nan, not 0
-    if isinstance(denominator, bool):
-        return False if denominator else numerator
-    return False if denominator is True else both(numerator, ~denominator)
+def _quotient(a: Zero, b: Zero) -> Zero:
+    return both(a, not b if isinstance(b, bool) else ~b)  # 0 / 0 is nan, not 0
 
 
-def _any(flags: Flags) -> Zero:
-    return reduce(either, flags)
-
-
-def _all(flags: Flags) -> Zero:
-    return reduce(both, flags)
-
-
-_ALIKE = (_any, _all, _first)  # of equal flags they make the same
-
-_COMBINE: dict[str, Callable[[Flags], Zero]] = {
-    "any": _any,
-    "all": _all,
+_COMBINE: dict[str, Combine] = {
+    "any": either,
+    "all": both,
     "first": _first,
     "quotient": _quotient,
     "never": _never,
 }
+
+_IDEMPOTENT = (either, both, _first)
+
 
 # f(0) = 0
 KEEPS_ZERO = """
@@ -172,8 +192,10 @@ for _names, _zero in (
 def doubt_poles(walk: Any, eqn: Any, value: Value) -> None:
     """The masked program computes 1 / 0 or log 0 here, and nan * 0 is not 0."""
     for axis in value.axes:
-        for column in () if isinstance(axis, int) else axis:
-            units = column.units[np.broadcast_to(column.zero, column.units.shape)]
+        for units, zero in () if isinstance(axis, int) else axis:
+            if zero is False:
+                continue
+            units = units if zero is True else units[zero]
             if len(units):
                 what = "it is 0 where it is cut, and the result is not finite there"
                 walk.ledger.doubt(units, walk.ledger.reason(what, eqn))
@@ -208,15 +230,15 @@ def _pow(walk: Any, eqn: Any, x: Value, y: Value) -> Value:
 def _select_n(walk: Any, eqn: Any, which: Value, *cases: Value) -> Value:
     # 0 is picked from either side only if all cases are 0; the choice may be scalar.
     kinds = elementwise("all")
-    marked = Value(which.shape, tuple(with_zero(a, True) for a in which.axes), True)
-    result = kinds(walk, eqn, *cases, marked)
-    return result._replace(is_zero=all(case.is_zero for case in cases))
+    marked = Value(which.shape, tuple([with_zero(a, True) for a in which.axes]), True)
+    shape, axes, *_ = kinds(walk, eqn, *cases, marked)
+    return Value(shape, axes, all(case.is_zero for case in cases))
 
 
 def _extreme(walk: Any, eqn: Any, x: Value, y: Value) -> Value:
     # max(0, c) = 0 if c <= 0, min(0, c) = 0 if c >= 0: such a limit counts as a 0.
     is_limit = _at_most_0 if eqn.primitive.name == "max" else _at_least_0
-    x, y = (v._replace(is_zero=True) if is_limit(v) else v for v in (x, y))
+    x, y = [v._replace(is_zero=True) if is_limit(v) else v for v in (x, y)]
     return elementwise("all")(walk, eqn, x, y)
 
 

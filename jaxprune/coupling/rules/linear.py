@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxprune.coupling.jaxprs import bind
-from jaxprune.coupling.labels import Axis, Column, Value, either, flags_on, merge
+from jaxprune.coupling.labels import Axis, Value, either, flags_on, merge, with_flags
 from jaxprune.coupling.registry import rule
 
 
@@ -15,11 +15,8 @@ def _product(walk: Any, a: Axis, b: Axis) -> Axis:
     if isinstance(a, int) or isinstance(b, int):
         return a if isinstance(a, int) else b
     chosen, other = (a, b) if len(a) >= len(b) else (b, a)
-    flags = flags_on(chosen, other)
-    return tuple(
-        Column(column.units, either(column.zero, flag))
-        for column, flag in zip(chosen, flags, strict=True)
-    )
+    flags = [column.zero for column in chosen]
+    return with_flags(chosen, list(map(either, flags, flags_on(chosen, other))))
 
 
 def _narrow_dot(kept: Any, step: Any, lhs: Any, rhs: Any, *sizes: Any) -> Any:
@@ -98,9 +95,9 @@ def _conv_general_dilated(walk: Any, eqn: Any, lhs: Value, rhs: Value) -> Value:
         return walk.unknown(eqn, lhs, rhs)[0]
     numbers = params["dimension_numbers"]
     (batch, feature, *space), (out, into, *window) = numbers.lhs_spec, numbers.rhs_spec
+    why = ledger.reason("the window of a convolution", eqn)
     for value, spatial in ((lhs, space), (rhs, window)):
         for d in spatial:
-            why = ledger.reason("the window of a convolution", eqn)
             ledger.freeze(value.axes[d], why)
     groups = params["feature_group_count"]
     over = lhs.axes[feature], lhs.shape[feature]

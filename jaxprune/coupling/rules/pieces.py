@@ -14,12 +14,13 @@ from jaxprune.coupling.labels import (
     Axis,
     Column,
     Value,
+    both,
     concatenate,
     take,
     with_zero,
 )
 from jaxprune.coupling.registry import rule
-from jaxprune.coupling.rules.elementwise import _all, _axis
+from jaxprune.coupling.rules.elementwise import join_axes
 
 
 @rule("concatenate")
@@ -27,7 +28,7 @@ def _concatenate(walk: Any, eqn: Any, *values: Value) -> Value:
     shape, d = eqn.outvars[0].aval.shape, eqn.params["dimension"]
     joined = concatenate([v.axes[d] for v in values], [v.shape[d] for v in values])
     axes = tuple(
-        joined if k == d else _axis(walk, eqn, values, k, n, _all)
+        joined if k == d else join_axes(walk, eqn, values, k, n, both)
         for k, n in enumerate(shape)
     )
     return Value(shape, axes, all(v.is_zero for v in values))
@@ -192,7 +193,7 @@ def _tile(walk: Any, eqn: Any, value: Value) -> Value:
 def _stack(walk: Any, eqn: Any, *values: Value) -> Value:
     d, shape = eqn.params["axis"], values[0].shape
     why = walk.ledger.reason("values are stacked on it", eqn)
-    axes = [_axis(walk, eqn, values, k, n, _all) for k, n in enumerate(shape)]
+    axes = [join_axes(walk, eqn, values, k, n, both) for k, n in enumerate(shape)]
     axes.insert(d, why)
     zero = all(value.is_zero for value in values)
     return Value(eqn.outvars[0].aval.shape, tuple(axes), zero)

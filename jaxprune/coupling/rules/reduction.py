@@ -2,14 +2,14 @@
 
 from typing import Any
 
-from jaxprune.coupling.labels import Value, with_zero
+from jaxprune.coupling.labels import Value, both, with_zero
 from jaxprune.coupling.registry import rule
-from jaxprune.coupling.rules.elementwise import _all, _axis
+from jaxprune.coupling.rules.elementwise import join_axes
 
 
 def _drop(value: Value, gone: Any) -> tuple[tuple[int, ...], tuple]:
     stay = [d for d in range(len(value.shape)) if d not in gone]
-    return tuple(value.shape[d] for d in stay), tuple(value.axes[d] for d in stay)
+    return tuple([value.shape[d] for d in stay]), tuple([value.axes[d] for d in stay])
 
 
 @rule("reduce_sum")
@@ -82,7 +82,7 @@ def _sort(walk: Any, eqn: Any, *values: Value) -> list[Value]:
     for value in values:
         walk.ledger.freeze(value.axes[d], why)
     axes = tuple(
-        why if k == d else _axis(walk, eqn, values, k, n, _all)
+        why if k == d else join_axes(walk, eqn, values, k, n, both)
         for k, n in enumerate(values[0].shape)
     )
     return [Value(value.shape, axes) for value in values]

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jaxprune.coupling.jaxprs import bind
-from jaxprune.coupling.labels import Axis, Value, take
+from jaxprune.coupling.labels import Axis, Value, both, take
 from jaxprune.coupling.registry import rule
-from jaxprune.coupling.rules.elementwise import _all, _axis
+from jaxprune.coupling.rules.elementwise import join_axes
 from jaxprune.coupling.rules.indexing import _indices, _updated
 
 
@@ -95,7 +95,7 @@ def _scatter(walk: Any, eqn: Any, operand: Value, index: Value, update: Value) -
             axes.append(_written(ledger, eqn, axis, update, writes[d]))
         elif k is not None and d not in indexed and update.shape[k] == n:
             pair = Value((n,), (axis,)), Value((n,), (update.axes[k],))
-            axes.append(_axis(walk, eqn, pair, 0, n, _all))
+            axes.append(join_axes(walk, eqn, pair, 0, n, both))
         else:
             ledger.freeze(axis, why)
             axes.append(why)

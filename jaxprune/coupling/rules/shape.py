@@ -34,11 +34,11 @@ def _broadcast_in_dim(walk: Any, eqn: Any, value: Value, *dynamic: Value) -> Val
         elif not isinstance(axis, int):
             walk.ledger.freeze(axis, walk.ledger.reason("it is broadcast", eqn))
     # A broadcast axis holds copies: it takes whatever size its use asks for.
-    filled = tuple(
+    filled = [
         walk.ledger.fresh_axis(n, zero=value.is_zero) if axis is None else axis
         for axis, n in zip(axes, shape, strict=True)
-    )
-    return Value(tuple(shape), filled, value.is_zero)
+    ]
+    return Value(tuple(shape), tuple(filled), value.is_zero)
 
 
 def _narrow_iota(kept: Any, step: Any) -> Any:
@@ -94,10 +94,17 @@ def reshape_axes(
     if 0 in shape:  # nothing moves, so nothing is coupled
         return tuple(walk.ledger.fresh_axis(n, zero=True) for n in shape)
     why = walk.ledger.reason("an axis of size 1")
-    axes: list[Axis] = [why] * len(shape)
+    sizes, moved = [], []
     for axis, n in zip(value.axes, value.shape, strict=True):
-        if n == 1 and not isinstance(axis, int):
+        if n != 1:
+            sizes.append(n)
+            moved.append(axis)
+        elif not isinstance(axis, int):
             walk.ledger.freeze(axis, walk.ledger.reason("its axis is dropped", eqn))
+    if sizes == [n for n in shape if n != 1]:  # only axes of size 1 come and go
+        rest = iter(moved)
+        return tuple([why if n == 1 else next(rest) for n in shape])
+    axes: list[Axis] = [why] * len(shape)
     for run_a, run_b in segments(value.shape, shape):
         sizes_a = [value.shape[d] for d in run_a]
         merged = merge([value.axes[d] for d in run_a], sizes_a)
@@ -137,5 +144,5 @@ def _squeeze(walk: Any, eqn: Any, value: Value) -> Value:
 @rule("transpose")
 def _transpose(walk: Any, eqn: Any, value: Value) -> Value:
     order = eqn.params["permutation"]
-    shape = tuple(value.shape[d] for d in order)
-    return Value(shape, tuple(value.axes[d] for d in order), value.is_zero)
+    shape = tuple([value.shape[d] for d in order])
+    return Value(shape, tuple([value.axes[d] for d in order]), value.is_zero)
