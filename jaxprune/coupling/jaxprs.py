@@ -77,7 +77,7 @@ class Program:
 
 def is_array(leaf: Any) -> bool:
     """Is this leaf traced? Everything else (bools, strings, numbers) is static."""
-    return isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
+    return isinstance(leaf, (jax.ShapeDtypeStruct, np.ndarray, np.generic, jax.Array))
 
 
 def keystr(path: Any) -> str:
@@ -89,6 +89,11 @@ def input_name(path: str) -> str:
     """``args/1/x`` or ``kwargs/x`` for the path of an input leaf."""
     head, _, rest = path.partition("/")
     return f"{'args' if head == '0' else 'kwargs'}/{rest}"
+
+
+def variable_name(path: str) -> str:
+    """``params/w`` for the path of an input leaf in the first argument."""
+    return path.removeprefix("0/0").removeprefix("/")
 
 
 @functools.lru_cache(maxsize=64)
@@ -113,9 +118,10 @@ _ARRAY = object()
 def trace_program(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Program:
     """Traces `fn` from arrays or shapes; leaves that are no arrays are static."""
     flat, tree = jax.tree_util.tree_flatten_with_path((args, kwargs))
-    static = tuple(_ARRAY if is_array(leaf) else leaf for _, leaf in flat)
+    static = tuple([_ARRAY if is_array(leaf) else leaf for _, leaf in flat])
     types = tuple(map(type, static))
-    avals = [abstract(leaf) for _, leaf in flat if is_array(leaf)]
+    arrays = [entry for entry, leaf in zip(flat, static, strict=True) if leaf is _ARRAY]
+    avals = [abstract(leaf) for _, leaf in arrays]
     try:
         jitted = _flat(fn, tree, static, types)
     except TypeError:  # something static cannot be hashed: trace without the cache
@@ -130,7 +136,7 @@ def trace_program(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Program:
     outs, out_tree = jax.tree_util.tree_flatten_with_path(out_info)
     return Program(
         closed,
-        [keystr(path) for path, leaf in flat if is_array(leaf)],
+        [keystr(path) for path, _ in arrays],
         [keystr(path) for path, _ in outs],
         out_tree,
     )
@@ -142,6 +148,8 @@ def abstract(leaf: Any, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeS
     Keeps what decides how JAX types a program: dtype, weak type and, inside
     `jax.shard_map`, along which axes of the mesh the array varies.
     """
+    if type(leaf) is jax.ShapeDtypeStruct and leaf.sharding is None and shape is None:
+        return leaf  # it is that already
     aval = getattr(leaf, "aval", leaf)
     options = {"weak_type": getattr(aval, "weak_type", False)}
     sharding = getattr(aval, "sharding", None)

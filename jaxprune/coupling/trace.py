@@ -1,12 +1,11 @@
 """`trace`: from any JAX function to the groups of axes that belong together."""
 
 import fnmatch
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import Literal
 
 from jaxprune.coupling.balance import Balance, balance_groups
 from jaxprune.coupling.collect import collect_groups, find_groups
@@ -16,6 +15,7 @@ from jaxprune.coupling.jaxprs import (
     is_array,
     keystr,
     trace_program,
+    variable_name,
 )
 from jaxprune.coupling.labels import Value
 from jaxprune.coupling.ledger import Ledger
@@ -80,11 +80,12 @@ def trace(
     """
     program = trace_program(apply_fn, variables, *args, **kwargs)
     leaves, treedef = jax.tree_util.tree_flatten_with_path(variables)
-    names = [keystr(path) for path, _ in leaves]
-    named = [(name, leaf) for name, (_, leaf) in zip(names, leaves, strict=True)]
-    shapes = {name: tuple(np.shape(leaf)) for name, leaf in named}
-    arrays = [name for name, leaf in named if is_array(leaf)]
-    ledger, walked = walk_program(program, len(arrays))
+    count = sum([is_array(leaf) for _, leaf in leaves])
+    arrays = [variable_name(path) for path in program.paths[:count]]
+    traced = iter(arrays)
+    names = [next(traced) if is_array(x) else keystr(path) for path, x in leaves]
+    shapes = {name: np.shape(x) for name, (_, x) in zip(names, leaves, strict=True)}
+    ledger, walked = walk_program(program, count)
     known = dict(zip(arrays, walked.ins, strict=False))
     _pin(ledger, known, pin)
     twins = _close_outputs(ledger, program, walked.outs, known, unpin)
@@ -164,30 +165,35 @@ def _order_by_use(
     ledger: Ledger, walked: Walked, known: dict[str, Value]
 ) -> dict[str, Value]:
     """The variables in the order of their first use; the unused are pinned."""
-    place = {var: k for k, var in enumerate(_first_uses(walked))}
-    used = dict(zip(known, walked.jaxpr.invars, strict=False))
+    inputs = zip(map(id, walked.jaxpr.invars), known, strict=False)
+    used = _first_uses(walked, dict(inputs))
     why = ledger.reason("the program does not use it")
     for name, value in known.items():
-        if used[name] not in place:
+        if name not in used:
             for axis in value.axes:
                 ledger.freeze(axis, why)
-    order = sorted(known, key=lambda name: place.get(used[name], len(place)))
-    return {name: known[name] for name in order}
+    return {name: known[name] for name in {**used, **known}}
 
 
-def _first_uses(walked: Walked) -> list[Any]:
-    """The variables of a program in the order in which its equations first read them.
+def _first_uses(walked: Walked, inputs: Mapping[int, str]) -> dict[str, None]:
+    """The named inputs of a program in the order in which its equations read them.
 
     Looks into inner programs whose inputs are the operands of their equation (jit,
     remat, scan); the operands of others count in the order they are listed in.
+
+    Args:
+        walked: the program.
+        inputs: id of an input variable -> name.
     """
-    found: dict[Any, None] = {}
+    used: dict[str, None] = {}
     for step in walked.steps:
-        operands = step.eqn.invars
-        if step.subs and len(step.subs[0].ins) == len(operands):
+        operands = [v for v in map(id, step.eqn.invars) if v in inputs]
+        if not operands:
+            continue
+        if step.subs and len(step.subs[0].ins) == len(step.eqn.invars):
             inner = step.subs[0]
-            outer = dict(zip(inner.jaxpr.invars, operands, strict=True))
-            first = [outer[v] for v in _first_uses(inner) if v in outer]
-            operands = [*first, *operands]
-        found.update((v, None) for v in operands if not isinstance(v, Literal))
-    return list(found)
+            pairs = zip(inner.jaxpr.invars, step.eqn.invars, strict=True)
+            within = {id(v): inputs[id(w)] for v, w in pairs if id(w) in inputs}
+            used.update(_first_uses(inner, within))
+        used.update((inputs[v], None) for v in operands)
+    return used

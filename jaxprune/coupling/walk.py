@@ -62,14 +62,18 @@ class Walk:
         calls = self.ledger.calls
         for eqn in join_shuffles(live_equations(jaxpr, used), jaxpr.outvars):
             self._subs = []
+            values = [
+                data.literal(v) if isinstance(v, Literal) else env[v]
+                for v in eqn.invars
+            ]
             calls.append(eqn)
-            step = self._label(eqn, [_read(env, v) for v in eqn.invars])
+            step = self._label(eqn, values)
             calls.pop()
             env.update(zip(eqn.outvars, step.outs, strict=True))
             steps.append(step)
         self._subs = outer
         outs = [
-            _read(env, v) if isinstance(v, Literal) or v in env else unused(v)
+            data.literal(v) if isinstance(v, Literal) else env.get(v) or unused(v)
             for v in jaxpr.outvars
         ]
         return Walked(jaxpr, consts, list(ins), outs, steps)
@@ -116,7 +120,7 @@ class Walk:
         return [Value(shape, (why,) * len(shape)) for shape in shapes]
 
     def _label(self, eqn: Any, values: list[Value]) -> Step:
-        """The operands as this equation sees them, and its results."""
+        """The equation on these operands: what it sees of them, and its results."""
         known = [value.data for value in values]
         if all(known):
             operands = tuple(values)
@@ -172,7 +176,3 @@ def unused(var: Any) -> Value:
     """A result that nothing needs."""
     shape = getattr(var.aval, "shape", ())
     return Value(shape, (0,) * len(shape))
-
-
-def _read(env: dict[Any, Value], var: Any) -> Value:
-    return data.literal(var) if isinstance(var, Literal) else env[var]

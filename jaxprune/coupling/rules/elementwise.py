@@ -94,6 +94,8 @@ def _pair(walk: Any, a: Axis, b: Axis, combine: Combine) -> Axis:
         return b
     if isinstance(a, int):
         return a
+    if len(a) == len(b) == 1:  # the usual case
+        return with_flags(a, [combine(a[0].zero, b[0].zero)])
     chosen = b if len(b) > len(a) else a
     flags = map(combine, flags_on(chosen, a), flags_on(chosen, b))
     return with_flags(chosen, list(flags))
@@ -238,7 +240,9 @@ def _select_n(walk: Any, eqn: Any, which: Value, *cases: Value) -> Value:
 def _extreme(walk: Any, eqn: Any, x: Value, y: Value) -> Value:
     # max(0, c) = 0 if c <= 0, min(0, c) = 0 if c >= 0: such a limit counts as a 0.
     is_limit = _at_most_0 if eqn.primitive.name == "max" else _at_least_0
-    x, y = [v._replace(is_zero=True) if is_limit(v) else v for v in (x, y)]
+    x, y = [
+        v._replace(is_zero=True) if not v.is_zero and is_limit(v) else v for v in (x, y)
+    ]
     return elementwise("all")(walk, eqn, x, y)
 
 
