@@ -13,7 +13,7 @@ from typing import Any
 from jax.extend.core import Primitive
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Rule:
     """How one primitive moves labels, and how it runs on smaller operands.
 

@@ -209,7 +209,7 @@ def _with_pole(walk: Any, eqn: Any, value: Value) -> Value:
 
 
 def _divide(walk: Any, eqn: Any, x: Value, y: Value) -> Value:
-    if not np.issubdtype(eqn.outvars[0].aval.dtype, np.integer):
+    if eqn.outvars[0].aval.dtype.kind not in "iu":
         doubt_poles(walk, eqn, y)
     return elementwise("quotient")(walk, eqn, x, y)
 
