@@ -56,8 +56,8 @@ class Walk:
     ) -> Walked:
         """Walks a jaxpr (closed or open) whose inputs carry the labels `ins`."""
         jaxpr, consts = opened(jaxpr)
-        env: dict[Any, Value] = dict(zip(jaxpr.invars, ins, strict=True))
-        env.update(zip(jaxpr.constvars, map(data.constant, consts), strict=True))
+        known = [*ins, *map(data.constant, consts)]
+        env = dict(zip([*jaxpr.invars, *jaxpr.constvars], known, strict=True))
         outer, steps = self._subs, []
         calls = self.ledger.calls
         for eqn in join_shuffles(live_equations(jaxpr, used), jaxpr.outvars):
@@ -69,7 +69,11 @@ class Walk:
             calls.append(eqn)
             step = self._label(eqn, values)
             calls.pop()
-            env.update(zip(eqn.outvars, step.outs, strict=True))
+            if len(step.outs) == 1:  # nearly always, and quicker
+                [var] = eqn.outvars
+                [env[var]] = step.outs
+            else:
+                env.update(zip(eqn.outvars, step.outs, strict=True))
             steps.append(step)
         self._subs = outer
         outs = [
