@@ -18,9 +18,9 @@ from jax.core import Tracer
 
 from jaxprune.coupling.groups import Groups
 from jaxprune.coupling.jaxprs import keystr
+from jaxprune.positions import BoolArray, outer_mask
 
 PyTree = Any
-BoolArray = Any  # numpy where concrete, jax inside jit
 
 
 def expand_masks(groups: Groups, keep: Mapping[str, BoolArray]) -> PyTree:
@@ -58,13 +58,18 @@ def expand_masks(groups: Groups, keep: Mapping[str, BoolArray]) -> PyTree:
     cuts: dict[str, dict[int, BoolArray]] = {}
     for name, units in keep.items():
         units = _checked_units(groups, name, units)
+        known: dict[int, BoolArray] = {}  # many members share one index
         for member in groups[name].members:
             axes = cuts.setdefault(member.path, {})
             size = groups.shapes[member.path][member.axis]
-            kept = _kept_positions(member.index, units, size)
-            axes[member.axis] = axes.get(member.axis, np.array(True)) & kept
+            kept = known.get(id(member.index))
+            if kept is None or len(kept) != size:
+                kept = _kept_positions(member.index, units, size)
+                known[id(member.index)] = kept
+            before = axes.get(member.axis)
+            axes[member.axis] = kept if before is None else before & kept
     return groups.treedef.unflatten(
-        _outer_and(cuts.get(path, {}), len(shape))
+        outer_mask(cuts.get(path, {}), len(shape))
         for path, shape in groups.shapes.items()
     )
 
@@ -135,39 +140,6 @@ def sparsity(masks: PyTree, params: PyTree | None = None) -> float:
         total += size
         removed += size and _count_removed(path, mask) * (size // mask.size)
     return removed / total if total else 0.0
-
-
-def axis_keep(
-    mask: np.ndarray, shape: tuple[int, ...]
-) -> tuple[np.ndarray | None, ...]:
-    """Which positions of every axis survive: those kept anywhere along the others.
-
-    A singleton axis of the mask says nothing about positions: it keeps them all. So a
-    mask of shape (1, n) that is False throughout removes n columns, but no row.
-
-    Args:
-        mask: concrete bools that broadcast to `shape`, True = kept.
-        shape: the shape of the masked leaf.
-
-    Returns:
-        For every axis bool ``[shape[axis]]``, or None where all positions are kept.
-
-    Example:
-        >>> import numpy as np
-        >>> axis_keep(np.array([[True, False, True]]), (2, 3))
-        (None, array([ True, False,  True]))
-    """
-    if mask.ndim == 0:
-        return tuple(None if mask else np.zeros(size, bool) for size in shape)
-    kept = []
-    for axis, size in enumerate(mask.shape):
-        if size == 1:
-            kept.append(None)
-            continue
-        others = tuple(other for other in range(mask.ndim) if other != axis)
-        positions = mask.any(axis=others)
-        kept.append(None if positions.all() else positions)
-    return tuple(kept)
 
 
 def named_leaves(tree: PyTree) -> dict[str, Any]:
@@ -295,24 +267,6 @@ def _count_removed(path: str, mask: BoolArray) -> int:
         return mask.size - int(np.count_nonzero(concrete(path, mask)))
     # Counted where the mask lives: it may be sharded over several hosts.
     return int(jnp.sum(~mask, dtype=jnp.uint32))
-
-
-def _outer_and(axes: Mapping[int, BoolArray], ndim: int) -> BoolArray:
-    mask = np.array(True)
-    # An axis that loses everything empties the leaf; what the others lose would be
-    # lost in the outer AND, and no longer matters.
-    empty = {axis: kept for axis, kept in axes.items() if _is_empty(kept)}
-    for axis, kept in (empty or axes).items():
-        if isinstance(kept, np.ndarray) and kept.all():
-            continue
-        mask = mask & kept.reshape(
-            [-1 if other == axis else 1 for other in range(ndim)]
-        )
-    return mask
-
-
-def _is_empty(kept: BoolArray) -> bool:
-    return isinstance(kept, np.ndarray) and not kept.any()
 
 
 def _different_leaves(leaves: Iterable[str], mask_leaves: Iterable[str]) -> str:

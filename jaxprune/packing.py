@@ -17,12 +17,12 @@ import numpy as np
 
 from jaxprune.masks import (
     PyTree,
-    axis_keep,
     check_broadcast,
     concrete,
     named_leaves,
     pair_masks,
 )
+from jaxprune.positions import axis_keep
 
 
 class PackedMasks(NamedTuple):

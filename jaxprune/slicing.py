@@ -5,7 +5,6 @@ abstract: a ShapeDtypeStruct is sliced to a smaller ShapeDtypeStruct.
 """
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +15,6 @@ import optax
 
 from jaxprune.masks import (
     PyTree,
-    axis_keep,
     check_broadcast,
     concrete,
     named_leaves,
@@ -25,6 +23,7 @@ from jaxprune.masks import (
 )
 from jaxprune.packing import PackedMasks, slice_bits
 from jaxprune.placement import all_placed_like, empty, on_all_cores, on_host
+from jaxprune.positions import axis_keep, keeps_whole_positions
 
 
 def slice_params(params: PyTree, masks: PyTree) -> PyTree:
@@ -210,19 +209,12 @@ def _slice_leaf(path: str, leaf: Any, mask: Any) -> Any:
         )
     cut = [(axis, keep) for axis, keep in enumerate(kept) if keep is not None]
     small = _take(leaf, cut)
-    if _nothing_inside(mask, kept):
+    if keeps_whole_positions(mask, kept):
         return small
     for axis, positions in cut:
         if mask.ndim and mask.shape[axis] > 1:
             mask = np.compress(positions, mask, axis)
     return zero_removed(small, mask)
-
-
-def _nothing_inside(mask: np.ndarray, kept: Sequence[np.ndarray | None]) -> bool:
-    """Does the mask remove whole positions of axes only?"""
-    sizes = zip(mask.shape, kept[: mask.ndim], strict=True)
-    inside = (n if n == 1 or k is None else np.count_nonzero(k) for n, k in sizes)
-    return np.count_nonzero(mask) == math.prod(inside)
 
 
 def _take(leaf: Any, cut: Sequence[tuple[int, np.ndarray]]) -> Any:

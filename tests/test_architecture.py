@@ -13,7 +13,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 
 # From the bottom up. A module may import from its own layer's package and from below.
 LAYERS = [
-    ["placement", "coupling.groups", "coupling.jaxprs"],
+    ["placement", "positions", "coupling.groups", "coupling.jaxprs"],
     ["masks"],
     ["coupling", "packing", "schedules", "thresholds"],
     ["taps"],

@@ -8,7 +8,6 @@ import pytest
 
 from jaxprune.masks import (
     apply_masks,
-    axis_keep,
     expand_masks,
     named_leaves,
     parameter_paths,
@@ -149,21 +148,6 @@ def test_sparsity_never_guesses_what_a_broadcast_mask_stands_for():
         sparsity({"w": np.ones((1, 2), bool)})
     with pytest.raises(TypeError, match=r"masks\[w\] is traced"):
         jax.jit(sparsity)({"w": np.ones(2, bool)})
-
-
-def test_axis_keep_is_any_over_the_other_axes():
-    rng = np.random.default_rng(0)
-    mask = rng.random((3, 4, 5)) < 0.1
-    mask[0] = mask[:, 1] = False
-    mask[1, 0, :] = True
-    for axis, kept in enumerate(axis_keep(mask, mask.shape)):
-        alive = [mask.take(i, axis).any() for i in range(mask.shape[axis])]
-        np.testing.assert_array_equal(np.array(alive) if kept is None else kept, alive)
-    assert axis_keep(mask, mask.shape)[2] is None
-    assert axis_keep(np.array(True), (3, 4)) == (None, None)
-    rows, columns = axis_keep(np.zeros((1, 2), bool), (3, 2))
-    assert rows is None  # a singleton axis says nothing about positions
-    np.testing.assert_array_equal(columns, [False] * 2)
 
 
 def test_only_the_params_collection_holds_parameters():

@@ -1,7 +1,7 @@
 """`narrow`: any JAX function, as if it had been written for the smaller shapes."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from jaxprune.coupling.jaxprs import (
     trace_program,
 )
 from jaxprune.coupling.replay import Restricted, restrict
-from jaxprune.masks import axis_keep
+from jaxprune.positions import axis_keep
 
 
 def narrow(apply_fn: Callable[..., Any], masks: Any) -> Callable[..., Any]:
@@ -64,7 +64,7 @@ def narrow(apply_fn: Callable[..., Any], masks: Any) -> Callable[..., Any]:
         Array([[15., 15.]], dtype=float32)
     """
     leaves, treedef = jax.tree_util.tree_flatten_with_path(masks)
-    flat = {keystr(path): _concrete(keystr(path), mask) for path, mask in leaves}
+    flat = [(name := keystr(path), _concrete(name, mask)) for path, mask in leaves]
     restricted: dict[Program, Restricted] = {}
 
     @functools.wraps(apply_fn)
@@ -96,10 +96,10 @@ def _concrete(name: str, mask: Any) -> np.ndarray:
 
 
 def _full_shapes(
-    variables: Any, masks: dict[str, np.ndarray], treedef: Any
+    variables: Any, masks: Sequence[tuple[str, np.ndarray]], treedef: Any
 ) -> tuple[Any, list[list[Alive]]]:
     """The variables at their original shapes, and which positions of each live."""
-    leaves, tree = jax.tree_util.tree_flatten_with_path(variables)
+    leaves, tree = jax.tree.flatten(variables)
     if tree != treedef:
         raise ValueError(
             f"variables have the tree structure {tree}, but the masks were made for "
@@ -107,15 +107,14 @@ def _full_shapes(
         )
     full: list[Any] = []
     alive: list[list[Alive]] = []
-    for path, leaf in leaves:
+    for leaf, (name, mask) in zip(leaves, masks, strict=True):
         if not is_array(leaf):
             full.append(leaf)
             continue
-        name = keystr(path)
-        shape = _full_shape(name, np.shape(leaf), masks[name])
-        keep: list[Alive] = list(axis_keep(masks[name], shape))
+        shape = _full_shape(name, np.shape(leaf), mask)
+        keep: list[Alive] = list(axis_keep(mask, shape))
         _check_sliced(name, np.shape(leaf), shape, keep)
-        if masks[name].ndim and not masks[name].any():
+        if mask.ndim and not mask.any():
             # An emptied leaf: its other axes follow whatever they are coupled to.
             keep = [SILENT if mask is None else mask for mask in keep]
         full.append(abstract(leaf, shape))
@@ -138,7 +137,7 @@ def _check_sliced(
     name: str, small: tuple[int, ...], full: tuple[int, ...], keep: list
 ) -> None:
     for d, (got, mask) in enumerate(zip(small, keep, strict=True)):
-        expected = full[d] if mask is None else int(mask.sum())
+        expected = full[d] if mask is None else int(np.count_nonzero(mask))
         if got != expected:
             cause = (
                 "they have not been sliced with these masks (see slice_params)"

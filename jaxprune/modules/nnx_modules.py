@@ -11,8 +11,9 @@ from flax import nnx
 
 from jaxprune.coupling.jaxprs import is_array
 from jaxprune.coupling.narrow import narrow
-from jaxprune.masks import PyTree, axis_keep, concrete, named_leaves
+from jaxprune.masks import PyTree, concrete, named_leaves
 from jaxprune.modules.nnx_layers import Kept, fit_sizes, refusal
+from jaxprune.positions import axis_keep
 from jaxprune.slicing import slice_params
 
 TOLERANCE = 2e-5  # of the largest output, in float32; coarser types round coarser
