@@ -30,10 +30,10 @@ def scan_counts(params: Any) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
-def bind(eqn: Any, *operands: Any) -> list[Any]:
-    """Runs one equation as it stands; always a list of results."""
+def bind(eqn: Any, *operands: Any, **changed: Any) -> list[Any]:
+    """Runs one equation, with these parameters changed; always a list of results."""
     with eqn.ctx.manager:
-        params = eqn.primitive.get_bind_params(eqn.params)
+        params = eqn.primitive.get_bind_params(eqn.params | changed)
         outs = eqn.primitive.bind(*operands, **params)
     return list(outs) if eqn.primitive.multiple_results else [outs]
 

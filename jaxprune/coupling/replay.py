@@ -27,21 +27,23 @@ class Kept:
 
     def __init__(self, alive_units: np.ndarray) -> None:
         self._alive = alive_units
-        self._seen: dict[int, tuple[Axis, Alive, int]] = {}
+        # By id, together with what has this id, so that it stays its own.
+        self._masks: dict[int, tuple[Axis, Alive]] = {}
+        self._shapes: dict[int, tuple[Value, tuple[int, ...]]] = {}
 
     def mask(self, axis: Axis) -> Alive:
         """Which positions of an axis live; None if all do."""
-        return None if isinstance(axis, int) else self._look(axis)[1]
-
-    def _look(self, axis: Any) -> tuple[Axis, Alive, int]:
-        """The axis, kept so that its id stays its own; its mask; how many live."""
-        found = self._seen.get(id(axis))
+        if isinstance(axis, int):
+            return None
+        found = self._masks.get(id(axis))
         if found is None:
-            alive = np.logical_and.reduce([self._alive[c.units] for c in axis])
-            size = int(np.count_nonzero(alive))
-            found = axis, None if size == len(alive) else alive, size
-            self._seen[id(axis)] = found
-        return found
+            first, *others = axis
+            alive = self._alive[first.units]
+            for column in others:
+                alive &= self._alive[column.units]
+            found = axis, None if alive.all() else alive
+            self._masks[id(axis)] = found
+        return found[1]
 
     def positions(self, axis: Axis) -> np.ndarray | None:
         """The living positions of an axis; None if all are."""
@@ -53,9 +55,14 @@ class Kept:
         return [self.mask(axis) for axis in value.axes]
 
     def shape(self, value: Value) -> tuple[int, ...]:
-        """The size of a value when dead positions are gone."""
-        axes = zip(value.axes, value.shape, strict=True)
-        return tuple([n if isinstance(a, int) else self._look(a)[2] for a, n in axes])
+        """The size of a value when dead positions are gone; its own if all live."""
+        found = self._shapes.get(id(value))
+        if found is None:
+            masks = [self.mask(axis) for axis in value.axes]
+            cut = any(mask is not None for mask in masks)
+            found = value, _sizes(value.shape, masks) if cut else value.shape
+            self._shapes[id(value)] = found
+        return found[1]
 
     def cut(self, x: Any, value: Value) -> Any:
         """Drops the dead positions of an array of full size."""
@@ -75,11 +82,7 @@ class Kept:
 
     def touches(self, *values: Value) -> bool:
         """Is any axis of these values cut?"""
-        return any(
-            not isinstance(axis, int) and self._look(axis)[1] is not None
-            for value in values
-            for axis in value.axes
-        )
+        return any(self.shape(value) is not value.shape for value in values)
 
     def replay(self, walked: Walked, args: Sequence[Any]) -> list[Any]:
         """Evaluates a walked program on operands without dead positions."""
@@ -133,6 +136,11 @@ class Kept:
         """`fn(*avals)`, traced at full size, for inputs of which `alive` stay."""
         program = trace_program(fn, *avals)
         return restrict(program, alive)
+
+
+def _sizes(shape: Sequence[int], masks: Sequence[Alive]) -> tuple[int, ...]:
+    alive = zip(shape, masks, strict=True)
+    return tuple([n if m is None else int(np.count_nonzero(m)) for n, m in alive])
 
 
 def take_positions(x: Any, positions: np.ndarray, d: int) -> Any:

@@ -66,25 +66,30 @@ def _full_avals(eqn: Any) -> list[jax.ShapeDtypeStruct]:
 
 def _narrow_custom_jvp(kept: Any, step: Any, *operands: Any) -> Any:
     eqn = step.eqn
-    avals = _full_avals(eqn)
-    smooth = [k for k, a in enumerate(avals) if jnp.issubdtype(a.dtype, jnp.inexact)]
-    alive = [kept.alive(value) for value in step.ins]
 
     @jax.custom_jvp
     def call(*args: Any) -> Any:
         return kept.replay(step.subs[0], args)
 
-    def full_jvp(primals: Any, tangents: Any) -> Any:
-        def of_smooth(*xs: Any) -> Any:
-            every = list(primals)
-            for k, x in zip(smooth, xs, strict=True):
-                every[k] = x
-            return bind(eqn, *every)
-
-        return jax.jvp(of_smooth, tuple(primals[k] for k in smooth), tuple(tangents))
-
     @call.defjvp
     def call_jvp(primals: Any, tangents: Any) -> Any:
+        avals = _full_avals(eqn)
+        alive = [kept.alive(value) for value in step.ins]
+        smooth = [
+            k for k, a in enumerate(avals) if jnp.issubdtype(a.dtype, jnp.inexact)
+        ]
+
+        def full_jvp(primals: Any, tangents: Any) -> Any:
+            def of_smooth(*xs: Any) -> Any:
+                every = list(primals)
+                for k, x in zip(smooth, xs, strict=True):
+                    every[k] = x
+                return bind(eqn, *every)
+
+            return jax.jvp(
+                of_smooth, tuple(primals[k] for k in smooth), tuple(tangents)
+            )
+
         run = kept.narrow_call(
             full_jvp,
             (avals, [avals[k] for k in smooth]),

@@ -81,11 +81,10 @@ def _narrow_conv(kept: Any, step: Any, lhs: Any, rhs: Any) -> Any:
     if 0 in lhs.shape or 0 in rhs.shape:
         out = step.eqn.outvars[0].aval
         return jnp.zeros(kept.shape(step.outs[0]), out.dtype)
-    params = dict(step.eqn.params)
-    numbers = params["dimension_numbers"]
+    numbers = step.eqn.params["dimension_numbers"]
     per_group = rhs.shape[numbers.rhs_spec[1]]
-    params["feature_group_count"] = lhs.shape[numbers.lhs_spec[1]] // per_group
-    return step.eqn.primitive.bind(lhs, rhs, **params)
+    groups = lhs.shape[numbers.lhs_spec[1]] // per_group
+    return bind(step.eqn, lhs, rhs, feature_group_count=groups)
 
 
 @rule("conv_general_dilated", narrow=_narrow_conv)

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from jax import lax
 
+from jaxprune.coupling.jaxprs import bind
 from jaxprune.coupling.labels import (
     Axis,
     Value,
@@ -20,8 +21,7 @@ from jaxprune.coupling.registry import rule
 
 
 def _narrow_broadcast(kept: Any, step: Any, x: Any) -> Any:
-    dims = step.eqn.params["broadcast_dimensions"]
-    return lax.broadcast_in_dim(x, kept.shape(step.outs[0]), dims)
+    return bind(step.eqn, x, shape=kept.shape(step.outs[0]))
 
 
 @rule("broadcast_in_dim", narrow=_narrow_broadcast)
@@ -118,7 +118,7 @@ def reshape_axes(
 
 
 def _narrow_reshape(kept: Any, step: Any, x: Any) -> Any:
-    return lax.reshape(x, kept.shape(step.outs[0]))
+    return bind(step.eqn, x, new_sizes=kept.shape(step.outs[0]))
 
 
 @rule("reshape", narrow=_narrow_reshape)
