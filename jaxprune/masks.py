@@ -176,12 +176,14 @@ def pair_masks(tree: PyTree, masks: PyTree) -> list[tuple[str, Any, BoolArray]]:
         ValueError: if the two trees do not have the same leaves.
         TypeError: if a mask is not boolean.
     """
-    leaves, mask_leaves = named_leaves(tree), named_leaves(masks)
-    if list(leaves) != list(mask_leaves):
-        raise ValueError(_different_leaves(leaves, mask_leaves))
+    leaves, (every, known) = named_leaves(tree), jax.tree.flatten(masks)
+    if known != jax.tree.structure(tree):  # perhaps other containers of the same leaves
+        mask_leaves = named_leaves(masks)
+        if list(leaves) != list(mask_leaves):
+            raise ValueError(_different_leaves(leaves, mask_leaves))
     return [
-        (path, leaf, _as_bool(f"masks[{path}]", mask_leaves[path]))
-        for path, leaf in leaves.items()
+        (path, leaf, _as_bool(path, mask))
+        for (path, leaf), mask in zip(leaves.items(), every, strict=True)
     ]
 
 
@@ -230,7 +232,7 @@ def _checked_units(groups: Groups, name: str, units: BoolArray) -> BoolArray:
         close = difflib.get_close_matches(name, groups, n=3, cutoff=0.4)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
         raise ValueError(f"keep names the group {name!r}, which does not exist{hint}")
-    units = _as_bool(f"keep[{name}]", units)
+    units = _as_bool(name, units, "keep")
     if units.shape != (groups[name].size,):
         raise ValueError(
             f"keep[{name}] has shape {units.shape}, but the group has "
@@ -247,10 +249,12 @@ def _checked_units(groups: Groups, name: str, units: BoolArray) -> BoolArray:
     return units
 
 
-def _as_bool(what: str, values: Any) -> BoolArray:
+def _as_bool(name: str, values: Any, where: str = "masks") -> BoolArray:
     values = values if isinstance(values, jax.Array) else np.asarray(values)
     if values.dtype != np.bool_:
-        raise TypeError(f"{what} must be boolean (True = kept), got {values.dtype}")
+        raise TypeError(
+            f"{where}[{name}] must be boolean (True = kept), got {values.dtype}"
+        )
     return values
 
 

@@ -4,6 +4,7 @@ Most of pruning runs once, on arrays of many shapes. On the host, compiling an o
 for every shape takes far longer than the operations; numpy starts at once.
 """
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -77,7 +78,7 @@ def on_all_cores(
 
 def empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
     """An array without numbers yet, in memory that JAX takes over without copying."""
-    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
     return memory[start : start + size].view(dtype).reshape(shape)

@@ -185,8 +185,10 @@ def _is_masked_node(part: Any) -> bool:
 
 def _slice_leaves(paired: Sequence[tuple[str, Any, np.ndarray]]) -> list[Any]:
     """Slices every leaf of some ``(path, leaf, mask)``."""
-    sizes = [np.size(leaf) if on_host(leaf) else 0 for _, leaf, _ in paired]
-    small = on_all_cores(lambda each: _slice_leaf(*each), paired, sizes)
+    here = [on_host(leaf) for _, leaf, _ in paired]
+    items = [(*each, read) for each, read in zip(paired, here, strict=True)]
+    sizes = [np.size(leaf) if read else 0 for _, leaf, _, read in items]
+    small = on_all_cores(lambda item: _slice_leaf(*item), items, sizes)
     moved = [
         k
         for k, (_, leaf, _) in enumerate(paired)
@@ -198,8 +200,8 @@ def _slice_leaves(paired: Sequence[tuple[str, Any, np.ndarray]]) -> list[Any]:
     return small
 
 
-def _slice_leaf(path: str, leaf: Any, mask: Any) -> Any:
-    """The sliced leaf; as a numpy array, not yet placed, if it was read on the host."""
+def _slice_leaf(path: str, leaf: Any, mask: Any, here: bool) -> Any:
+    """The sliced leaf; as a numpy array, not yet placed, if it is read on the host."""
     mask = concrete(path, check_broadcast(path, np.shape(leaf), mask))
     kept = axis_keep(mask, np.shape(leaf))
     if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -208,39 +210,34 @@ def _slice_leaf(path: str, leaf: Any, mask: Any) -> Any:
             shape=tuple(n if k is None else int(k.sum()) for n, k in sizes)
         )
     cut = [(axis, keep) for axis, keep in enumerate(kept) if keep is not None]
-    small = _take(leaf, cut)
+    if here and cut:
+        leaf = np.asarray(leaf)
+    take = _take_on_host if here else _take
+    for axis, positions in cut:
+        leaf = take(leaf, np.flatnonzero(positions), axis)
     if keeps_whole_positions(mask, kept):
-        return small
+        return leaf
     for axis, positions in cut:
         if mask.ndim and mask.shape[axis] > 1:
             mask = np.compress(positions, mask, axis)
-    return zero_removed(small, mask)
+    return zero_removed(leaf, mask)
 
 
-def _take(leaf: Any, cut: Sequence[tuple[int, np.ndarray]]) -> Any:
-    """The kept positions of some axes."""
-    if cut and on_host(leaf):
-        leaf = np.asarray(leaf)
-        for axis, positions in cut:
-            leaf = _take_on_host(leaf, positions, axis)
-        return leaf
-    for axis, positions in cut:
-        leaf = jnp.take(
-            leaf,
-            np.flatnonzero(positions),
-            axis=axis,
-            unique_indices=True,
-            indices_are_sorted=True,
-            mode="clip",
-        )
-    return leaf
+def _take(whole: Any, where: np.ndarray, axis: int) -> Any:
+    return jnp.take(
+        whole,
+        where,
+        axis=axis,
+        unique_indices=True,
+        indices_are_sorted=True,
+        mode="clip",
+    )
 
 
-def _take_on_host(whole: np.ndarray, positions: np.ndarray, axis: int) -> np.ndarray:
-    where = np.flatnonzero(positions)
+def _take_on_host(whole: np.ndarray, where: np.ndarray, axis: int) -> np.ndarray:
     shape = (*whole.shape[:axis], len(where), *whole.shape[axis + 1 :])
     # In range by construction; "clip" spares numpy a copy of what it writes.
-    return np.take(whole, where, axis, empty(shape, whole.dtype), mode="clip")
+    return whole.take(where, axis, empty(shape, whole.dtype), mode="clip")
 
 
 def _unslice_leaf(path: str, leaf: Any, mask: Any) -> Any:
