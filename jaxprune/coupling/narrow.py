@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from jaxprune.coupling.collector import collector_paused
 from jaxprune.coupling.decide import SILENT, Alive
 from jaxprune.coupling.jaxprs import (
     Program,
@@ -68,6 +69,7 @@ def narrow(apply_fn: Callable[..., Any], masks: Any) -> Callable[..., Any]:
     restricted: dict[Program, Restricted] = {}
 
     @functools.wraps(apply_fn)
+    @collector_paused()
     def small_apply(variables: Any, *args: Any, **kwargs: Any) -> Any:
         full, alive = _full_shapes(variables, flat, treedef)
         program = trace_program(apply_fn, full, *args, **kwargs)

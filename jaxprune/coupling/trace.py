@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxprune.coupling.balance import Balance, balance_groups
 from jaxprune.coupling.collect import collect_groups, find_groups
+from jaxprune.coupling.collector import collector_paused
 from jaxprune.coupling.groups import Groups
 from jaxprune.coupling.jaxprs import (
     Program,
@@ -24,6 +25,7 @@ from jaxprune.coupling.solve import solve
 from jaxprune.coupling.walk import PINNED, Walked, walk_program
 
 
+@collector_paused()
 def trace(
     apply_fn: Callable[..., Any],
     variables: Any,
