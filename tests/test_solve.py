@@ -11,7 +11,7 @@ import itertools
 import numpy as np
 import pytest
 
-from jaxprune.coupling.labels import Column, merge
+from jaxprune.coupling.labels import Column, concatenate, merge
 from jaxprune.coupling.ledger import Ledger
 from jaxprune.coupling.solution import NEVER
 from jaxprune.coupling.solve import solve
@@ -154,3 +154,18 @@ def test_a_frozen_position_freezes_its_factors_and_leaves_the_rest():
     solution = solve(ledger)
     # Row 0 and column 0 stay; row 1, column 1 and column 2 can go.
     assert len(atoms_of(solution, whole)) == 3
+
+
+def test_axes_that_are_tied_to_the_same_labels_are_tied_to_each_other():
+    ledger = Ledger()
+    parts = [ledger.fresh_axis(2), ledger.fresh_axis(3)]
+    whole = concatenate(parts, [2, 3])
+    scale, bias, other = (ledger.fresh_axis(5) for _ in range(3))
+    ledger.tie(scale, whole)
+    ledger.tie(whole, bias)
+    ledger.tie(other, concatenate(parts, [2, 3]))  # equal labels, but not the same
+    blocks = [ledger.block(axis[0].units) for axis in (scale, bias, other)]
+    assert blocks[0] == blocks[1] != blocks[2]
+    classes = solve(ledger).classes
+    for axis in scale, bias, other:
+        np.testing.assert_array_equal(classes[axis[0].units], classes[whole[0].units])

@@ -45,6 +45,7 @@ class Ledger:
         self.size = 1  # unit ALIVE exists from the start
         self.blocks: dict[int, Units] = {}  # first unit -> all units of one `fresh`
         self._twins: dict[int, int] = {}  # a block -> one tied to it throughout
+        self._mates: dict[int, tuple[Units, Units]] = {}  # by id: units, a block tied
         self.ties: list[tuple[Units, Units]] = []
         self.definitions: list[tuple[Units, np.ndarray]] = []
         self.freezes: list[tuple[Units, int]] = []
@@ -128,8 +129,15 @@ class Ledger:
         if a is b:
             return
         one, other = self.block(a), self.block(b)
-        if one < 0 or other < 0 or len(a) != len(b):
+        if (one < 0 and other < 0) or len(a) != len(b):
             self.ties.append((a, b))
+        elif one < 0 or other < 0:
+            units, block = (a, b) if one < 0 else (b, a)
+            first = self._mates.setdefault(id(units), (units, block))[1]
+            if first is block:
+                self.ties.append((a, b))
+            else:  # blocks that are tied to the same units are tied to each other
+                self._tie_units(first, block)
         elif one != other:
             # The older block stands for both: chains stay short.
             self._twins[max(one, other)] = min(one, other)

@@ -5,8 +5,9 @@ import functools
 
 import numpy as np
 
-NEVER = np.iinfo(np.int64).max  # "no reason": the class is not frozen
+NEVER = np.int32(2**31 - 1)  # "no reason": the class is not frozen
 NONE = -1  # "no class" in a row of factors
+FROZEN, INNER, ATOM = range(3)  # kinds of classes: nothing, something, all can be cut
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -33,24 +34,32 @@ class Solution:
 
     def atoms(self, units: np.ndarray) -> list[np.ndarray]:
         """Columns of atoms for an array of units; `NONE` where nothing can be cut."""
+        return self.atoms_of(self.classes[units])
+
+    def atoms_of(self, classes: np.ndarray) -> list[np.ndarray]:
+        """`atoms` for an array of classes."""
         done: list[np.ndarray] = []
-        todo = [self.classes[units]]
-        inside, cut = self._kinds
+        todo = [classes] if len(classes) else []
         while todo:
             column = todo.pop()
-            inner, free = inside[column], cut[column]
-            if free.any():
-                done.append(np.where(free, column, NONE))
+            kind = self.kinds[column]
+            atom, inner = kind == ATOM, kind == INNER
+            if atom.any():
+                done.append(np.where(atom, column, NONE))
             if inner.any():
-                for factor in self.factors.T:
-                    todo.append(np.where(inner, factor[column], NONE))
+                todo += [np.where(inner, f[column], NONE) for f in self.factors.T]
         return done
 
     @functools.cached_property
-    def _kinds(self) -> tuple[np.ndarray, np.ndarray]:
-        """Is a class a conjunction? An atom? The last entry speaks of `NONE`."""
-        inside = self.factors[:, 0] >= 0
-        return np.append(inside, False), np.append(~inside & (self.why == NEVER), False)
+    def kinds(self) -> np.ndarray:
+        """int8 ``[classes + 1]``: is a class frozen, a conjunction (inner) or an atom?
+
+        A conjunction has atoms among its factors. The last entry speaks of `NONE`.
+        """
+        kinds = np.full(len(self.why) + 1, FROZEN, np.int8)
+        kinds[:-1][self.why == NEVER] = ATOM
+        kinds[:-1][self.factors[:, 0] >= 0] = INNER
+        return kinds
 
 
 def pass_on(factors: np.ndarray, doubt: np.ndarray, ordered: np.ndarray) -> None:
