@@ -6,26 +6,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune.coupling.groups import Group, Groups, Member, Pinned
-from jaxprune.coupling.jaxprs import source_line
+from jaxprune.coupling.groups import Group, Groups, Member
 from jaxprune.coupling.labels import Value
 from jaxprune.coupling.ledger import Ledger
+from jaxprune.coupling.lines import Axes, Lines, explain, find_lines, find_pinned
 from jaxprune.coupling.roles import Whole, find_roles
 from jaxprune.coupling.solution import NEVER, Solution
-
-
-class _Line(NamedTuple):
-    """The labels that some parameter axes share.
-
-    Attributes:
-        axes: these axes, ``(number, path, axis)``, in order.
-        units: the unit of every position, or the reason why it cannot be cut.
-        columns: the atoms of every position, see `Solution.atoms`.
-    """
-
-    axes: list[tuple[int, str, int]]
-    units: np.ndarray | int
-    columns: list[np.ndarray]
 
 
 class _Places(NamedTuple):
@@ -49,12 +35,12 @@ class Found(NamedTuple):
             those of close positions first: heads come before the dimensions of a head,
             whichever the program names first.
         units: the atoms, in order of position.
-        members: every line they are on, with the index of its `Member`s.
+        members: the axes of every line they are on, with the index of its `Member`s.
     """
 
     place: tuple[int, ...]
     units: np.ndarray
-    members: list[tuple[_Line, np.ndarray]]
+    members: list[tuple[Axes, np.ndarray]]
 
 
 def collect_groups(
@@ -66,97 +52,65 @@ def collect_groups(
     program: Whole | None = None,
 ) -> Groups:
     """Gathers units with the same signature into groups, in order of first use."""
-    lines = _lines(ledger, solution, variables)
+    lines = find_lines(ledger, solution, variables)
     found = _found(solution, lines)
-    groups: dict[str, Group] = {}
-    for each in found:
-        group = _group(ledger, solution, each, groups)
-        groups[group.name] = group
+    groups = _named(ledger, solution, found)
     if program is not None:
         units = [each.units for each in found]
         groups = _with_roles(ledger, solution, program, units, groups)
-    return Groups(groups, _pinned(ledger, solution, lines), shapes, treedef)
+    return Groups(groups, find_pinned(ledger, solution, lines), shapes, treedef)
 
 
 def find_groups(
     ledger: Ledger, solution: Solution, variables: Mapping[str, Value]
 ) -> list[Found]:
     """The groups of `collect_groups`, in the same order."""
-    return _found(solution, _lines(ledger, solution, variables))
+    return _found(solution, find_lines(ledger, solution, variables))
 
 
-def _found(solution: Solution, lines: list["_Line"]) -> list[Found]:
-    alone = _alone(solution, lines)
-    mixed = [line for line, one in zip(lines, alone, strict=True) if not one]
-    found = [_whole(line) for line, one in zip(lines, alone, strict=True) if one]
+def _found(solution: Solution, lines: Lines) -> list[Found]:
+    found, mixed = [], []
+    for line, alone in enumerate(lines.alone):
+        if alone:
+            found.append(_whole(lines.axes[line], lines.columns[line][0]))
+        else:
+            mixed += [(line, column) for column in lines.columns[line]]
     places = _places(mixed)
-    found += [_parts(places, mixed, rows) for rows in _by_signature(places)]
+    found += [_parts(places, lines.axes, rows) for rows in _by_signature(places)]
     return sorted(found, key=lambda each: each.place)
 
 
-def _lines(
-    ledger: Ledger, solution: Solution, variables: Mapping[str, Value]
-) -> list[_Line]:
-    lines: dict[tuple[str, int], _Line] = {}
-    axes = [
-        (path, d, axis)
-        for path, value in variables.items()
-        for d, axis in enumerate(value.axes)
-    ]
-    for number, (path, d, axis) in enumerate(axes):
-        if isinstance(axis, int):
-            line = lines.setdefault(("frozen", axis), _Line([], axis, []))
-        else:
-            units = axis[0].units
-            key = ("block", ledger.block(units))
-            if key not in lines:
-                lines[key] = _Line([], units, solution.atoms(units))
-            line = lines[key]
-        line.axes.append((number, path, d))
-    return list(lines.values())
-
-
-def _alone(solution: Solution, lines: list[_Line]) -> list[bool]:
-    """Is every position of a line a unit of its own that is on no other line?"""
-    columns = [column for line in lines for column in line.columns]
-    every = np.concatenate([np.zeros(0, np.int32), *columns])
-    uses = np.bincount(every + 1, minlength=len(solution.why) + 1)
-    alone = np.append(uses[1:] == 1, False)  # the last entry speaks of `NONE`
-    return [
-        len(line.columns) == 1 and bool(alone[line.columns[0]].all()) for line in lines
-    ]
-
-
-def _whole(line: _Line) -> Found:
+def _whole(axes: Axes, units: np.ndarray) -> Found:
     """A line that is a group by itself."""
-    units = line.columns[0]
     index = np.arange(len(units), dtype=np.int32)[:, None]
-    return Found((line.axes[0][0], 0, -1, 0), units, [(line, index)])
+    return Found((axes[0][0], 0, -1, 0, int(units[0])), units, [(axes, index)])
 
 
-def _places(lines: list[_Line]) -> _Places:
-    """One row for every unit on every line, whatever its positions."""
-    columns = [(k, column) for k, line in enumerate(lines) for column in line.columns]
+def _places(columns: list[tuple[int, np.ndarray]]) -> _Places:
+    """One row for every unit on every line, given the columns of the lines."""
     if not columns:
         return _Places(*(np.zeros(0, int) for _ in range(5)))
     sizes = [len(column) for _, column in columns]
-    unit = np.concatenate([column for _, column in columns]).astype(np.int64)
-    line = np.repeat([k for k, _ in columns], sizes)
-    position = np.concatenate([np.arange(n) for n in sizes])
-    held = unit >= 0
-    unit, line, position = unit[held], line[held], position[held]
-    key = line * (unit.max(initial=0) + 1) + unit
+    unit = np.concatenate([column for _, column in columns])
+    size = int(unit.max()) + 1
+    key = np.repeat(np.array([line for line, _ in columns]) * size, sizes)
+    key += unit
+    position = np.concatenate([np.arange(n, dtype=np.int32) for n in sizes])
+    if unit.min() < 0:
+        held = unit >= 0
+        key, position = key[held], position[held]
     order = np.argsort(key, kind="stable")
-    if ((np.diff(key[order]) == 0) & (np.diff(position[order]) <= 0)).any():
+    key, position = key[order], position[order]
+    if ((key[1:] == key[:-1]) & (position[1:] <= position[:-1])).any():
         # A Gram matrix holds one unit in both of its factors, at one place of both.
         order = np.lexsort((position, key))
-        same = np.diff(key[order], prepend=-1) == 0
-        same &= np.diff(position[order], prepend=-1) == 0
-        order = order[~same]
-    unit, line, position = unit[order], line[order], position[order]
-    start = _starts(key[order])
-    repeats = np.diff(np.r_[start, len(unit)])
-    unit, line = unit[start], line[start]
+        key, position = key[order], position[order]
+        new = np.ones(len(key), bool)
+        new[1:] = (key[1:] != key[:-1]) | (position[1:] != position[:-1])
+        key, position = key[new], position[new]
+    start = _starts(key)
+    repeats = np.diff(start, append=len(key))
+    line, unit = np.divmod(key[start], size)
     order = np.argsort(unit, kind="stable")
     return _Places(unit[order], line[order], start[order], repeats[order], position)
 
@@ -195,36 +149,45 @@ def _words(numbers: np.ndarray, salt: int) -> np.ndarray:
     return words ^ (words >> np.uint64(31))
 
 
-def _parts(places: _Places, lines: list[_Line], rows: np.ndarray) -> Found:
+def _parts(places: _Places, axes: list[Axes], rows: np.ndarray) -> Found:
     """The group of some rows of `places`."""
-    units = places.unit[rows[_starts(places.unit[rows])]]
-    rows = rows.reshape(len(units), -1)  # every unit is on the same lines
-    rows = rows[np.argsort(places.positions[places.start[rows[:, 0]]])]
-    index = []
-    for column in rows.T:
-        start, repeats = places.start[column][:, None], int(places.repeats[column[0]])
-        held = places.positions[start if repeats == 1 else start + np.arange(repeats)]
-        index.append((lines[places.line[column[0]]], held.astype(np.int32)))
-    lead, first = index[0]
-    place = lead.axes[0][0], int(first[0, 0]), -first.shape[1], int(first[0, -1])
-    return Found(place, units, index)
-
-
-def _group(
-    ledger: Ledger, solution: Solution, found: Found, taken: Mapping[str, Group]
-) -> Group:
-    numbered = sorted(
-        (number, path, d, index)
-        for line, index in found.members
-        for number, path, d in line.axes
+    width = np.count_nonzero(places.unit[rows] == places.unit[rows[0]])
+    rows = rows.reshape(-1, width)  # every unit is on the same lines
+    first = places.positions[places.start[rows[:, 0]]]
+    rows = rows[np.argsort(first, kind="stable")].T
+    start = places.start[rows]
+    single = places.positions[start][:, :, None]
+    lines, repeats = (
+        places.line[rows[:, 0]].tolist(),
+        places.repeats[rows[:, 0]].tolist(),
     )
-    members = tuple(Member(path, d, index) for _, path, d, index in numbered)
-    doubt = solution.doubt[found.units].min()
-    exact = bool(doubt == NEVER)
-    why = "" if exact else explain(ledger, int(doubt))
-    name = _unique(f"{members[0].path}:{members[0].axis}", taken)
-    ordered = bool(solution.ordered[found.units].any())
-    return Group(name, len(found.units), members, exact, why, ordered)
+    members = [
+        (axes[line], one if n == 1 else places.positions[at[:, None] + np.arange(n)])
+        for line, n, at, one in zip(lines, repeats, start, single, strict=True)
+    ]
+    lead, first = members[0]
+    unit = places.unit[rows[0]]
+    ends = int(first[0, 0]), int(first[0, -1])
+    place = lead[0][0], ends[0], -first.shape[1], ends[1], int(unit[0])
+    return Found(place, unit, members)
+
+
+def _named(ledger: Ledger, solution: Solution, found: list[Found]) -> dict[str, Group]:
+    units = np.concatenate([np.zeros(0, int), *[each.units for each in found]])
+    starts = np.cumsum([0, *[len(each.units) for each in found]])[:-1]
+    doubts = np.minimum.reduceat(solution.doubt[units], starts).tolist()
+    ordered = np.logical_or.reduceat(solution.ordered[units], starts).tolist()
+    groups: dict[str, Group] = {}
+    for each, doubt, fixed in zip(found, doubts, ordered, strict=True):
+        places = [(*axis, index) for axes, index in each.members for axis in axes]
+        members = tuple(
+            [Member(path, d, index) for _, path, d, index in sorted(places)]
+        )
+        name = _unique(f"{members[0].path}:{members[0].axis}", groups)
+        exact = bool(doubt == NEVER)
+        why = "" if exact else explain(ledger, doubt)
+        groups[name] = Group(name, len(each.units), members, exact, why, fixed)
+    return groups
 
 
 def _with_roles(
@@ -257,52 +220,3 @@ def _unique(name: str, taken: Mapping[str, Group]) -> str:
     while f"{name}#{count}" in taken:
         count += 1
     return f"{name}#{count}"
-
-
-def explain(ledger: Ledger, unit: int) -> str:
-    """The text of a reason, with the user's source line where known."""
-    reason = ledger.reasons[unit]
-    if reason.eqn is None:
-        return reason.text
-    lines = (source_line(eqn) for eqn in (reason.eqn, *reason.calls[::-1]))
-    place = next(filter(None, lines), "")
-    where = reason.eqn.primitive.name + (f" at {place}" if place else "")
-    return f"{reason.text} ({where})"
-
-
-def _pinned(
-    ledger: Ledger, solution: Solution, lines: list[_Line]
-) -> tuple[Pinned, ...]:
-    whole = bool((solution.partly == NEVER).all())
-    found = [
-        (number, Pinned(path, d, held, text))
-        for line in lines
-        for held, text in _held(ledger, solution, line, whole)
-        for number, path, d in line.axes
-    ]
-    return tuple(pinned for _, pinned in sorted(found, key=lambda pair: pair[0]))
-
-
-def _held(
-    ledger: Ledger, solution: Solution, line: _Line, whole: bool
-) -> list[tuple[int, str]]:
-    """How many positions of a line are held, and why; is no class held in part?"""
-    if isinstance(line.units, int):
-        return [(1, explain(ledger, line.units))]
-    held = []
-    free = np.zeros(len(line.units), bool)
-    for column in line.columns:
-        free |= column >= 0
-    if whole and free.all():
-        return []
-    partly = solution.partly[solution.classes[line.units[free]]]
-    if len(partly) and partly.min() != NEVER:
-        text = explain(ledger, int(partly.min()))
-        count = int((partly != NEVER).sum())
-        held.append((count, f"one of its factors: {text}"))
-    if not free.all():
-        why = solution.why[solution.classes[line.units[~free]]]
-        reason = int(why.min())
-        text = explain(ledger, reason) if reason != NEVER else "its factors are pinned"
-        held.append((int((~free).sum()), text))
-    return held

@@ -1,0 +1,128 @@
+"""Lines: the labels of parameter axes, solved; axes tied throughout share one."""
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+
+from jaxprune.coupling.groups import Pinned
+from jaxprune.coupling.jaxprs import source_line
+from jaxprune.coupling.labels import Value
+from jaxprune.coupling.ledger import Ledger
+from jaxprune.coupling.solution import ATOM, FROZEN, NEVER, Solution
+
+Axes: TypeAlias = list[tuple[int, str, int]]  # number among all axes, path, axis
+
+
+class Lines(NamedTuple):
+    """The lines of some variables.
+
+    Attributes:
+        axes: the axes on every line, in order.
+        classes: int ``[positions]`` of every line, the classes of its units; none is
+            empty.
+        columns: the atoms on every line, see `Solution.atoms`.
+        free: can something be cut at every position of a line?
+        alone: does every position of a line hold one atom that stands nowhere else?
+        frozen: the axes that cannot be cut, by the unit that stands for the reason.
+    """
+
+    axes: list[Axes]
+    classes: list[np.ndarray]
+    columns: list[list[np.ndarray]]
+    free: list[bool]
+    alone: list[bool]
+    frozen: dict[int, Axes]
+
+
+def find_lines(
+    ledger: Ledger, solution: Solution, variables: Mapping[str, Value]
+) -> Lines:
+    """The lines of some variables, in order of their first axes."""
+    axes: dict[int, Axes] = {}
+    frozen: dict[int, Axes] = {}
+    classes: list[np.ndarray] = []
+    number = 0
+    for path, value in variables.items():
+        for d, axis in enumerate(value.axes):
+            if isinstance(axis, int):
+                frozen.setdefault(axis, []).append((number, path, d))
+            elif value.shape[d]:
+                block = ledger.block(axis[0].units)
+                if block not in axes:
+                    axes[block] = []
+                    classes.append(solution.classes[axis[0].units])
+                axes[block].append((number, path, d))
+            number += 1
+    return Lines(list(axes.values()), classes, *_columns(solution, classes), frozen)
+
+
+def _columns(
+    solution: Solution, lines: list[np.ndarray]
+) -> tuple[list[list[np.ndarray]], list[bool], list[bool]]:
+    """`Lines.columns`, `free` and `alone`."""
+    every, starts = _joined(lines)
+    kinds = solution.kinds[every]
+    least = np.minimum.reduceat(kinds, starts)
+    most = np.maximum.reduceat(kinds, starts)
+    columns = [
+        [line] if kind == ATOM else []
+        for line, kind in zip(lines, least.tolist(), strict=True)
+    ]
+    uses = np.bincount(every, minlength=len(solution.kinds))
+    mixed = np.flatnonzero((least < ATOM) & (most > FROZEN)).tolist()
+    inside, ends = _joined([lines[k] for k in mixed])
+    for column in solution.atoms_of(inside):
+        uses += np.bincount(column[column >= 0], minlength=len(uses))
+        some = np.maximum.reduceat(column, ends) >= 0
+        for k, part, has in zip(mixed, np.split(column, ends[1:]), some, strict=True):
+            if has:
+                columns[k].append(part)
+    once = uses == 1
+    alone = (least == ATOM) & np.logical_and.reduceat(once[every], starts)
+    return columns, (least > FROZEN).tolist(), alone.tolist()
+
+
+def _joined(lines: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """The lines one after the other, and where each begins."""
+    starts = np.cumsum([0, *map(len, lines)])[:-1]
+    return np.concatenate([np.zeros(0, int), *lines]), starts
+
+
+def find_pinned(ledger: Ledger, solution: Solution, lines: Lines) -> tuple[Pinned, ...]:
+    """What cannot be cut, axis by axis."""
+    found = [(axes, 1, explain(ledger, why)) for why, axes in lines.frozen.items()]
+    whole = bool((solution.partly == NEVER).all())
+    for axes, classes, free in zip(lines.axes, lines.classes, lines.free, strict=True):
+        if not (whole and free):
+            held = _held(ledger, solution, classes)
+            found += [(axes, count, text) for count, text in held]
+    pinned = [
+        (number, Pinned(path, d, count, text))
+        for axes, count, text in found
+        for number, path, d in axes
+    ]
+    return tuple([each for _, each in sorted(pinned, key=lambda pair: pair[0])])
+
+
+def _held(
+    ledger: Ledger, solution: Solution, classes: np.ndarray
+) -> Iterator[tuple[int, str]]:
+    """How many positions of a line are held in part or throughout, and why."""
+    why = solution.why[classes]
+    partly = np.where(why == NEVER, solution.partly[classes], NEVER)
+    for part, reasons in ("one of its factors: ", partly), ("", why):
+        count = int(np.count_nonzero(reasons != NEVER))
+        if count:
+            yield count, part + explain(ledger, int(reasons.min()))
+
+
+def explain(ledger: Ledger, unit: int) -> str:
+    """The text of a reason, with the user's source line where known."""
+    reason = ledger.reasons[unit]
+    if reason.eqn is None:
+        return reason.text
+    lines = (source_line(eqn) for eqn in (reason.eqn, *reason.calls[::-1]))
+    place = next(filter(None, lines), "")
+    where = reason.eqn.primitive.name + (f" at {place}" if place else "")
+    return f"{reason.text} ({where})"
