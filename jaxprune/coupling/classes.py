@@ -7,7 +7,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from jaxprune.coupling.ledger import Ledger
-from jaxprune.coupling.solution import NEVER
+from jaxprune.coupling.solution import NEVER, pieces
 
 
 class Classes:
@@ -62,7 +62,8 @@ class Classes:
         size = len(self.why)
         graph = coo_matrix((np.ones(len(a), bool), (a, b)), (size, size))
         count, merged = connected_components(graph, directed=False)
-        self.of = merged[self.of]
+        for units in pieces(self.of):
+            units[:] = merged[units]
         before, self.why = self.why, np.full(count, NEVER)
         np.minimum.at(self.why, merged, before)
 

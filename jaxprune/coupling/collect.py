@@ -157,14 +157,12 @@ def _parts(places: _Places, axes: list[Axes], rows: np.ndarray) -> Found:
     rows = rows[np.argsort(first, kind="stable")].T
     start = places.start[rows]
     single = places.positions[start][:, :, None]
-    lines, repeats = (
-        places.line[rows[:, 0]].tolist(),
-        places.repeats[rows[:, 0]].tolist(),
-    )
-    members = [
-        (axes[line], one if n == 1 else places.positions[at[:, None] + np.arange(n)])
-        for line, n, at, one in zip(lines, repeats, start, single, strict=True)
+    line, repeats = places.line[rows[:, 0]], places.repeats[rows[:, 0]].tolist()
+    index = [
+        one if n == 1 else places.positions[at[:, None] + np.arange(n)]
+        for n, at, one in zip(repeats, start, single, strict=True)
     ]
+    members = [(axes[k], each) for k, each in zip(line.tolist(), index, strict=True)]
     lead, first = members[0]
     unit = places.unit[rows[0]]
     ends = int(first[0, 0]), int(first[0, -1])
@@ -179,10 +177,8 @@ def _named(ledger: Ledger, solution: Solution, found: list[Found]) -> dict[str, 
     ordered = np.logical_or.reduceat(solution.ordered[units], starts).tolist()
     groups: dict[str, Group] = {}
     for each, doubt, fixed in zip(found, doubts, ordered, strict=True):
-        places = [(*axis, index) for axes, index in each.members for axis in axes]
-        members = tuple(
-            [Member(path, d, index) for _, path, d, index in sorted(places)]
-        )
+        axes = sorted((*axis, index) for axes, index in each.members for axis in axes)
+        members = tuple([Member(path, d, index) for _, path, d, index in axes])
         name = _unique(f"{members[0].path}:{members[0].axis}", groups)
         exact = bool(doubt == NEVER)
         why = "" if exact else explain(ledger, doubt)

@@ -9,7 +9,7 @@ from jaxprune.coupling.balance import Balance
 from jaxprune.coupling.collect import find_groups
 from jaxprune.coupling.ledger import Ledger
 from jaxprune.coupling.lines import explain
-from jaxprune.coupling.solution import FROZEN, INNER, NEVER, NONE, Solution
+from jaxprune.coupling.solution import FROZEN, INNER, NEVER, NONE, Solution, pieces
 from jaxprune.coupling.walk import Walked
 
 Alive: TypeAlias = np.ndarray | None  # bool[n] of one axis; None = every position lives
@@ -134,7 +134,7 @@ class _Told:
         while before is None or (alive[rows] != before).any():
             before = alive[rows]
             alive[rows] = np.logical_and.reduce([alive[factor] for factor in factors])
-        return alive[self.solution.classes]
+        return np.concatenate([alive[each] for each in pieces(self.solution.classes)])
 
     def refuse_frozen(self) -> None:
         """Raises if a mask cuts what nothing can cut, naming the first."""
@@ -203,6 +203,6 @@ class _Told:
 
 
 def _equal(one: Alive, other: Alive) -> bool:
-    if one is other:
-        return True
-    return one is not None and other is not None and np.array_equal(one, other)
+    if one is None or other is None:
+        return one is other
+    return one is other or one.tobytes() == other.tobytes()

@@ -72,3 +72,11 @@ def pass_on(factors: np.ndarray, doubt: np.ndarray, ordered: np.ndarray) -> None
             ordered[inner[known & ordered[told]]] = True
         told = np.unique(factors[told])
         told = told[(told >= 0) & (factors[told, 0] >= 0)]
+
+
+def pieces(index: np.ndarray) -> list[np.ndarray]:
+    """Views of a long array of int32, to index with one after the other.
+
+    NumPy copies an index to int64 first: a copy of twice its size, if it is used whole.
+    """
+    return np.array_split(index, 1 + len(index) // 2**16)
