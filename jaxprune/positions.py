@@ -94,7 +94,7 @@ def keeps_whole_positions(mask: np.ndarray, kept: Sequence[np.ndarray | None]) -
         return True
     sizes = zip(mask.shape, kept[: mask.ndim], strict=True)
     inside = (n if n == 1 or k is None else np.count_nonzero(k) for n, k in sizes)
-    return np.count_nonzero(mask) == math.prod(inside)
+    return bool(np.count_nonzero(mask) == math.prod(inside))
 
 
 def _both(left: BoolArray, right: BoolArray) -> BoolArray:
