@@ -48,7 +48,7 @@ class Classes:
         """These units never die; those that are frozen keep their reason."""
         new = self.why[self.of[units]] == NEVER
         if new.any():
-            reasons = np.broadcast_to(why, units.shape)[new]
+            reasons = np.broadcast_to(np.asarray(why, np.int32), units.shape)[new]
             np.minimum.at(self.why, self.of[units[new]], reasons)
             self.changed = True
 

@@ -61,32 +61,36 @@ def _columns(
     solution: Solution, lines: list[np.ndarray]
 ) -> tuple[list[list[np.ndarray]], list[bool], list[bool]]:
     """`Lines.columns`, `free` and `alone`."""
-    every, starts = _joined(lines)
-    kinds = solution.kinds[every]
+    of_class = solution.kinds
+    kinds, starts = _joined([of_class[line] for line in lines])
     least = np.minimum.reduceat(kinds, starts)
     most = np.maximum.reduceat(kinds, starts)
-    columns = [
-        [line] if kind == ATOM else []
-        for line, kind in zip(lines, least.tolist(), strict=True)
-    ]
-    uses = np.bincount(every, minlength=len(solution.kinds))
+    columns: list[list[np.ndarray]] = [[] for _ in lines]
+    pure = np.flatnonzero(least == ATOM).tolist()
+    for k in pure:
+        columns[k].append(lines[k])
     mixed = np.flatnonzero((least < ATOM) & (most > FROZEN)).tolist()
     inside, ends = _joined([lines[k] for k in mixed])
+    every, starts = _joined([lines[k] for k in pure])
+    # Most classes are on no line: `bincount` would write to all of their counts. And
+    # `add.at` is fast only between numbers of one type.
+    uses, one = np.zeros(len(of_class), np.int32), np.int32(1)
+    np.add.at(uses, every, one)
     for column in solution.atoms_of(inside):
-        uses += np.bincount(column[column >= 0], minlength=len(uses))
+        np.add.at(uses, column[column >= 0], one)
         some = np.maximum.reduceat(column, ends) >= 0
         for k, part, has in zip(mixed, np.split(column, ends[1:]), some, strict=True):
             if has:
                 columns[k].append(part)
-    once = uses == 1
-    alone = (least == ATOM) & np.logical_and.reduceat(once[every], starts)
+    alone = np.zeros(len(lines), bool)
+    alone[pure] = np.logical_and.reduceat(uses[every] == 1, starts)
     return columns, (least > FROZEN).tolist(), alone.tolist()
 
 
 def _joined(lines: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """The lines one after the other, and where each begins."""
     starts = np.cumsum([0, *map(len, lines)])[:-1]
-    return np.concatenate([np.zeros(0, int), *lines]), starts
+    return np.concatenate(lines or [np.zeros(0, int)]), starts
 
 
 def find_pinned(ledger: Ledger, solution: Solution, lines: Lines) -> tuple[Pinned, ...]:
