@@ -36,7 +36,8 @@ def expand_masks(groups: Groups, keep: Mapping[str, BoolArray]) -> PyTree:
 
     Returns:
         Tree of bools like the traced variables: the scalar True where nothing is
-        removed, otherwise singleton on every axis that is not cut.
+        removed, otherwise singleton on every axis that is not cut. Concrete masks are
+        read-only numpy arrays (copy one to change it): what they cut is remembered.
 
     Raises:
         ValueError: if a name is no group, a length is not the group's size, or the
