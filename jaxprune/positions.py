@@ -99,7 +99,7 @@ def keeps_whole_positions(mask: np.ndarray, kept: Sequence[np.ndarray | None]) -
 
 def _both(left: BoolArray, right: BoolArray) -> BoolArray:
     if isinstance(left, np.ndarray) and isinstance(right, np.ndarray):
-        # The same as of bools, which numpy broadcasts eight times slower.
+        # The same as of bools, which numpy broadcasts many times slower.
         return np.bitwise_and(left.view(np.uint8), right.view(np.uint8)).view(bool)
     return left & right
 

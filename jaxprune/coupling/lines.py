@@ -42,18 +42,19 @@ def find_lines(
     axes: dict[int, Axes] = {}
     frozen: dict[int, Axes] = {}
     classes: list[np.ndarray] = []
-    number = 0
-    for path, value in variables.items():
-        for d, axis in enumerate(value.axes):
-            if isinstance(axis, int):
-                frozen.setdefault(axis, []).append((number, path, d))
-            elif value.shape[d]:
-                block = ledger.block(axis[0].units)
-                if block not in axes:
-                    axes[block] = []
-                    classes.append(solution.classes[axis[0].units])
-                axes[block].append((number, path, d))
-            number += 1
+    every = [(path, d, v) for path, v in variables.items() for d in range(len(v.axes))]
+    for number, (path, d, value) in enumerate(every):
+        axis = value.axes[d]
+        if isinstance(axis, int):
+            frozen.setdefault(axis, []).append((number, path, d))
+            continue
+        if not value.shape[d]:
+            continue
+        block = ledger.block(axis[0].units)
+        if block not in axes:
+            axes[block] = []
+            classes.append(solution.classes[axis[0].units])
+        axes[block].append((number, path, d))
     return Lines(list(axes.values()), classes, *_columns(solution, classes), frozen)
 
 

@@ -149,9 +149,8 @@ class _State:
         width = max((len(batch.right) for batch in self.batches), default=1)
         factors = np.full((width, len(why)), NONE, np.int32)
         for batch in self.batches:
-            rows = np.flatnonzero(
-                batch.rows
-            )  # nothing has changed since the last round
+            # Nothing has changed since the last round.
+            rows = np.flatnonzero(batch.rows)
             right, live = batch.factors[:, rows], batch.live[:, rows]
             if not live.all():
                 first = np.argsort(~live, axis=0, kind="stable")
