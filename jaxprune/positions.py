@@ -119,7 +119,8 @@ def _remembered(mask: np.ndarray, kept: Kept) -> np.ndarray:
             array.flags.writeable = False
             array = array.base
     key = id(mask)
-    _OUTER[key] = weakref.ref(mask, lambda _: _OUTER.pop(key, None)), kept
+    forget = _OUTER.pop  # bound now: masks may outlive the names of this module
+    _OUTER[key] = weakref.ref(mask, lambda _: forget(key, None)), kept
     return mask
 
 

@@ -2,6 +2,8 @@
 
 import gc
 import itertools
+import subprocess
+import sys
 
 import chain
 import jax
@@ -78,3 +80,16 @@ def test_nothing_is_remembered_of_masks_that_are_gone():
     del masks
     gc.collect()
     assert len(jaxprune.positions._OUTER) == before
+
+
+def test_masks_that_outlive_the_module_are_forgotten_in_silence():
+    """At the end of a process, names go before what an object elsewhere still holds."""
+    words = (
+        "import builtins, numpy, jaxprune.positions as module\n"
+        "mask = module.outer_mask({0: numpy.array([True, False])}, 2)\n"
+        "builtins.kept = module, module._OUTER, mask"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", words], capture_output=True, text=True, check=True
+    )
+    assert done.stderr == ""
