@@ -8,18 +8,52 @@ import dataclasses
 import functools
 import itertools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import jax
 import numpy as np
 from jax.core import Tracer
+from jax.extend.core import ClosedJaxpr
 from jax.sharding import NamedSharding
 
 
 def opened(jaxpr: Any) -> tuple[Any, list[Any]]:
     """A jaxpr, closed or not, as (jaxpr with eqns, constants)."""
     return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
+
+
+def closed(
+    like: Any,
+    consts: Sequence[tuple[Any, Any]],
+    invars: Sequence[Any],
+    outvars: Sequence[Any],
+    eqns: Sequence[Any],
+    effects: Set[Any],
+) -> Any:
+    """A closed jaxpr with the names of `like`, from constants (variable, value) on."""
+    jaxpr = like.replace(
+        constvars=[var for var, _ in consts],
+        invars=invars,
+        outvars=outvars,
+        eqns=eqns,
+        effects={*like.effects, *effects},
+        debug_info=like.debug_info,
+    )
+    return ClosedJaxpr(jaxpr, [value for _, value in consts])
+
+
+def call(jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
+    """Runs a closed jaxpr as one call of jit, without tracing it again."""
+    one_to_two = jax.make_jaxpr(jax.jit(lambda x: (x, x)))(0)
+    [eqn] = opened(one_to_two)[0].eqns
+    sizes = {1: len(operands), 2: len(opened(jaxpr)[0].outvars)}
+    changed = {  # what a call says of each operand and of each result
+        name: value[:1] * sizes[len(value)]
+        for name, value in eqn.params.items()
+        if isinstance(value, tuple) and len(value) in sizes
+    }
+    return bind(eqn, *operands, **changed, jaxpr=jaxpr)
 
 
 def scan_counts(params: Any) -> tuple[int, int]:

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
-from jax.extend.core import Literal
+from jax.extend.core import jaxpr_as_fun
 
+from jaxprune.coupling.build import build
 from jaxprune.coupling.decide import Alive, decide
-from jaxprune.coupling.jaxprs import Program, abstract, bind, trace_program
+from jaxprune.coupling.jaxprs import Program, abstract, call, trace_program
 from jaxprune.coupling.labels import Axis, Value
-from jaxprune.coupling.registry import RULES
 from jaxprune.coupling.solve import solve
 from jaxprune.coupling.walk import Step, Walked, walk_program
 
@@ -30,6 +30,7 @@ class Kept:
         # By id, together with what has this id, so that it stays its own.
         self._masks: dict[int, tuple[Axis, Alive]] = {}
         self._shapes: dict[int, tuple[Value, tuple[int, ...]]] = {}
+        self._programs: dict[int, tuple[Walked, Any]] = {}
 
     def mask(self, axis: Axis) -> Alive:
         """Which positions of an axis live; None if all do."""
@@ -84,51 +85,29 @@ class Kept:
         """Is any axis of these values cut?"""
         return any(self.shape(value) is not value.shape for value in values)
 
-    def replay(self, walked: Walked, args: Sequence[Any]) -> list[Any]:
-        """Evaluates a walked program on operands without dead positions."""
-        env: dict[Any, Any] = dict(zip(walked.jaxpr.invars, args, strict=True))
-        env.update(zip(walked.jaxpr.constvars, walked.consts, strict=True))
-
-        def read(var: Any) -> Any:
-            return var.val if isinstance(var, Literal) else env[var]
-
-        for step in walked.steps:
-            operands = [
-                self.cut(read(var), value) if value.data else read(var)
-                for var, value in zip(step.eqn.invars, step.ins, strict=True)
-            ]
-            outs = self._run(step, operands)
-            env.update(zip(step.eqn.outvars, outs, strict=True))
-        return [
-            (self.cut(read(v), value) if value.data else read(v))
-            if isinstance(v, Literal) or v in env
-            else None
-            for v, value in zip(walked.jaxpr.outvars, walked.outs, strict=True)
-        ]
-
-    def _run(self, step: Step, operands: list[Any]) -> list[Any]:
-        eqn = step.eqn
-        if not self.touches(*step.ins, *step.outs) and not self._inside(step):
-            return bind(eqn, *operands)
-        shapes = [self.shape(value) for value in step.outs]
-        if shapes and all(0 in shape for shape in shapes):
-            return [
-                jnp.zeros(shape, v.aval.dtype)
-                for shape, v in zip(shapes, eqn.outvars, strict=True)
-            ]
-        narrow = RULES[eqn.primitive.name].narrow
-        if narrow is None:
-            return bind(eqn, *operands)
-        outs = narrow(self, step, *operands)
-        return list(outs) if isinstance(outs, (list, tuple)) else [outs]
-
-    def _inside(self, step: Step) -> bool:
-        """Is anything cut in the inner programs of a step?"""
-        return any(
-            self.touches(*inner.ins, *inner.outs) or self._inside(inner)
+    def changes(self, step: Step) -> bool:
+        """Is anything cut of a step or inside of it?"""
+        return self.touches(*step.ins, *step.outs) or any(
+            self.touches(*sub.ins, *sub.outs) or any(map(self.changes, sub.steps))
             for sub in step.subs
-            for inner in sub.steps
         )
+
+    def program(self, walked: Walked) -> Any:
+        """What remains of a program, as a closed jaxpr."""
+        found = self._programs.get(id(walked))
+        if found is None:
+            found = self._programs[id(walked)] = walked, build(self, walked)
+        return found[1]
+
+    def replay(self, walked: Walked, args: Sequence[Any]) -> list[Any]:
+        """Evaluates what remains of a program, one equation after another."""
+        return jaxpr_as_fun(self.program(walked))(*args)
+
+    def narrow_jaxpr(self, jaxpr: Any, alive: Sequence[list[Alive]]) -> Any:
+        """What remains of a closed jaxpr if of its inputs `alive` stay."""
+        paths = [f"input {k}" for k in range(len(alive))]
+        run = restrict(Program(jaxpr, paths, [], None), alive)
+        return run.kept.program(run.walked)
 
     def narrow_call(
         self, fn: Callable[..., Any], avals: Any, alive: Sequence[list[Alive]]
@@ -173,10 +152,15 @@ class Restricted:
     def flat(self, arrays: Sequence[Any]) -> Any:
         """Runs on the array leaves of the arguments."""
         arrays = [
-            jnp.zeros(self.kept.shape(value), x.dtype) if 0 in x.shape else x
+            jnp.zeros(self.kept.shape(value), x.dtype)
+            if 0 in x.shape
+            else jnp.asarray(x)
             for x, value in zip(arrays, self.walked.ins, strict=True)
         ]
-        outs = self.kept.replay(self.walked, arrays)
+        if self.program.lasting and not jax.config.jax_disable_jit:
+            outs = call(self.kept.program(self.walked), arrays)
+        else:
+            outs = self.kept.replay(self.walked, arrays)
         return jax.tree.unflatten(self.program.out_tree, outs)
 
     @property

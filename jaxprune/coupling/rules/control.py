@@ -1,13 +1,14 @@
 """Primitives that hold programs: jit, remat, custom derivatives, scan, while, cond."""
 
+import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
-from jax.extend.core import DropVar
+from jax.extend.core import ClosedJaxpr, DropVar
+from jax.extend.linear_util import wrap_init
 
-from jaxprune.coupling.jaxprs import abstract, bind, scan_counts
+from jaxprune.coupling.jaxprs import abstract, bind, opened, scan_counts
 from jaxprune.coupling.labels import Axis, Value, both, flags_on, with_flags
 from jaxprune.coupling.registry import rule
 
@@ -22,18 +23,7 @@ def _used(eqn: Any) -> list[bool]:
     return [not isinstance(v, DropVar) for v in eqn.outvars]
 
 
-def _narrow_inline(kept: Any, step: Any, *operands: Any) -> Any:
-    return kept.replay(step.subs[0], operands)
-
-
-@rule(
-    "jit",
-    "pjit",
-    "closed_call",
-    "core_call",
-    narrow=_narrow_inline,
-    whole=_all_operands,
-)
+@rule("jit", "pjit", "closed_call", "core_call", inline=True, whole=_all_operands)
 def _call(walk: Any, eqn: Any, *values: Value) -> list[Value]:
     inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
     return walk.enter(inner, list(values), _used(eqn))
@@ -56,48 +46,30 @@ def _remat(walk: Any, eqn: Any, *values: Value) -> list[Value]:
 
 # --- custom derivatives --------------------------------------------------------------
 #
-# The derivative rule of the original call is itself traced (through the public jax.jvp
-# and jax.vjp of the equation at its full size) and narrowed like any other program.
+# The derivative rule of the original call is itself traced, at its full size, and
+# narrowed like any other program, when somebody differentiates.
 
 
 def _full_avals(eqn: Any) -> list[jax.ShapeDtypeStruct]:
     return [abstract(v.aval) for v in eqn.invars]
 
 
-def _narrow_custom_jvp(kept: Any, step: Any, *operands: Any) -> Any:
-    eqn = step.eqn
+def _resize_custom_jvp(kept: Any, step: Any) -> dict[str, Any]:
+    p = step.eqn.params
+    alive = [kept.alive(value) for value in step.ins[p["num_consts"] :]]
 
-    @jax.custom_jvp
-    def call(*args: Any) -> Any:
-        return kept.replay(step.subs[0], args)
+    @functools.cache
+    def small_jvp(*zeros: bool) -> Any:
+        jaxpr, consts, out_zeros = p["jvp_jaxpr_fun"].call_wrapped(*zeros)
+        tangents = [a for a, zero in zip(alive, zeros, strict=True) if not zero]
+        small = kept.narrow_jaxpr(ClosedJaxpr(jaxpr, consts), [*alive, *tangents])
+        return *opened(small), out_zeros
 
-    @call.defjvp
-    def call_jvp(primals: Any, tangents: Any) -> Any:
-        avals = _full_avals(eqn)
-        alive = [kept.alive(value) for value in step.ins]
-        smooth = [
-            k for k, a in enumerate(avals) if jnp.issubdtype(a.dtype, jnp.inexact)
-        ]
-
-        def full_jvp(primals: Any, tangents: Any) -> Any:
-            def of_smooth(*xs: Any) -> Any:
-                every = list(primals)
-                for k, x in zip(smooth, xs, strict=True):
-                    every[k] = x
-                return bind(eqn, *every)
-
-            return jax.jvp(
-                of_smooth, tuple(primals[k] for k in smooth), tuple(tangents)
-            )
-
-        run = kept.narrow_call(
-            full_jvp,
-            (avals, [avals[k] for k in smooth]),
-            alive + [alive[k] for k in smooth],
-        )
-        return run(list(primals), [tangents[k] for k in smooth])
-
-    return call(*operands)
+    debug_info = p["jvp_jaxpr_fun"].debug_info
+    return {
+        "call_jaxpr": kept.program(step.subs[0]),
+        "jvp_jaxpr_fun": wrap_init(small_jvp, debug_info=debug_info),
+    }
 
 
 def _narrow_custom_vjp(kept: Any, step: Any, *operands: Any) -> Any:
@@ -130,7 +102,7 @@ def _narrow_custom_vjp(kept: Any, step: Any, *operands: Any) -> Any:
     return call(*operands)
 
 
-@rule("custom_jvp_call", narrow=_narrow_custom_jvp, whole=_all_operands)
+@rule("custom_jvp_call", resize=_resize_custom_jvp, whole=_all_operands)
 def _custom_jvp(walk: Any, eqn: Any, *values: Value) -> list[Value]:
     return walk.enter_branch(eqn.params["call_jaxpr"], list(values))
 

@@ -4,7 +4,6 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from jaxprune.coupling.jaxprs import bind
 from jaxprune.coupling.labels import Axis, Value, either, flags_on, merge, with_flags
 from jaxprune.coupling.registry import rule
 
@@ -19,14 +18,20 @@ def _product(walk: Any, a: Axis, b: Axis) -> Axis:
     return with_flags(chosen, list(map(either, flags, flags_on(chosen, other))))
 
 
-def _narrow_dot(kept: Any, step: Any, lhs: Any, rhs: Any, *sizes: Any) -> Any:
-    if 0 in lhs.shape or 0 in rhs.shape:  # a sum over nothing
-        out = step.eqn.outvars[0].aval
-        return jnp.zeros(kept.shape(step.outs[0]), out.dtype)
-    return bind(step.eqn, lhs, rhs, *sizes)
+def _empty(kept: Any, step: Any) -> bool:
+    """Is an operand empty?"""
+    return any(0 in kept.shape(value) for value in step.ins[:2])
 
 
-@rule("dot_general", narrow=_narrow_dot)
+def _sum_over_nothing(kept: Any, step: Any, *operands: Any) -> Any:
+    return jnp.zeros(kept.shape(step.outs[0]), step.eqn.outvars[0].aval.dtype)
+
+
+def _resize_dot(kept: Any, step: Any) -> dict[str, Any] | None:
+    return None if _empty(kept, step) else {}
+
+
+@rule("dot_general", resize=_resize_dot, narrow=_sum_over_nothing)
 def _dot_general(walk: Any, eqn: Any, lhs: Value, rhs: Value) -> Value:
     (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
     for i, j in zip(lhs_sum, rhs_sum, strict=True):
@@ -44,7 +49,7 @@ def _free(value: Value, taken: tuple[int, ...]) -> list[Axis]:
     return [axis for d, axis in enumerate(value.axes) if d not in taken]
 
 
-@rule("ragged_dot_general", narrow=_narrow_dot)
+@rule("ragged_dot_general", resize=_resize_dot, narrow=_sum_over_nothing)
 def _ragged_dot(
     walk: Any, eqn: Any, lhs: Value, rhs: Value, sizes: Value, *offset: Value
 ) -> Value:
@@ -77,17 +82,16 @@ def _fft(walk: Any, eqn: Any, value: Value) -> Value:
     return Value(shape, axes, value.is_zero)
 
 
-def _narrow_conv(kept: Any, step: Any, lhs: Any, rhs: Any) -> Any:
-    if 0 in lhs.shape or 0 in rhs.shape:
-        out = step.eqn.outvars[0].aval
-        return jnp.zeros(kept.shape(step.outs[0]), out.dtype)
+def _resize_conv(kept: Any, step: Any) -> dict[str, Any] | None:
+    if _empty(kept, step):
+        return None
     numbers = step.eqn.params["dimension_numbers"]
-    per_group = rhs.shape[numbers.rhs_spec[1]]
-    groups = lhs.shape[numbers.lhs_spec[1]] // per_group
-    return bind(step.eqn, lhs, rhs, feature_group_count=groups)
+    lhs, rhs = map(kept.shape, step.ins)
+    groups = lhs[numbers.lhs_spec[1]] // rhs[numbers.rhs_spec[1]]
+    return {"feature_group_count": groups}
 
 
-@rule("conv_general_dilated", narrow=_narrow_conv)
+@rule("conv_general_dilated", resize=_resize_conv, narrow=_sum_over_nothing)
 def _conv_general_dilated(walk: Any, eqn: Any, lhs: Value, rhs: Value) -> Value:
     ledger, params = walk.ledger, eqn.params
     if params["batch_group_count"] != 1:

@@ -40,13 +40,12 @@ def ranges(sizes: Any) -> list[slice]:
     return [slice(int(e) - int(n), int(e)) for e, n in zip(ends, sizes, strict=True)]
 
 
-def _narrow_split(kept: Any, step: Any, x: Any) -> Any:
+def _resize_split(kept: Any, step: Any) -> dict[str, Any]:
     d = step.eqn.params["axis"]
-    sizes = [kept.shape(out)[d] for out in step.outs]
-    return lax.split(x, sizes, axis=d)
+    return {"sizes": tuple([kept.shape(out)[d] for out in step.outs])}
 
 
-@rule("split", narrow=_narrow_split)
+@rule("split", resize=_resize_split)
 def _split(walk: Any, eqn: Any, value: Value) -> list[Value]:
     d = eqn.params["axis"]
     return [

@@ -1,7 +1,7 @@
 """Primitives that move positions without computing: reshape, transpose, pad, ...
 
-Their parameters name sizes, so each has a `narrow` half that recomputes them from the
-positions that stay.
+Their parameters name sizes, so each has a half that recomputes them from the positions
+that stay.
 """
 
 from typing import Any
@@ -9,7 +9,6 @@ from typing import Any
 import jax
 from jax import lax
 
-from jaxprune.coupling.jaxprs import bind
 from jaxprune.coupling.labels import (
     Axis,
     Value,
@@ -20,11 +19,11 @@ from jaxprune.coupling.registry import rule
 # --- broadcast, iota -----------------------------------------------------------------
 
 
-def _narrow_broadcast(kept: Any, step: Any, x: Any) -> Any:
-    return bind(step.eqn, x, shape=kept.shape(step.outs[0]))
+def _resize_broadcast(kept: Any, step: Any) -> dict[str, Any]:
+    return {"shape": kept.shape(step.outs[0])}
 
 
-@rule("broadcast_in_dim", narrow=_narrow_broadcast)
+@rule("broadcast_in_dim", resize=_resize_broadcast)
 def _broadcast_in_dim(walk: Any, eqn: Any, value: Value, *dynamic: Value) -> Value:
     shape, source = eqn.params["shape"], eqn.params["broadcast_dimensions"]
     axes: list[Axis | None] = [None] * len(shape)
@@ -117,11 +116,11 @@ def reshape_axes(
     return tuple(axes)
 
 
-def _narrow_reshape(kept: Any, step: Any, x: Any) -> Any:
-    return bind(step.eqn, x, new_sizes=kept.shape(step.outs[0]))
+def _resize_reshape(kept: Any, step: Any) -> dict[str, Any]:
+    return {"new_sizes": kept.shape(step.outs[0])}
 
 
-@rule("reshape", narrow=_narrow_reshape)
+@rule("reshape", resize=_resize_reshape)
 def _reshape(walk: Any, eqn: Any, value: Value, *dynamic: Value) -> Value:
     if eqn.params.get("dimensions") is not None:
         return walk.unknown(eqn, value)[0]
