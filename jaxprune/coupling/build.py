@@ -52,13 +52,17 @@ class _Page:
         self.eqns: list[Any] = []
         self.consts: dict[Any, Any] = {}
         self.effects: set[Any] = set()
+        self._types: dict[tuple[int, tuple[int, ...]], Any] = {}  # by id of the full one
         self._variables: dict[int, Any] = {}  # id of a constant -> its variable
 
     def resized(self, var: Any, shape: tuple[int, ...]) -> Any:
         """A new variable like `var`, of this shape."""
         aval = var.aval
         if shape != getattr(aval, "shape", shape):
-            aval = aval.update(shape=shape)
+            key = id(aval), shape
+            if key not in self._types:
+                self._types[key] = aval.update(shape=shape)
+            aval = self._types[key]
         return type(var)(aval)
 
     def constant(self, array: Any) -> Any:
@@ -104,34 +108,34 @@ class _Page:
 
     def _step(self, step: Step, operands: list[Any]) -> list[Any]:
         """Writes a step; returns its results."""
-        eqn = step.eqn
-        if not self.kept.changes(step):
+        eqn, kept = step.eqn, self.kept
+        shapes = [kept.shape(value) for value in step.outs]
+        full = [value.shape for value in step.outs]
+        if shapes == full and not kept.touches(*step.ins) and not kept.cuts_inside(step):
             if isinstance(eqn, JaxprEqn):
-                return self._copied(step, operands, eqn.params)
+                return self._copied(eqn, operands, shapes, eqn.params)
             return self._traced(lambda *xs: bind(eqn, *xs), operands)
-        shapes = [self.kept.shape(value) for value in step.outs]
-        if shapes and all(0 in shape for shape in shapes):
+        if all(map(_is_empty, shapes)) and shapes:
             types = [var.aval.dtype for var in eqn.outvars]
             return self._traced(lambda: list(map(jnp.zeros, shapes, types)), [])
         rule = RULES[eqn.primitive.name]
         if rule.inline:
             return self.write(step.subs[0], operands)
-        changed = rule.resize(self.kept, step) if rule.resize else None
+        resize, narrow = rule.resize, rule.narrow
+        changed = resize(kept, step) if resize else None
         if changed is not None:
-            return self._copied(step, operands, {**eqn.params, **changed})
-        narrow = rule.narrow
+            return self._copied(eqn, operands, shapes, {**eqn.params, **changed})
         if narrow is None:
-            return self._copied(step, operands, eqn.params)
+            return self._copied(eqn, operands, shapes, eqn.params)
         with eqn.ctx.manager:
-            return self._traced(lambda *xs: narrow(self.kept, step, *xs), operands)
+            return self._traced(lambda *xs: narrow(kept, step, *xs), operands)
 
-    def _copied(self, step: Step, operands: list[Any], params: Any) -> list[Any]:
-        """The same equation with these parameters."""
-        outs = [
-            self.resized(var, self.kept.shape(value))
-            for var, value in zip(step.eqn.outvars, step.outs, strict=True)
-        ]
-        self.eqns.append(step.eqn.replace(invars=operands, outvars=outs, params=params))
+    def _copied(
+        self, eqn: Any, operands: list[Any], shapes: list[Any], params: Any
+    ) -> list[Any]:
+        """The same equation on these operands, for results of these shapes."""
+        outs = list(map(self.resized, eqn.outvars, shapes))
+        self.eqns.append(eqn.replace(invars=operands, outvars=outs, params=params))
         return outs
 
     def _traced(self, fn: Callable[..., Any], operands: list[Any]) -> list[Any]:
@@ -159,3 +163,7 @@ class _Page:
     def _known(self, operand: Any) -> Any:
         """The value of an operand, if it has one already."""
         return operand.val if isinstance(operand, Literal) else self.consts.get(operand)
+
+
+def _is_empty(shape: tuple[int, ...]) -> bool:
+    return 0 in shape

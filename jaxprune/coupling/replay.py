@@ -14,7 +14,7 @@ from jax.extend.core import jaxpr_as_fun
 from jaxprune.coupling.build import build
 from jaxprune.coupling.decide import Alive, decide
 from jaxprune.coupling.jaxprs import Program, abstract, call, trace_program
-from jaxprune.coupling.labels import Axis, Value
+from jaxprune.coupling.labels import Axis, Column, Value
 from jaxprune.coupling.solve import solve
 from jaxprune.coupling.walk import Step, Walked, walk_program
 
@@ -28,23 +28,24 @@ class Kept:
     def __init__(self, alive_units: np.ndarray) -> None:
         self._alive = alive_units
         # By id, together with what has this id, so that it stays its own.
-        self._masks: dict[int, tuple[Axis, Alive]] = {}
-        self._shapes: dict[int, tuple[Value, tuple[int, ...]]] = {}
+        self._lines: dict[int, tuple[Any, Alive, int]] = {}
+        self._shapes: dict[Any, tuple[Any, tuple[int, ...]]] = {}
         self._programs: dict[int, tuple[Walked, Any]] = {}
 
     def mask(self, axis: Axis) -> Alive:
         """Which positions of an axis live; None if all do."""
-        if isinstance(axis, int):
-            return None
-        found = self._masks.get(id(axis))
+        return None if isinstance(axis, int) else self._line(axis)[0]
+
+    def _line(self, axis: tuple[Column, ...]) -> tuple[Alive, int]:
+        """`mask` of an axis that may be cut, and how many of its positions live."""
+        labels = axis[0].units if len(axis) == 1 else axis
+        found = self._lines.get(id(labels))
         if found is None:
-            first, *others = axis
-            alive = self._alive[first.units]
-            for column in others:
-                alive &= self._alive[column.units]
-            found = axis, None if alive.all() else alive
-            self._masks[id(axis)] = found
-        return found[1]
+            alive = np.logical_and.reduce([self._alive[c.units] for c in axis])
+            count = int(np.count_nonzero(alive))
+            mask = None if count == len(alive) else alive
+            found = self._lines[id(labels)] = labels, mask, count
+        return found[1:]
 
     def positions(self, axis: Axis) -> np.ndarray | None:
         """The living positions of an axis; None if all are."""
@@ -56,13 +57,13 @@ class Kept:
         return [self.mask(axis) for axis in value.axes]
 
     def shape(self, value: Value) -> tuple[int, ...]:
-        """The size of a value when dead positions are gone; its own if all live."""
-        found = self._shapes.get(id(value))
+        """The size of a value when dead positions are gone."""
+        key = id(value.axes), value.shape
+        found = self._shapes.get(key)
         if found is None:
-            masks = [self.mask(axis) for axis in value.axes]
-            cut = any(mask is not None for mask in masks)
-            found = value, _sizes(value.shape, masks) if cut else value.shape
-            self._shapes[id(value)] = found
+            axes = zip(value.shape, value.axes, strict=True)
+            sizes = [n if isinstance(a, int) else self._line(a)[1] for n, a in axes]
+            found = self._shapes[key] = value.axes, tuple(sizes)
         return found[1]
 
     def cut(self, x: Any, value: Value) -> Any:
@@ -83,13 +84,15 @@ class Kept:
 
     def touches(self, *values: Value) -> bool:
         """Is any axis of these values cut?"""
-        return any(self.shape(value) is not value.shape for value in values)
+        return any([self.shape(value) != value.shape for value in values])
 
-    def changes(self, step: Step) -> bool:
-        """Is anything cut of a step or inside of it?"""
-        return self.touches(*step.ins, *step.outs) or any(
-            self.touches(*sub.ins, *sub.outs) or any(map(self.changes, sub.steps))
+    def cuts_inside(self, step: Step) -> bool:
+        """Is anything cut in the inner programs of a step?"""
+        return any(
+            self.touches(*sub.ins, *sub.outs, *inner.ins, *inner.outs)
+            or self.cuts_inside(inner)
             for sub in step.subs
+            for inner in sub.steps
         )
 
     def program(self, walked: Walked) -> Any:
@@ -115,11 +118,6 @@ class Kept:
         """`fn(*avals)`, traced at full size, for inputs of which `alive` stay."""
         program = trace_program(fn, *avals)
         return restrict(program, alive)
-
-
-def _sizes(shape: Sequence[int], masks: Sequence[Alive]) -> tuple[int, ...]:
-    alive = zip(shape, masks, strict=True)
-    return tuple([n if m is None else int(np.count_nonzero(m)) for n, m in alive])
 
 
 def take_positions(x: Any, positions: np.ndarray, d: int) -> Any:
