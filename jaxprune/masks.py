@@ -17,7 +17,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxprune.coupling.groups import Groups
-from jaxprune.coupling.jaxprs import keystr
+from jaxprune.coupling.jaxprs import leaf_names
 from jaxprune.positions import BoolArray, outer_mask
 
 PyTree = Any
@@ -150,8 +150,8 @@ def named_leaves(tree: PyTree) -> dict[str, Any]:
         >>> named_leaves({"a": [1, 2], "b": None})
         {'a/0': 1, 'a/1': 2}
     """
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {keystr(path): leaf for path, leaf in leaves}
+    leaves, treedef = jax.tree.flatten(tree)
+    return dict(zip(leaf_names(tree, treedef), leaves, strict=True))
 
 
 def parameter_paths(paths: Iterable[str]) -> set[str]:

@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import check_jaxpr
 
 import jaxprune
 
@@ -110,6 +111,12 @@ def mapped(fn):
     )
 
 
+def check_types(fn, *args):
+    """Every equation of the program makes what the program says that it makes."""
+    program = jax.make_jaxpr(fn)(*args)
+    check_jaxpr(getattr(program, "jaxpr", program))
+
+
 def check_contract(apply_fn, variables, inputs, *, mutated=False, reverse=True):
     """Cuts half of all exact groups at random, several times, and compares.
 
@@ -156,6 +163,7 @@ def check_contract(apply_fn, variables, inputs, *, mutated=False, reverse=True):
             continue
         out, slope = masked_slope(variables, masks, variables, *args)
         if seed == 2:
+            check_types(narrowed, small, *args)
             assert_same(quick_jit(narrowed)(small, *args), sliced(out))
             continue
         got, small_slope = quick_jit(derivative(narrowed, reverse))(small, small, *args)

@@ -33,7 +33,7 @@ from jaxprune.costs.polynomial import (
 )
 from jaxprune.costs.tally import Spent, Tally
 from jaxprune.coupling.groups import Groups
-from jaxprune.coupling.jaxprs import is_array, keystr, trace_program
+from jaxprune.coupling.jaxprs import is_array, leaf_names, trace_program
 from jaxprune.coupling.labels import ALIVE, Value
 from jaxprune.coupling.ledger import Ledger
 from jaxprune.coupling.solve import solve
@@ -131,8 +131,9 @@ def cost_model(
     program = live_program(trace_program(apply_fn, variables, *args, **kwargs))
     ledger = Ledger()
     units = Units(groups, ledger)
-    leaves, _ = jax.tree_util.tree_flatten_with_path(variables)
-    paths = [keystr(path) for path, leaf in leaves if is_array(leaf)]
+    leaves, treedef = jax.tree.flatten(variables)
+    names = leaf_names(variables, treedef)
+    paths = [name for name, leaf in zip(names, leaves, strict=True) if is_array(leaf)]
     ins = []
     for k, var in enumerate(program.jaxpr.invars):
         shape = var.aval.shape

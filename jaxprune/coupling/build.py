@@ -1,10 +1,10 @@
 """Writes down what remains of a walked program, as a program of its own.
 
 An equation whose operands and results shrink is mostly the same equation, with other
-sizes among its parameters (`Rule.resize`). It is copied: nothing is traced, the types of
-its results are known from the walk, and it keeps its source line, name stack and context.
-Where parameters are not enough, the `narrow` half of the rule is traced and its
-equations are copied in.
+sizes among its parameters (`Rule.resize`). It is copied: nothing is traced, the types
+of its results are known from the walk, and it keeps its source line, name stack and
+context. Where parameters are not enough, the `narrow` half of the rule is traced and
+its equations are copied in.
 """
 
 from collections.abc import Callable, Sequence
@@ -52,7 +52,7 @@ class _Page:
         self.eqns: list[Any] = []
         self.consts: dict[Any, Any] = {}
         self.effects: set[Any] = set()
-        self._types: dict[tuple[int, tuple[int, ...]], Any] = {}  # by id of the full one
+        self._types: dict[Any, Any] = {}  # (id of the full type, shape) -> type
         self._variables: dict[int, Any] = {}  # id of a constant -> its variable
 
     def resized(self, var: Any, shape: tuple[int, ...]) -> Any:
@@ -65,11 +65,11 @@ class _Page:
             aval = self._types[key]
         return type(var)(aval)
 
-    def constant(self, array: Any) -> Any:
-        """The variable that holds an array."""
+    def constant(self, array: Any, aval: Any) -> Any:
+        """The variable that holds an array of this type."""
         var = self._variables.get(id(array))
         if var is None:
-            var = self._variables[id(array)] = Var(jax.typeof(array))
+            var = self._variables[id(array)] = Var(aval)
             self.consts[var] = array
         return var
 
@@ -77,7 +77,7 @@ class _Page:
         """Writes all steps of a program; returns its results, None if not computed."""
         env: dict[Any, Any] = dict(zip(walked.jaxpr.invars, operands, strict=True))
         for var, array in zip(walked.jaxpr.constvars, walked.consts, strict=True):
-            env[var] = self.constant(array)
+            env[var] = self.constant(array, var.aval)
         for step in walked.steps:
             operands = [
                 var if isinstance(var, Literal) else env[var] for var in step.eqn.invars
@@ -104,14 +104,14 @@ class _Page:
             [cut] = self._traced(lambda x: [self.kept.cut(x, value)], [operand])
             return cut
         with jax.ensure_compile_time_eval():  # a constant stays one
-            return self.constant(self.kept.cut(array, value))
+            cut = self.kept.cut(array, value)
+        return self.constant(cut, jax.typeof(cut))
 
     def _step(self, step: Step, operands: list[Any]) -> list[Any]:
         """Writes a step; returns its results."""
         eqn, kept = step.eqn, self.kept
         shapes = [kept.shape(value) for value in step.outs]
-        full = [value.shape for value in step.outs]
-        if shapes == full and not kept.touches(*step.ins) and not kept.cuts_inside(step):
+        if not (kept.touches(*step.ins, *step.outs) or kept.cuts_inside(step)):
             if isinstance(eqn, JaxprEqn):
                 return self._copied(eqn, operands, shapes, eqn.params)
             return self._traced(lambda *xs: bind(eqn, *xs), operands)
@@ -150,8 +150,9 @@ class _Page:
 
         make = jax.make_jaxpr(call)
         jaxpr, consts = opened(make(*(abstract(operands[k].aval) for k in free)))
-        env = dict(zip(jaxpr.constvars, map(self.constant, consts), strict=True))
-        env.update(zip(jaxpr.invars, (operands[k] for k in free), strict=True))
+        env = dict(zip(jaxpr.invars, (operands[k] for k in free), strict=True))
+        for var, array in zip(jaxpr.constvars, consts, strict=True):
+            env[var] = self.constant(array, var.aval)
         for eqn in jaxpr.eqns:
             invars = [v if isinstance(v, Literal) else env[v] for v in eqn.invars]
             outs = [type(v)(v.aval) for v in eqn.outvars]

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.core import Tracer
-from jax.extend.core import ClosedJaxpr
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.sharding import NamedSharding
 
 
@@ -45,6 +45,8 @@ def closed(
 
 def call(jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
     """Runs a closed jaxpr as one call of jit, without tracing it again."""
+    if getattr(jax.config, "jax_disable_jit"):  # noqa: B009
+        return jaxpr_as_fun(jaxpr)(*operands)
     one_to_two = jax.make_jaxpr(jax.jit(lambda x: (x, x)))(0)
     [eqn] = opened(one_to_two)[0].eqns
     sizes = {1: len(operands), 2: len(opened(jaxpr)[0].outvars)}
@@ -53,7 +55,8 @@ def call(jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
         for name, value in eqn.params.items()
         if isinstance(value, tuple) and len(value) in sizes
     }
-    return bind(eqn, *operands, **changed, jaxpr=jaxpr)
+    name = opened(jaxpr)[0].debug_info.func_name
+    return bind(eqn, *operands, **changed, jaxpr=jaxpr, name=name)
 
 
 def scan_counts(params: Any) -> tuple[int, int]:
@@ -119,15 +122,34 @@ def keystr(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
+def leaf_names(tree: Any, treedef: Any) -> list[str]:
+    """`keystr` of every leaf of a tree, whose structure is `treedef`.
+
+    Remembered: a model's thousands of leaves are named at every step of pruning it.
+    """
+    try:
+        names = _NAMES.get(treedef)
+    except TypeError:  # something static cannot be hashed
+        return _leaf_names(tree)
+    if names is None:
+        if len(_NAMES) >= _MOST_NAMES:
+            _NAMES.clear()
+        names = _NAMES[treedef] = _leaf_names(tree)
+    return names
+
+
+_NAMES: dict[Any, list[str]] = {}
+_MOST_NAMES = 64
+
+
+def _leaf_names(tree: Any) -> list[str]:
+    return [keystr(path) for path, _ in jax.tree.leaves_with_path(tree)]
+
+
 def input_name(path: str) -> str:
     """``args/1/x`` or ``kwargs/x`` for the path of an input leaf."""
     head, _, rest = path.partition("/")
     return f"{'args' if head == '0' else 'kwargs'}/{rest}"
-
-
-def variable_name(path: str) -> str:
-    """``params/w`` for the path of an input leaf in the first argument."""
-    return path.removeprefix("0/0").removeprefix("/")
 
 
 @functools.lru_cache(maxsize=64)
@@ -143,6 +165,7 @@ def _flat(
         args, kwargs = jax.tree.unflatten(tree, leaves)
         return fn(*args, **kwargs)
 
+    flat.__name__ = getattr(fn, "__name__", type(fn).__name__)  # for profiles
     return jax.jit(flat)
 
 
@@ -151,17 +174,17 @@ _ARRAY = object()
 
 def trace_program(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Program:
     """Traces `fn` from arrays or shapes; leaves that are no arrays are static."""
-    flat, tree = jax.tree_util.tree_flatten_with_path((args, kwargs))
-    static = tuple([_ARRAY if is_array(leaf) else leaf for _, leaf in flat])
+    flat, tree = jax.tree.flatten((args, kwargs))
+    static = tuple([_ARRAY if is_array(leaf) else leaf for leaf in flat])
     types = tuple(map(type, static))
-    arrays = [entry for entry, leaf in zip(flat, static, strict=True) if leaf is _ARRAY]
-    avals = [abstract(leaf) for _, leaf in arrays]
+    traced = [leaf is _ARRAY for leaf in static]
+    avals = list(map(abstract, itertools.compress(flat, traced)))
     try:
         jitted = _flat(fn, tree, static, types)
     except TypeError:  # something static cannot be hashed: trace without the cache
         jitted = _flat.__wrapped__(fn, tree, static, types)
-    traced = jitted.trace(*avals)
-    closed, out_info = traced.jaxpr, traced.out_info
+    done = jitted.trace(*avals)
+    closed, out_info = done.jaxpr, done.out_info
     if len(opened(closed)[0].invars) != len(avals):
         # `fn` closes over values of a program being traced: keep them as constants.
         inner: Any = jitted
@@ -170,7 +193,7 @@ def trace_program(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Program:
     outs, out_tree = jax.tree_util.tree_flatten_with_path(out_info)
     return Program(
         closed,
-        [keystr(path) for path, _ in arrays],
+        list(itertools.compress(leaf_names((args, kwargs), tree), traced)),
         [keystr(path) for path, _ in outs],
         out_tree,
     )
@@ -184,7 +207,8 @@ def abstract(leaf: Any, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeS
     """
     if type(leaf) is jax.ShapeDtypeStruct and leaf.sharding is None and shape is None:
         return leaf  # it is that already
-    aval = getattr(leaf, "aval", leaf)
+    host = isinstance(leaf, (np.ndarray, np.generic))
+    aval = jax.typeof(leaf) if host else getattr(leaf, "aval", leaf)
     options = {"weak_type": getattr(aval, "weak_type", False)}
     sharding = getattr(aval, "sharding", None)
     if isinstance(sharding, NamedSharding) and not sharding.mesh.empty:
@@ -197,6 +221,8 @@ def abstract(leaf: Any, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeS
 def live_equations(jaxpr: Any, used: list[bool] | None = None) -> list[Any]:
     """The equations that the used outputs (all, unless told) need, in order."""
     outs = jaxpr.outvars
+    if used is None and len(jaxpr.eqns) == 1 and outs == jaxpr.eqns[0].outvars:
+        return jaxpr.eqns  # what libraries wrap in a call
     needed = set(map(id, outs if used is None else itertools.compress(outs, used)))
     kept = []
     for eqn in reversed(jaxpr.eqns):

@@ -1,6 +1,7 @@
 """Lines: the labels of parameter axes, solved; axes tied throughout share one."""
 
 from collections.abc import Iterator, Mapping
+from operator import itemgetter
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -97,29 +98,33 @@ def _joined(lines: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
 def find_pinned(ledger: Ledger, solution: Solution, lines: Lines) -> tuple[Pinned, ...]:
     """What cannot be cut, axis by axis."""
     found = [(axes, 1, explain(ledger, why)) for why, axes in lines.frozen.items()]
-    whole = bool((solution.partly == NEVER).all())
-    for axes, classes, free in zip(lines.axes, lines.classes, lines.free, strict=True):
-        if not (whole and free):
-            held = _held(ledger, solution, classes)
-            found += [(axes, count, text) for count, text in held]
+    classes, starts = _joined(lines.classes)
+    why = solution.why[classes]
+    if (solution.partly != NEVER).any():
+        partly = np.where(why == NEVER, solution.partly[classes], NEVER)
+        for line, count, unit in _held(partly, starts):
+            text = "one of its factors: " + explain(ledger, unit)
+            found.append((lines.axes[line], count, text))
+    for line, count, unit in _held(why, starts):
+        found.append((lines.axes[line], count, explain(ledger, unit)))
     pinned = [
         (number, Pinned(path, d, count, text))
         for axes, count, text in found
         for number, path, d in axes
     ]
-    return tuple([each for _, each in sorted(pinned, key=lambda pair: pair[0])])
+    return tuple([each for _, each in sorted(pinned, key=itemgetter(0))])
 
 
-def _held(
-    ledger: Ledger, solution: Solution, classes: np.ndarray
-) -> Iterator[tuple[int, str]]:
-    """How many positions of a line are held in part or throughout, and why."""
-    why = solution.why[classes]
-    partly = np.where(why == NEVER, solution.partly[classes], NEVER)
-    for part, reasons in ("one of its factors: ", partly), ("", why):
-        count = int(np.count_nonzero(reasons != NEVER))
-        if count:
-            yield count, part + explain(ledger, int(reasons.min()))
+def _held(reasons: np.ndarray, starts: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """Lines with a reason at some position: number, how many positions, the first."""
+    if not len(starts):
+        return
+    counts = np.add.reduceat(reasons != NEVER, starts, dtype=int)
+    held = np.flatnonzero(counts)
+    first = np.minimum.reduceat(reasons, starts)
+    yield from zip(
+        held.tolist(), counts[held].tolist(), first[held].tolist(), strict=True
+    )
 
 
 def explain(ledger: Ledger, unit: int) -> str:

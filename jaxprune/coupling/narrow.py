@@ -14,7 +14,7 @@ from jaxprune.coupling.jaxprs import (
     Program,
     abstract,
     is_array,
-    keystr,
+    leaf_names,
     trace_program,
 )
 from jaxprune.coupling.replay import Restricted, restrict
@@ -64,8 +64,9 @@ def narrow(apply_fn: Callable[..., Any], masks: Any) -> Callable[..., Any]:
         >>> jaxprune.narrow(mlp, masks)(small, jnp.ones((1, 3)))
         Array([[15., 15.]], dtype=float32)
     """
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(masks)
-    flat = [(name := keystr(path), _concrete(name, mask)) for path, mask in leaves]
+    leaves, treedef = jax.tree.flatten(masks)
+    names = leaf_names(masks, treedef)
+    flat = list(zip(names, map(_concrete, names, leaves), strict=True))
     restricted: dict[Program, Restricted] = {}
 
     @functools.wraps(apply_fn)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,9 @@ from jaxprune.coupling.jaxprs import Program, abstract, call, trace_program
 from jaxprune.coupling.labels import Axis, Column, Value
 from jaxprune.coupling.solve import solve
 from jaxprune.coupling.walk import Step, Walked, walk_program
+
+# Of an input: which positions of every axis live; or, if it is data, its value.
+Given: TypeAlias = list[Alive] | Value
 
 
 class Kept:
@@ -52,9 +55,9 @@ class Kept:
         alive = self.mask(axis)
         return None if alive is None else np.flatnonzero(alive)
 
-    def alive(self, value: Value) -> list[Alive]:
-        """`mask` of every axis."""
-        return [self.mask(axis) for axis in value.axes]
+    def given(self, value: Value) -> Given:
+        """What a program that takes this value is told of it."""
+        return value if value.data else [self.mask(axis) for axis in value.axes]
 
     def shape(self, value: Value) -> tuple[int, ...]:
         """The size of a value when dead positions are gone."""
@@ -84,7 +87,7 @@ class Kept:
 
     def touches(self, *values: Value) -> bool:
         """Is any axis of these values cut?"""
-        return any([self.shape(value) != value.shape for value in values])
+        return any(self.shape(value) != value.shape for value in values)
 
     def cuts_inside(self, step: Step) -> bool:
         """Is anything cut in the inner programs of a step?"""
@@ -102,22 +105,25 @@ class Kept:
             found = self._programs[id(walked)] = walked, build(self, walked)
         return found[1]
 
+    def call(self, walked: Walked, args: Sequence[Any]) -> list[Any]:
+        """Evaluates what remains of a program, as one call of a jitted function."""
+        return call(self.program(walked), args)
+
     def replay(self, walked: Walked, args: Sequence[Any]) -> list[Any]:
         """Evaluates what remains of a program, one equation after another."""
         return jaxpr_as_fun(self.program(walked))(*args)
 
-    def narrow_jaxpr(self, jaxpr: Any, alive: Sequence[list[Alive]]) -> Any:
-        """What remains of a closed jaxpr if of its inputs `alive` stay."""
-        paths = [f"input {k}" for k in range(len(alive))]
-        run = restrict(Program(jaxpr, paths, [], None), alive)
+    def narrow_jaxpr(self, jaxpr: Any, given: Sequence[Given]) -> Any:
+        """What remains of a closed jaxpr of whose inputs this is `given`."""
+        paths = [f"input {k}" for k in range(len(given))]
+        run = restrict(Program(jaxpr, paths, [], None), given)
         return run.kept.program(run.walked)
 
     def narrow_call(
-        self, fn: Callable[..., Any], avals: Any, alive: Sequence[list[Alive]]
+        self, fn: Callable[..., Any], avals: Any, given: Sequence[Given]
     ) -> "Restricted":
-        """`fn(*avals)`, traced at full size, for inputs of which `alive` stay."""
-        program = trace_program(fn, *avals)
-        return restrict(program, alive)
+        """`fn(*avals)`, traced at full size, for inputs of which this is `given`."""
+        return restrict(trace_program(fn, *avals), given)
 
 
 def take_positions(x: Any, positions: np.ndarray, d: int) -> Any:
@@ -149,22 +155,20 @@ class Restricted:
 
     def flat(self, arrays: Sequence[Any]) -> Any:
         """Runs on the array leaves of the arguments."""
-        arrays = [
-            jnp.zeros(self.kept.shape(value), x.dtype)
-            if 0 in x.shape
-            else jnp.asarray(x)
-            for x, value in zip(arrays, self.walked.ins, strict=True)
+        shape, ins = self.kept.shape, self.walked.ins
+        operands = [
+            jnp.zeros(shape(value), x.dtype) if 0 in x.shape else jnp.asarray(x)
+            for x, value in zip(arrays, ins, strict=True)
         ]
-        if self.program.lasting and not jax.config.jax_disable_jit:
-            outs = call(self.kept.program(self.walked), arrays)
-        else:
-            outs = self.kept.replay(self.walked, arrays)
+        # Constants that are tracers would not outlast the trace that they belong to.
+        run = self.kept.call if self.program.lasting else self.kept.replay
+        outs = run(self.walked, operands)
         return jax.tree.unflatten(self.program.out_tree, outs)
 
     @property
-    def out_alive(self) -> list[list[Alive]]:
-        """Which positions of every output leaf live."""
-        return [self.kept.alive(value) for value in self.walked.outs]
+    def out_given(self) -> list[Given]:
+        """What a program that takes the output leaves is told of them."""
+        return [self.kept.given(value) for value in self.walked.outs]
 
     @property
     def out_shapes(self) -> Any:
@@ -174,20 +178,22 @@ class Restricted:
 
 
 def restrict(
-    program: Program, alive: Sequence[list[Alive]], names: Sequence[str] | None = None
+    program: Program, given: Sequence[Given], names: Sequence[str] | None = None
 ) -> Restricted:
     """Decides every unit of a program from the living positions of its inputs.
 
     Args:
         program: the traced program.
-        alive: for the first input leaves, which positions of each axis live; nothing
-            of the others is cut.
+        given: for the first input leaves, which positions of each axis live, or the
+            value itself if it is data; nothing of the others is cut.
         names: how to call the input leaves in error messages.
 
     Raises:
         ValueError: if two coupled axes disagree, or a pinned position is cut.
     """
-    ledger, walked = walk_program(program, len(alive))
-    names = names or [f"input {k}" for k in range(len(alive))]
-    alive_units = decide(ledger, solve(ledger), walked, names, alive)
+    known = {k: each for k, each in enumerate(given) if isinstance(each, Value)}
+    ledger, walked = walk_program(program, len(given), known)
+    names = names or [f"input {k}" for k in range(len(given))]
+    masks = [[] if isinstance(each, Value) else each for each in given]
+    alive_units = decide(ledger, solve(ledger), walked, names, masks)
     return Restricted(program, walked, Kept(alive_units))

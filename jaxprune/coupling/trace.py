@@ -1,6 +1,7 @@
 """`trace`: from any JAX function to the groups of axes that belong together."""
 
 import fnmatch
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,9 +15,8 @@ from jaxprune.coupling.groups import Groups
 from jaxprune.coupling.jaxprs import (
     Program,
     is_array,
-    keystr,
+    leaf_names,
     trace_program,
-    variable_name,
 )
 from jaxprune.coupling.labels import Value
 from jaxprune.coupling.ledger import Ledger
@@ -81,12 +81,11 @@ def trace(
         [('w1:1', 8)]
     """
     program = trace_program(apply_fn, variables, *args, **kwargs)
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(variables)
-    count = sum([is_array(leaf) for _, leaf in leaves])
-    arrays = [variable_name(path) for path in program.paths[:count]]
-    traced = iter(arrays)
-    names = [next(traced) if is_array(x) else keystr(path) for path, x in leaves]
-    shapes = {name: np.shape(x) for name, (_, x) in zip(names, leaves, strict=True)}
+    leaves, treedef = jax.tree.flatten(variables)
+    names = leaf_names(variables, treedef)
+    shapes = dict(zip(names, map(np.shape, leaves), strict=True))
+    arrays = list(itertools.compress(names, map(is_array, leaves)))
+    count = len(arrays)
     ledger, walked = walk_program(program, count)
     known = dict(zip(arrays, walked.ins, strict=False))
     _pin(ledger, known, pin)
@@ -189,13 +188,13 @@ def _first_uses(walked: Walked, inputs: Mapping[int, str]) -> dict[str, None]:
     """
     used: dict[str, None] = {}
     for step in walked.steps:
-        operands = [v for v in map(id, step.eqn.invars) if v in inputs]
-        if not operands:
+        operands = list(map(id, step.eqn.invars))
+        if inputs.keys().isdisjoint(operands):
             continue
         if step.subs and len(step.subs[0].ins) == len(step.eqn.invars):
             inner = step.subs[0]
             pairs = zip(inner.jaxpr.invars, step.eqn.invars, strict=True)
             within = {id(v): inputs[id(w)] for v, w in pairs if id(w) in inputs}
             used.update(_first_uses(inner, within))
-        used.update((inputs[v], None) for v in operands)
+        used.update((inputs[v], None) for v in operands if v in inputs)
     return used

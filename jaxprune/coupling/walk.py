@@ -1,6 +1,8 @@
 """The interpreter: walks a jaxpr once, moving labels through every equation."""
 
 import functools
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jax.extend.core import Literal
@@ -126,34 +128,40 @@ class Walk:
     def _label(self, eqn: Any, values: list[Value]) -> Step:
         """The equation on these operands: what it sees of them, and its results."""
         known = [value.data for value in values]
-        if all(known):
+        if False not in known:
             operands = tuple(values)
             return Step(eqn, operands, data.derive(eqn, operands))
         rule = RULES.get(eqn.primitive.name, _NO_RULE)
-        if any(known):
+        if True in known:
             for k in range(rule.whole(eqn), len(values)):
                 values[k] = self.view(values[k])
         results = rule.label(self, eqn, *values)
-        outs = (results,) if isinstance(results, Value) else tuple(results)
+        outs = (results,) if type(results) is Value else tuple(results)
         return Step(eqn, tuple(values), outs, tuple(self._subs))
 
 
 _NO_RULE = Rule(Walk.unknown)
 
 
-def walk_program(program: Program, count: int) -> tuple[Ledger, Walked]:
+def walk_program(
+    program: Program, count: int, known: Mapping[int, Value] = MappingProxyType({})
+) -> tuple[Ledger, Walked]:
     """Walks a program whose first `count` inputs may be cut anywhere, others nowhere.
+
+    Inputs that are data of an outer program are `known`, by their number.
 
     A program is walked once, however often it is asked for (by `trace`, by `narrow`);
     the ledger is the caller's own.
     """
-    if not program.lasting:
-        return _walk_program(program, count)
+    if known or not program.lasting:
+        return _walk_program(program, count, known)
     ledger, walked = _remembered(program, count, tuple(RULES.items()))
     return ledger.copy(), walked
 
 
-def _walk_program(program: Program, count: int) -> tuple[Ledger, Walked]:
+def _walk_program(
+    program: Program, count: int, known: Mapping[int, Value]
+) -> tuple[Ledger, Walked]:
     ledger = Ledger()
     ledger.reason(PINNED)  # of several reasons the first is told
     ins = []
@@ -161,6 +169,9 @@ def _walk_program(program: Program, count: int) -> tuple[Ledger, Walked]:
         zip(program.paths, program.jaxpr.invars, strict=True)
     ):
         shape = var.aval.shape
+        if k in known:
+            ins.append(known[k])
+            continue
         if k < count:  # what is cut from a variable is zero in the masked program
             axes = tuple([ledger.fresh_axis(n, zero=True) for n in shape])
         else:
@@ -173,7 +184,7 @@ def _walk_program(program: Program, count: int) -> tuple[Ledger, Walked]:
 @functools.lru_cache(maxsize=4)
 def _remembered(program: Program, count: int, rules: Any) -> tuple[Ledger, Walked]:
     # `rules`: what was registered since makes it another walk.
-    return _walk_program(program, count)
+    return _walk_program(program, count, {})
 
 
 def unused(var: Any) -> Value:

@@ -56,13 +56,15 @@ def _full_avals(eqn: Any) -> list[jax.ShapeDtypeStruct]:
 
 def _resize_custom_jvp(kept: Any, step: Any) -> dict[str, Any]:
     p = step.eqn.params
-    alive = [kept.alive(value) for value in step.ins[p["num_consts"] :]]
+    ins = step.ins[p["num_consts"] :]
+    slopes = [Value(value.shape, value.axes, data=value.data) for value in ins]
 
     @functools.cache
     def small_jvp(*zeros: bool) -> Any:
         jaxpr, consts, out_zeros = p["jvp_jaxpr_fun"].call_wrapped(*zeros)
-        tangents = [a for a, zero in zip(alive, zeros, strict=True) if not zero]
-        small = kept.narrow_jaxpr(ClosedJaxpr(jaxpr, consts), [*alive, *tangents])
+        tangents = [v for v, zero in zip(slopes, zeros, strict=True) if not zero]
+        given = list(map(kept.given, (*ins, *tangents)))
+        small = kept.narrow_jaxpr(ClosedJaxpr(jaxpr, consts), given)
         return *opened(small), out_zeros
 
     debug_info = p["jvp_jaxpr_fun"].debug_info
@@ -75,8 +77,6 @@ def _resize_custom_jvp(kept: Any, step: Any) -> dict[str, Any]:
 def _narrow_custom_vjp(kept: Any, step: Any, *operands: Any) -> Any:
     eqn = step.eqn
     avals = tuple(_full_avals(eqn))
-    alive = [kept.alive(value) for value in step.ins]
-    out_alive = [kept.alive(value) for value in step.outs]
 
     @jax.custom_vjp
     def call(*args: Any) -> Any:
@@ -85,18 +85,20 @@ def _narrow_custom_vjp(kept: Any, step: Any, *operands: Any) -> Any:
     def full_forward(*primals: Any) -> Any:
         return jax.vjp(lambda *xs: bind(eqn, *xs), *primals)
 
-    forward = kept.narrow_call(full_forward, avals, alive)
+    forward = kept.narrow_call(full_forward, avals, list(map(kept.given, step.ins)))
 
     def full_backward(residuals: Any, cotangents: Any) -> Any:
         return residuals(cotangents)
 
     def backward(residuals: Any, cotangents: Any) -> Any:
         shapes = forward.out_shapes[1]
-        count = len(jax.tree.leaves(shapes))
         cts = [abstract(v.aval) for v in eqn.outvars]
-        inner = [*forward.out_alive[-count:], *out_alive] if count else out_alive
-        run = kept.narrow_call(full_backward, (shapes, cts), inner)
-        return run(residuals, list(cotangents))
+        given = [*forward.out_given[len(cts) :], *map(kept.given, step.outs)]
+        run = kept.narrow_call(full_backward, (shapes, cts), given)
+        slopes = run(residuals, list(cotangents))
+        # Nobody asks for the slope of data, which is whole.
+        pairs = zip(slopes, step.ins, strict=True)
+        return tuple([None if value.data else slope for slope, value in pairs])
 
     call.defvjp(forward, backward)
     return call(*operands)

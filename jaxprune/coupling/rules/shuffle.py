@@ -52,6 +52,8 @@ class Permutation:
 
 def join_shuffles(eqns: list[Any], outvars: list[Any]) -> list[Any]:
     """The equations, with every channel shuffle as one `Permutation`."""
+    if len(eqns) < 3:
+        return eqns
     moves = {eqn.outvars[0]: eqn for eqn in eqns if eqn.primitive.name in _MOVES}
     joined: dict[int, Permutation | None] = {}
     for last in moves.values():
