@@ -122,7 +122,7 @@ def later_calls(
 
 def torch_name(name: str) -> str:
     """What a net is called there, whichever library writes it here."""
-    return name.removesuffix("_nnx")
+    return name.removesuffix("_nnx").removesuffix("_jax")
 
 
 def _summaries(ours: list[list[Seconds]], theirs: list[Any]) -> dict[str, Any]:

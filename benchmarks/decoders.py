@@ -1,8 +1,11 @@
-"""Decoders in plain JAX: GPT-2 and a Llama-like net, known by their shapes."""
+"""Decoders, known by their shapes: GPT-2 and a Llama-like net in plain JAX, and GPT-2
+in Flax Linen.
+"""
 
 import dataclasses
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -81,6 +84,27 @@ def gpt(c: Gpt, params: Any, tokens: jax.Array) -> jax.Array:
         y = jax.nn.gelu(dense(p["up"], layer_norm(p["norm2"], x)))
         x = x + dense(p["down"], y)
     return layer_norm(params["norm"], x) @ params["head"]
+
+
+class LinenGpt(nn.Module):
+    """What `gpt` computes, of Flax's own layers."""
+
+    config: Gpt = Gpt()
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        c, noise = self.config, nn.initializers.normal(0.02)
+        positions = self.param("positions", noise, (c.context, c.width))
+        x = nn.Embed(c.vocabulary, c.width, name="tokens")(tokens)
+        x = x + positions[: tokens.shape[1]]
+        causal = nn.make_causal_mask(tokens)
+        for _ in range(c.layers):
+            attend = nn.MultiHeadDotProductAttention(c.heads)
+            x = x + attend(nn.LayerNorm(1e-5)(x), mask=causal)
+            y = nn.Dense(4 * c.width)(nn.LayerNorm(1e-5)(x))
+            x = x + nn.Dense(c.width)(nn.gelu(y))
+        x = nn.LayerNorm(1e-5)(x)
+        return nn.Dense(c.vocabulary, use_bias=False, name="head")(x)
 
 
 def dense(p: Any, x: jax.Array) -> jax.Array:

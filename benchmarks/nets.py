@@ -127,12 +127,21 @@ def decoder_net(config: decoders.Llama, length: int) -> Net:
     )
 
 
+_TOKENS = jax.ShapeDtypeStruct((1, 128), jnp.int32)
+
+
 def _gpt2() -> Net:
+    module = decoders.LinenGpt()
+    variables = jax.eval_shape(module.init, jax.random.key(0), _TOKENS)
+    return Net(lambda: lambda v, x: module.apply(v, x), variables, (_TOKENS,))
+
+
+def _gpt2_jax() -> Net:
     config = decoders.Gpt()
     return Net(
         lambda: lambda params, tokens: decoders.gpt(config, params, tokens),
         decoders.gpt_shapes(config),
-        (jax.ShapeDtypeStruct((1, 128), jnp.int32),),
+        (_TOKENS,),
     )
 
 
@@ -148,6 +157,7 @@ NETS: Mapping[str, Callable[[], Net]] = MappingProxyType(
             f"{name}_nnx": partial(nnx_net, build, 224)
             for name, build in NNX_NETS.items()
         },
+        "gpt2_small_jax": _gpt2_jax,
     }
 )
 """The nets at their published sizes."""

@@ -51,7 +51,7 @@ def net_rows(result: dict[str, Any]) -> Iterable[Row]:
         yield (
             name,
             *_jaxpr_and_trace(row, "wall"),
-            *(text for call in calls for text in (_ours(call), _theirs(call))),
+            *(text for call in calls for text in (_ours(call), _with_build(call))),
         )
 
 
@@ -151,6 +151,15 @@ def _ours(call: dict[str, Any], clock: str = "wall") -> str:
 def _theirs(call: dict[str, Any], clock: str = "wall") -> str:
     there = call.get("torch_pruning")
     return f"{there['whole_way'][clock]:.2f}" if there else "-"
+
+
+def _with_build(call: dict[str, Any]) -> str:
+    """Their init and step, then both with a graph built to look at."""
+    there = call.get("torch_pruning")
+    if not there:
+        return "-"
+    whole = there["whole_way"]["wall"]
+    return f"{whole:.2f} / {whole + there['build']['wall']:.2f}"
 
 
 def _times_faster(call: dict[str, Any]) -> str:

@@ -37,8 +37,10 @@ def outer_mask(axes: Mapping[int, BoolArray], ndim: int) -> BoolArray:
     """
     # An axis that loses everything empties the leaf; what the others lose would be
     # lost in the outer AND, and no longer matters.
-    empty = {axis: kept for axis, kept in axes.items() if _is_empty(kept)}
-    cut = {axis: kept for axis, kept in (empty or axes).items() if not _is_full(kept)}
+    left = {axis: _count(kept) for axis, kept in axes.items()}
+    empty = {axis: kept for axis, kept in axes.items() if left[axis] == 0}
+    some = (empty or axes).items()
+    cut = {axis: kept for axis, kept in some if left[axis] != len(kept)}
     mask = np.array(True)
     for axis, kept in cut.items():
         line = kept.reshape([-1 if other == axis else 1 for other in range(ndim)])
@@ -104,12 +106,9 @@ def _both(left: BoolArray, right: BoolArray) -> BoolArray:
     return left & right
 
 
-def _is_empty(kept: BoolArray) -> bool:
-    return isinstance(kept, np.ndarray) and not kept.any()
-
-
-def _is_full(kept: BoolArray) -> bool:
-    return isinstance(kept, np.ndarray) and bool(kept.all())
+def _count(kept: BoolArray) -> int | None:
+    """How many positions are kept; None if that is not known yet."""
+    return int(np.count_nonzero(kept)) if isinstance(kept, np.ndarray) else None
 
 
 def _remembered(mask: np.ndarray, kept: Kept) -> np.ndarray:

@@ -1,5 +1,8 @@
 """What `narrow` writes down: the user's own equations, at the sizes that stay."""
 
+import dataclasses
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +13,7 @@ from zoo import MODELS, weights
 import jaxprune
 from jaxprune.coupling import build as build_module
 from jaxprune.coupling.jaxprs import opened, source_line
+from jaxprune.coupling.registry import RULES
 
 X = np.random.default_rng(1).normal(size=(3, 4)).astype(np.float32)
 PARAMS = weights(w1=(4, 8), w2=(8, 3))
@@ -82,6 +86,15 @@ def test_results_of_a_call_that_nothing_reads():
 
     masked, small, narrowed = cut(fn, PARAMS, X)
     assert_same(narrowed(small, X), fn(masked, X))
+
+
+def test_a_rule_whose_halves_do_not_agree_is_told(monkeypatch):
+    wrong = dataclasses.replace(RULES["tanh"], narrow=lambda kept, step, x: x[:, :1])
+    monkeypatch.setitem(RULES, "tanh", wrong)
+    _, small, narrowed = cut(scoped, PARAMS, X)
+    text = re.escape("the rule of tanh narrows its results to [(3, 1)], but their ")
+    with pytest.raises(ValueError, match=text + "labels keep " + re.escape("[(3, 4)]")):
+        narrowed(small, X)
 
 
 # --- custom derivatives ----------------------------------------------------------------

@@ -128,7 +128,14 @@ class _Page:
         if narrow is None:
             return self._copied(eqn, operands, shapes, eqn.params)
         with eqn.ctx.manager:
-            return self._traced(lambda *xs: narrow(kept, step, *xs), operands)
+            outs = self._traced(lambda *xs: narrow(kept, step, *xs), operands)
+        made = [out.aval.shape for out in outs]
+        if made != shapes:
+            raise ValueError(
+                f"the rule of {eqn.primitive.name} narrows its results to {made}, but "
+                f"their labels keep {shapes}: its halves do not agree"
+            )
+        return outs
 
     def _copied(
         self, eqn: Any, operands: list[Any], shapes: list[Any], params: Any

@@ -43,12 +43,16 @@ def closed(
     return ClosedJaxpr(jaxpr, [value for _, value in consts])
 
 
+@jax.jit
+def _one_to_two(x: Any) -> Any:
+    return x, x
+
+
 def call(jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
     """Runs a closed jaxpr as one call of jit, without tracing it again."""
     if getattr(jax.config, "jax_disable_jit"):  # noqa: B009
         return jaxpr_as_fun(jaxpr)(*operands)
-    one_to_two = jax.make_jaxpr(jax.jit(lambda x: (x, x)))(0)
-    [eqn] = opened(one_to_two)[0].eqns
+    [eqn] = opened(jax.make_jaxpr(_one_to_two)(0))[0].eqns
     sizes = {1: len(operands), 2: len(opened(jaxpr)[0].outvars)}
     changed = {  # what a call says of each operand and of each result
         name: value[:1] * sizes[len(value)]

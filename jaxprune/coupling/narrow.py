@@ -33,8 +33,10 @@ def narrow(apply_fn: Callable[..., Any], masks: Any) -> Callable[..., Any]:
     whenever the groups that `masks` cuts are exact (`Group.exact`). Like `jax.vmap`
     it is a transformation: same signature, same static arguments, usable under jit,
     grad, vmap, scan and export. The program is traced at its original shapes, which
-    the masks know, and re-run at the smaller ones; this happens while tracing and
-    costs nothing at run time. Random draws keep the numbers of the original program.
+    the masks know, and written down at the smaller ones, with the source lines and
+    scopes of its equations; it runs as one call of a jitted function, or equation by
+    equation under `jax.disable_jit`. Random draws keep the numbers of the original
+    program.
 
     Args:
         apply_fn: the function; its first argument is the variables.

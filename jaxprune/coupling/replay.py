@@ -1,4 +1,4 @@
-"""Runs a walked program at the sizes that remain when dead units are gone."""
+"""What stays of a walked program when dead units are gone, and how it runs."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -87,7 +87,10 @@ class Kept:
 
     def touches(self, *values: Value) -> bool:
         """Is any axis of these values cut?"""
-        return any(self.shape(value) != value.shape for value in values)
+        for value in values:  # noqa: SIM110, the innermost loop of all
+            if self.shape(value) != value.shape:
+                return True
+        return False
 
     def cuts_inside(self, step: Step) -> bool:
         """Is anything cut in the inner programs of a step?"""

@@ -37,7 +37,7 @@ class Step(NamedTuple):
 
 
 class Walked(NamedTuple):
-    """A walked jaxpr: what `narrow` replays."""
+    """A walked jaxpr: what `narrow` writes down at other sizes."""
 
     jaxpr: Any
     consts: list[Any]

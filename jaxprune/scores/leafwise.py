@@ -60,14 +60,21 @@ def is_float(leaf: Any) -> bool:
 
 def widened(leaf: Any) -> jax.Array:
     """The leaf in at least single precision."""
-    return wide(jnp, jnp.asarray(leaf))
+    return wide(jnp.asarray(leaf))
 
 
 def numbers(leaf: Any) -> np.ndarray:
     """A leaf of the host in at least single precision."""
-    return wide(np, np.asarray(leaf))
+    return wide(np.asarray(leaf))
 
 
-def wide(xp: Any, leaf: Any) -> Any:
-    """The leaf in at least single precision, in numpy or jax.numpy."""
-    return leaf if jnp.finfo(leaf.dtype).bits >= 32 else leaf.astype(xp.float32)
+def wide(leaf: Any) -> Any:
+    """The leaf in at least single precision, of numpy or jax.numpy as it is."""
+    dtype = wide_dtype(leaf.dtype)
+    return leaf if leaf.dtype == dtype else leaf.astype(dtype)
+
+
+@functools.cache
+def wide_dtype(dtype: Any) -> Any:
+    """A type of floats in at least single precision."""
+    return dtype if jnp.finfo(dtype).bits >= 32 else np.dtype(np.float32)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.placement import all_placed_like, on_all_cores, on_host
-from jaxprune.scores.leafwise import numbers, widened
+from jaxprune.scores.leafwise import numbers, wide_dtype, widened
 
 Reduce = Literal["l1", "l2", "sum", "mean", "max", "abs_of_sum", "square_of_sum"]
 
@@ -69,7 +69,7 @@ def _on_host(
     with np.errstate(all="ignore"):  # as in JAX, inf and NaN are no events
         found = _unit_scores(np, leaves, lines, indices, places, reduce)
     own = [[leaves[path] for path, _ in each] for each in places]
-    dtypes = [np.result_type(*map(_wide_dtype, each)) for each in own]
+    dtypes = [np.result_type(*{wide_dtype(x.dtype) for x in each}) for each in own]
     done = [units.astype(dtype) for units, dtype in zip(found, dtypes, strict=True)]
     return all_placed_like(done, [first for first, *_ in own])
 
@@ -92,7 +92,7 @@ def _unit_scores(
         if reduce == "max":
             found.append(xp.stack([line[i].max(1) for line, i in parts]).max(0))
             continue
-        total = xp.stack([line[index].sum(1) for line, index in parts]).sum(0)
+        total = xp.stack([_picked(line, index) for line, index in parts]).sum(0)
         shapes = [(leaves[path].shape, d) for path, d in each]
         entries = sum(
             index.shape[1] * (math.prod(shape) // shape[d])
@@ -102,8 +102,9 @@ def _unit_scores(
     return found
 
 
-def _wide_dtype(leaf: Any) -> Any:
-    return numbers(np.zeros(0, leaf.dtype)).dtype
+def _picked(line: Any, index: np.ndarray) -> Any:
+    """What every unit holds of a line."""
+    return line[index[:, 0]] if index.shape[1] == 1 else line[index].sum(1)
 
 
 def _add_up(
@@ -123,7 +124,7 @@ def _add_up_on_host(
 ) -> dict[int, np.ndarray]:
     """`_add_up`, reading memory once; sums of blocks add up in double precision."""
     whole = np.ascontiguousarray(scores)
-    wide = np.result_type(_wide_dtype(whole), np.float64)
+    wide = np.result_type(wide_dtype(whole.dtype), np.float64)
     start = -np.inf if reduce == "max" else 0
     lines = {d: np.full(whole.shape[d], start, wide) for d in axes}
     combine = np.maximum if reduce == "max" else np.add

@@ -295,11 +295,11 @@ def _absolute(xp: Any, leaf: Any) -> Any:
 
 
 def _power(xp: Any, leaf: Any, p: float) -> Any:
-    return xp.abs(wide(xp, leaf)) ** p
+    return xp.abs(wide(leaf)) ** p
 
 
 def _lamp(xp: Any, leaf: Any) -> Any:
-    squares = xp.square(xp.abs(wide(xp, leaf)))
+    squares = xp.square(xp.abs(wide(leaf)))
     return share_of_larger(squares.ravel(), xp).reshape(leaf.shape)
 
 

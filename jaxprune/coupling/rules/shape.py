@@ -40,16 +40,21 @@ def _broadcast_in_dim(walk: Any, eqn: Any, value: Value, *dynamic: Value) -> Val
     return Value(tuple(shape), tuple(filled), value.is_zero)
 
 
+def _resize_iota(kept: Any, step: Any) -> dict[str, Any] | None:
+    out = step.outs[0]
+    if kept.mask(out.axes[step.eqn.params["dimension"]]) is not None:
+        return None  # some numbers are gone
+    return {"shape": kept.shape(out)}
+
+
 def _narrow_iota(kept: Any, step: Any) -> Any:
     p, out = step.eqn.params, step.outs[0]
     positions = kept.positions(out.axes[p["dimension"]])
-    if positions is None:
-        return lax.broadcasted_iota(p["dtype"], kept.shape(out), p["dimension"])
     line = jax.numpy.asarray(positions, p["dtype"])
     return lax.broadcast_in_dim(line, kept.shape(out), (p["dimension"],))
 
 
-@rule("iota", narrow=_narrow_iota)
+@rule("iota", resize=_resize_iota, narrow=_narrow_iota)
 def _iota(walk: Any, eqn: Any, *dynamic: Value) -> Value:
     shape = tuple(eqn.params["shape"])
     return Value(shape, tuple(walk.ledger.fresh_axis(n) for n in shape))
