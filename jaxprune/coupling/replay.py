@@ -158,15 +158,17 @@ class Restricted:
 
     def flat(self, arrays: Sequence[Any]) -> Any:
         """Runs on the array leaves of the arguments."""
-        shape, ins = self.kept.shape, self.walked.ins
-        operands = [
-            jnp.zeros(shape(value), x.dtype) if 0 in x.shape else jnp.asarray(x)
-            for x, value in zip(arrays, ins, strict=True)
-        ]
+        pairs = zip(arrays, self.walked.ins, strict=True)
+        operands = [self._operand(x, value) for x, value in pairs]
         # Constants that are tracers would not outlast the trace that they belong to.
         run = self.kept.call if self.program.lasting else self.kept.replay
         outs = run(self.walked, operands)
         return jax.tree.unflatten(self.program.out_tree, outs)
+
+    def _operand(self, x: Any, value: Value) -> Any:
+        if 0 in x.shape:  # its other axes follow whatever they are coupled to
+            return jnp.zeros(self.kept.shape(value), x.dtype)
+        return x if isinstance(x, jax.Array) else jnp.asarray(x)
 
     @property
     def out_given(self) -> list[Given]:
