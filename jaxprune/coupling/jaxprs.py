@@ -126,7 +126,7 @@ def keystr(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def leaf_names(tree: Any, treedef: Any) -> list[str]:
+def leaf_names(tree: Any, treedef: Any) -> tuple[str, ...]:
     """`keystr` of every leaf of a tree, whose structure is `treedef`.
 
     Remembered: a model's thousands of leaves are named at every step of pruning it.
@@ -142,12 +142,12 @@ def leaf_names(tree: Any, treedef: Any) -> list[str]:
     return names
 
 
-_NAMES: dict[Any, list[str]] = {}
+_NAMES: dict[Any, tuple[str, ...]] = {}
 _MOST_NAMES = 64
 
 
-def _leaf_names(tree: Any) -> list[str]:
-    return [keystr(path) for path, _ in jax.tree.leaves_with_path(tree)]
+def _leaf_names(tree: Any) -> tuple[str, ...]:
+    return tuple([keystr(path) for path, _ in jax.tree.leaves_with_path(tree)])
 
 
 def input_name(path: str) -> str:

@@ -23,7 +23,6 @@ class Lines(NamedTuple):
         classes: int ``[positions]`` of every line, the classes of its units; none is
             empty.
         columns: the atoms on every line, see `Solution.atoms`.
-        free: can something be cut at every position of a line?
         alone: does every position of a line hold one atom that stands nowhere else?
         frozen: the axes that cannot be cut, by the unit that stands for the reason.
     """
@@ -31,7 +30,6 @@ class Lines(NamedTuple):
     axes: list[Axes]
     classes: list[np.ndarray]
     columns: list[list[np.ndarray]]
-    free: list[bool]
     alone: list[bool]
     frozen: dict[int, Axes]
 
@@ -61,8 +59,8 @@ def find_lines(
 
 def _columns(
     solution: Solution, lines: list[np.ndarray]
-) -> tuple[list[list[np.ndarray]], list[bool], list[bool]]:
-    """`Lines.columns`, `free` and `alone`."""
+) -> tuple[list[list[np.ndarray]], list[bool]]:
+    """`Lines.columns` and `alone`."""
     of_class = solution.kinds
     kinds, starts = _joined([of_class[line] for line in lines])
     least = np.minimum.reduceat(kinds, starts)
@@ -86,7 +84,7 @@ def _columns(
                 columns[k].append(part)
     alone = np.zeros(len(lines), bool)
     alone[pure] = np.logical_and.reduceat(uses[every] == 1, starts)
-    return columns, (least > FROZEN).tolist(), alone.tolist()
+    return columns, alone.tolist()
 
 
 def _joined(lines: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
