@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contract import assert_same, check_types, halve
+from jax.experimental import checkify
+from jax.sharding import PartitionSpec
 from zoo import MODELS, weights
 
 import jaxprune
@@ -95,6 +97,72 @@ def test_a_rule_whose_halves_do_not_agree_is_told(monkeypatch):
     text = re.escape("the rule of tanh narrows its results to [(3, 1)], but their ")
     with pytest.raises(ValueError, match=text + "labels keep " + re.escape("[(3, 4)]")):
         narrowed(small, X)
+
+
+# --- where a narrowed function may stand ---------------------------------------------
+
+
+def rescaled(p, x):
+    return jax.nn.silu(jax.nn.relu(x @ p["w1"])) @ p["w2"]
+
+
+def _under(context):
+    def run(fn, p, x):
+        with context:
+            return fn(p, x)
+
+    return run
+
+
+def _on_explicit_mesh(fn, p, x):
+    kinds = (jax.sharding.AxisType.Explicit,) * 2
+    with jax.set_mesh(jax.make_mesh((2, 2), ("rows", "units"), kinds)):
+        p = {
+            "w1": jax.device_put(p["w1"], PartitionSpec(None, "units")),
+            "w2": jax.device_put(p["w2"], PartitionSpec("units")),
+        }
+        return np.asarray(fn(p, jax.device_put(x, PartitionSpec("rows"))))
+
+
+def _of_shards(p, x):
+    """`rescaled`, which says how the sum over shards of units is to lie."""
+    h = jax.nn.silu(jax.nn.relu(x @ p["w1"]))
+    return jnp.einsum("bh,ho->bo", h, p["w2"], out_sharding=PartitionSpec("rows"))
+
+
+CONTEXTS = {
+    "checkpoint": lambda fn, p, x: jax.checkpoint(fn)(p, x),
+    "cond": lambda fn, p, x: jax.lax.cond(x[0, 0] < 9, fn, lambda p, x: x[:, :3], p, x),
+    "loop": lambda fn, p, x: jax.lax.fori_loop(
+        0, 2, lambda _, y: fn(p, x) + 0 * y, jnp.zeros((4, 3))
+    ),
+    "linearize": lambda fn, p, x: jax.linearize(lambda x: fn(p, x), x)[1](x),
+    "hessian": lambda fn, p, x: jax.hessian(lambda x: fn(p, x).sum())(x),
+    "checkify": lambda fn, p, x: checkify.checkify(fn, checkify.float_checks)(p, x)[1],
+    "debug_nans": _under(jax.debug_nans(True)),
+    "checks of JAX itself": _under(jax.enable_checks(True)),
+    "another device": lambda fn, p, x: fn(*jax.device_put((p, x), jax.devices()[1])),
+}
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+def test_a_narrowed_function_stands_wherever_a_function_may(name):
+    x = np.random.default_rng(2).normal(size=(4, 4)).astype(np.float32)
+    masked, small, narrowed = cut(rescaled, PARAMS, x)
+    run = CONTEXTS[name]
+    assert_same(
+        run(narrowed, small, jnp.asarray(x)), run(rescaled, masked, jnp.asarray(x))
+    )
+
+
+def test_on_a_mesh_of_explicit_axes():
+    x = np.random.default_rng(2).normal(size=(4, 4)).astype(np.float32)
+    groups = jaxprune.trace(rescaled, PARAMS, x)
+    masks = jaxprune.expand_masks(groups, halve(groups, 0))
+    small = jaxprune.slice_params(PARAMS, masks)
+    expected = np.asarray(rescaled(jaxprune.apply_masks(PARAMS, masks), x))
+    narrowed = jaxprune.narrow(_of_shards, masks)
+    assert_same(_on_explicit_mesh(narrowed, small, x), expected)
 
 
 # --- custom derivatives ----------------------------------------------------------------
