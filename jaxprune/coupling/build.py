@@ -115,7 +115,7 @@ class _Page:
             if isinstance(eqn, JaxprEqn):
                 return self._copied(eqn, operands, shapes, eqn.params)
             return self._traced(lambda *xs: bind(eqn, *xs), operands)
-        if all(map(_is_empty, shapes)) and shapes:
+        if shapes and all(0 in shape for shape in shapes):
             types = [var.aval.dtype for var in eqn.outvars]
             return self._traced(lambda: list(map(jnp.zeros, shapes, types)), [])
         rule = RULES[eqn.primitive.name]
@@ -147,17 +147,17 @@ class _Page:
 
     def _traced(self, fn: Callable[..., Any], operands: list[Any]) -> list[Any]:
         """The equations of a function of these operands."""
-        known = {k: self._known(operand) for k, operand in enumerate(operands)}
-        free = [k for k, array in known.items() if array is None]
+        known = list(map(self._known, operands))
+        free = [operand for operand in operands if self._known(operand) is None]
 
         def call(*xs: Any) -> Any:
-            every = {**known, **dict(zip(free, xs, strict=True))}
-            outs = fn(*(every[k] for k in range(len(operands))))
+            rest = iter(xs)
+            outs = fn(*[next(rest) if array is None else array for array in known])
             return list(outs) if isinstance(outs, (list, tuple)) else [outs]
 
         make = jax.make_jaxpr(call)
-        jaxpr, consts = opened(make(*(abstract(operands[k].aval) for k in free)))
-        env = dict(zip(jaxpr.invars, (operands[k] for k in free), strict=True))
+        jaxpr, consts = opened(make(*[abstract(operand.aval) for operand in free]))
+        env = dict(zip(jaxpr.invars, free, strict=True))
         for var, array in zip(jaxpr.constvars, consts, strict=True):
             env[var] = self.constant(array, var.aval)
         for eqn in jaxpr.eqns:
@@ -171,7 +171,3 @@ class _Page:
     def _known(self, operand: Any) -> Any:
         """The value of an operand, if it has one already."""
         return operand.val if isinstance(operand, Literal) else self.consts.get(operand)
-
-
-def _is_empty(shape: tuple[int, ...]) -> bool:
-    return 0 in shape

@@ -95,8 +95,7 @@ class Kept:
     def cuts_inside(self, step: Step) -> bool:
         """Is anything cut in the inner programs of a step?"""
         return any(
-            self.touches(*sub.ins, *sub.outs, *inner.ins, *inner.outs)
-            or self.cuts_inside(inner)
+            self.touches(*inner.ins, *inner.outs) or self.cuts_inside(inner)
             for sub in step.subs
             for inner in sub.steps
         )
@@ -107,10 +106,6 @@ class Kept:
         if found is None:
             found = self._programs[id(walked)] = walked, build(self, walked)
         return found[1]
-
-    def call(self, walked: Walked, args: Sequence[Any]) -> list[Any]:
-        """Evaluates what remains of a program, as one call of a jitted function."""
-        return call(self.program(walked), args)
 
     def replay(self, walked: Walked, args: Sequence[Any]) -> list[Any]:
         """Evaluates what remains of a program, one equation after another."""
@@ -160,9 +155,10 @@ class Restricted:
         """Runs on the array leaves of the arguments."""
         pairs = zip(arrays, self.walked.ins, strict=True)
         operands = [self._operand(x, value) for x, value in pairs]
-        # Constants that are tracers would not outlast the trace that they belong to.
-        run = self.kept.call if self.program.lasting else self.kept.replay
-        outs = run(self.walked, operands)
+        if self.program.lasting:
+            outs = call(self.kept.program(self.walked), operands)
+        else:  # what holds tracers is no program that jit may keep
+            outs = self.kept.replay(self.walked, operands)
         return jax.tree.unflatten(self.program.out_tree, outs)
 
     def _operand(self, x: Any, value: Value) -> Any:
