@@ -25,7 +25,7 @@ from benchmarks import machine
 from benchmarks.machine import Seconds, timed
 from jaxprune import clusters
 from jaxprune.models import cifar_resnet
-from jaxprune.optimizers import centripetal
+from jaxprune.training import centripetal
 
 DECAY, MOMENTUM, RATE = 1e-4, 0.9, 0.05
 

@@ -31,10 +31,10 @@ import rich.table
 
 from benchmarks import machine
 from benchmarks.machine import Seconds, timed
-from jaxprune import optimizers, select
+from jaxprune import select, training
 from jaxprune.models import cifar_vgg
-from jaxprune.optimizers import masked_params
 from jaxprune.scores import magnitude
+from jaxprune.training import masked_params
 
 SPARSITY = 0.9
 INNER = {
@@ -71,43 +71,41 @@ def _named(params: Any) -> dict[str, Any]:
 
 
 def gradual(tx: Any) -> Any:
-    return optimizers.gradual_pruning(tx, SPARSITY, every=1000)
+    return training.gradual_pruning(tx, SPARSITY, every=1000)
 
 
 def across(tx: Any) -> Any:
-    return optimizers.gradual_pruning(
+    return training.gradual_pruning(
         tx, SPARSITY, every=1000, selection=select.across_leaves
     )
 
 
 def rigl(tx: Any) -> Any:
-    return optimizers.rigl(tx, SPARSITY, every=1000)
+    return training.rigl(tx, SPARSITY, every=1000)
 
 
 def evolve(tx: Any) -> Any:
-    return optimizers.sparse_evolutionary_training(tx, SPARSITY, every=1000)
+    return training.sparse_evolutionary_training(tx, SPARSITY, every=1000)
 
 
 WAYS: Mapping[str, Way] = {
     "plain": Way(lambda tx: tx),
-    "held masks": Way(lambda tx: optimizers.hold_masks(tx, held)),
-    "held masks, masked forward": Way(lambda tx: optimizers.hold_masks(tx, held), True),
+    "held masks": Way(lambda tx: training.hold_masks(tx, held)),
+    "held masks, masked forward": Way(lambda tx: training.hold_masks(tx, held), True),
     "gradual pruning": Way(gradual),
     "SET": Way(evolve),
     "RigL": Way(rigl),
     "grow and prune": Way(
-        lambda tx: optimizers.grow_and_prune(tx, SPARSITY, parts=4, every=1000)
+        lambda tx: training.grow_and_prune(tx, SPARSITY, parts=4, every=1000)
     ),
     "straight-through, every 100": Way(
-        lambda tx: optimizers.straight_through(tx, SPARSITY, every=100), True
+        lambda tx: training.straight_through(tx, SPARSITY, every=100), True
     ),
-    "straight-through": Way(lambda tx: optimizers.straight_through(tx, SPARSITY), True),
-    "network surgery": Way(
-        lambda tx: optimizers.dynamic_network_surgery(tx, 1.0), True
-    ),
-    "soft shrinkage": Way(lambda tx: optimizers.iterative_soft_shrinkage(tx, SPARSITY)),
+    "straight-through": Way(lambda tx: training.straight_through(tx, SPARSITY), True),
+    "network surgery": Way(lambda tx: training.dynamic_network_surgery(tx, 1.0), True),
+    "soft shrinkage": Way(lambda tx: training.iterative_soft_shrinkage(tx, SPARSITY)),
     "hard thresholding": Way(
-        lambda tx: optimizers.iterative_hard_thresholding(tx, SPARSITY)
+        lambda tx: training.iterative_hard_thresholding(tx, SPARSITY)
     ),
 }
 REFRESHES: Mapping[str, Way] = {
@@ -206,7 +204,7 @@ def rows(times: Mapping[str, list[Seconds]]) -> dict[str, Any]:
 
 def mask_bytes(variables: Any) -> dict[str, Any]:
     """What the masks of all kernels take, in the state at rest."""
-    tx = optimizers.hold_masks(optax.sgd(0.1), held)
+    tx = training.hold_masks(optax.sgd(0.1), held)
     bits = tx.init(variables["params"]).masks
     weights = sum(x.size for x in jax.tree.leaves(variables["params"]) if x.ndim > 1)
     taken = sum(x.nbytes for x in jax.tree.leaves(bits))

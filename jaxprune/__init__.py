@@ -3,47 +3,137 @@
 Five questions, in this order: which axes belong together (`trace`), how much does each
 matter (`scores`, `group_scores`), which ones stay (`select`), what if they were gone
 (`expand_masks`, `apply_masks`, `hold_masks`, `bridgeout`), make them gone
-(`slice_params`, `narrow`).
+(`slice_params`, `narrow`). `prune` asks all five in one call.
+
+Families live in namespaces: `scores`, `select`, `clusters`, `taps`, `training`,
+`schedules`, `noisy_layers`, `plans`; and, imported on first use because they need
+further packages, `io`, `checkpoints`, `export`, `integrations`, `display`, `data` and
+`models`.
 """
 
-from jaxprune import clusters as clusters
-from jaxprune import noisy_layers as noisy_layers
-from jaxprune import optimizers as optimizers
-from jaxprune import plans as plans
-from jaxprune import schedules as schedules
-from jaxprune import scores as scores
-from jaxprune import select as select
-from jaxprune import taps as taps
-from jaxprune.costs import CostModel as CostModel
-from jaxprune.costs import Costs as Costs
-from jaxprune.costs import cost_model as cost_model
-from jaxprune.costs import costs as costs
-from jaxprune.coupling.groups import Group as Group
-from jaxprune.coupling.groups import Groups as Groups
-from jaxprune.coupling.groups import Member as Member
-from jaxprune.coupling.groups import Pinned as Pinned
-from jaxprune.coupling.narrow import narrow as narrow
-from jaxprune.coupling.registry import register_rule as register_rule
-from jaxprune.coupling.trace import trace as trace
-from jaxprune.latency import LatencyTable as LatencyTable
-from jaxprune.latency import latency_table as latency_table
-from jaxprune.masks import apply_masks as apply_masks
-from jaxprune.masks import expand_masks as expand_masks
-from jaxprune.masks import sparsity as sparsity
-from jaxprune.merging import Merged as Merged
-from jaxprune.merging import MergeError as MergeError
-from jaxprune.merging import deviation as deviation
-from jaxprune.merging import merge as merge
-from jaxprune.merging import merge_error as merge_error
-from jaxprune.optimizers.bridgeout import bridgeout as bridgeout
-from jaxprune.optimizers.pruning import hold_masks as hold_masks
-from jaxprune.optimizers.weight_noise import noisy_params as noisy_params
-from jaxprune.pruning import Pruned as Pruned
-from jaxprune.pruning import prune as prune
-from jaxprune.recalibration import recalibrate as recalibrate
-from jaxprune.scores import group_scores as group_scores
-from jaxprune.sensitivity import Sensitivity as Sensitivity
-from jaxprune.sensitivity import sensitivity as sensitivity
-from jaxprune.slicing import slice_opt_state as slice_opt_state
-from jaxprune.slicing import slice_params as slice_params
-from jaxprune.slicing import unslice_params as unslice_params
+import importlib
+import importlib.metadata
+from typing import TYPE_CHECKING, Any
+
+from jaxprune import scores, select, training
+from jaxprune.core import (
+    Group,
+    Groups,
+    Member,
+    Pinned,
+    apply_masks,
+    expand_masks,
+    sparsity,
+)
+from jaxprune.costing import (
+    CostModel,
+    Costs,
+    LatencyTable,
+    cost_model,
+    costs,
+    latency_table,
+)
+from jaxprune.coupling import register_rule, trace
+from jaxprune.narrowing import narrow
+from jaxprune.recipes import Pruned, Sensitivity, plans, prune, sensitivity
+from jaxprune.scores import group_scores
+from jaxprune.select import clusters
+from jaxprune.statistics import recalibrate, taps
+from jaxprune.surgery import (
+    Merged,
+    MergeError,
+    deviation,
+    merge,
+    merge_error,
+    slice_opt_state,
+    slice_params,
+    unslice_params,
+)
+from jaxprune.training import (
+    bridgeout,
+    hold_masks,
+    noisy_params,
+    schedules,
+)
+from jaxprune.training.noise import layers as noisy_layers
+
+if TYPE_CHECKING:
+    from jaxprune import data, display, integrations, io, models
+    from jaxprune.io import checkpoints, export
+
+__version__: str
+
+# Need flax, orbax or more, so they are imported on first use.
+_LAZY = {
+    "checkpoints": "jaxprune.io.checkpoints",
+    "data": "jaxprune.data",
+    "display": "jaxprune.display",
+    "export": "jaxprune.io.export",
+    "integrations": "jaxprune.integrations",
+    "io": "jaxprune.io",
+    "models": "jaxprune.models",
+}
+
+__all__ = [
+    "CostModel",
+    "Costs",
+    "Group",
+    "Groups",
+    "LatencyTable",
+    "Member",
+    "MergeError",
+    "Merged",
+    "Pinned",
+    "Pruned",
+    "Sensitivity",
+    "__version__",
+    "apply_masks",
+    "bridgeout",
+    "checkpoints",
+    "clusters",
+    "cost_model",
+    "costs",
+    "data",
+    "deviation",
+    "display",
+    "expand_masks",
+    "export",
+    "group_scores",
+    "hold_masks",
+    "integrations",
+    "io",
+    "latency_table",
+    "merge",
+    "merge_error",
+    "models",
+    "narrow",
+    "noisy_layers",
+    "noisy_params",
+    "plans",
+    "prune",
+    "recalibrate",
+    "register_rule",
+    "schedules",
+    "scores",
+    "select",
+    "sensitivity",
+    "slice_opt_state",
+    "slice_params",
+    "sparsity",
+    "taps",
+    "trace",
+    "training",
+    "unslice_params",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("jaxprune")
+    if name in _LAZY:
+        return importlib.import_module(_LAZY[name])
+    raise AttributeError(f"module 'jaxprune' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

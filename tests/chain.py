@@ -7,7 +7,7 @@ conv1 -> BatchNorm -> conv2 -> flatten over 2 x 2 positions -> dense -> projecti
 import jax
 import numpy as np
 
-from jaxprune.coupling.groups import Group, Groups, Member
+from jaxprune.core._groups import Group, Groups, Member
 
 SHAPES = {
     "batch_stats": {"bn": {"mean": (4,), "var": (4,)}},

@@ -25,8 +25,8 @@ from zoo import MODELS, linen, normal, weights
 from zoo.composed import MOVES, compose
 
 import jaxprune
-from jaxprune.coupling.groups import Member
-from jaxprune.coupling.rows import ROW_RULES
+from jaxprune.core._groups import Member
+from jaxprune.coupling._rows import ROW_RULES
 
 X = np.random.default_rng(3).normal(size=(2, 5, 6)).astype(np.float32)
 
@@ -481,7 +481,7 @@ def test_whatever_blocks_lose_narrow_is_right_or_refuses(moves, seed):
 
 
 def test_every_rule_is_of_a_known_primitive():
-    from jaxprune.coupling.registry import RULES
+    from jaxprune.coupling._registry import RULES
 
     assert set(ROW_RULES) <= set(RULES)
     assert set(MIXING) <= set(MOVES)

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import batch_bridgeout_family as family
-from experiments import batch_bridgeout_family_report as report
-from experiments import noisy_nets, runs
+from experiments.batch_bridgeout import family
+from experiments.batch_bridgeout import family_report as report
+from experiments.harness import noisy_nets, runs
 
 
 def test_hoyer_runs_from_equal_weights_to_a_single_one():

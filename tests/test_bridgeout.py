@@ -14,7 +14,7 @@ from contract import quick_jit
 from flax import nnx
 from flax.training.train_state import TrainState
 
-from jaxprune.optimizers import BridgeoutState, bridgeout, noisy_params
+from jaxprune.training import BridgeoutState, bridgeout, noisy_params
 
 W = np.array([[-1.5], [-0.6], [0.2], [0.4], [0.9], [2.0]], np.float32)
 X = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)
@@ -695,7 +695,7 @@ def dropconnect_noise(w, key, state):
 
 
 def test_another_noise_needs_a_state_and_a_function_only(monkeypatch, net):
-    module = importlib.import_module("jaxprune.optimizers.weight_noise")
+    module = importlib.import_module("jaxprune.training.noise._weight_noise")
     monkeypatch.setattr(module, "NOISES", {DropConnectState: dropconnect_noise})
     tx = module.weight_noise(
         DropConnectState,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from contract import quick_jit
 
-from jaxprune.optimizers import bridgeout, noisy_params
+from jaxprune.training import bridgeout, noisy_params
 
 RATE = 0.3
 W = np.array([[-1.3], [-0.4], [0.15], [0.6], [1.1]], np.float32)

@@ -13,9 +13,9 @@ from jax.sharding import PartitionSpec
 from zoo import MODELS, weights
 
 import jaxprune
-from jaxprune.coupling import build as build_module
-from jaxprune.coupling.jaxprs import opened, source_line
-from jaxprune.coupling.registry import RULES
+from jaxprune.coupling._registry import RULES
+from jaxprune.narrowing import _build as build_module
+from jaxprune.program._jaxprs import opened, source_line
 
 X = np.random.default_rng(1).normal(size=(3, 4)).astype(np.float32)
 PARAMS = weights(w1=(4, 8), w2=(8, 3))

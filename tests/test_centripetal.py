@@ -16,8 +16,8 @@ from zoo.structures import STRUCTURES
 
 import jaxprune
 from jaxprune import clusters
-from jaxprune.masks import named_leaves
-from jaxprune.optimizers import CentripetalState, centripetal
+from jaxprune.core._leaves import named_leaves
+from jaxprune.training import CentripetalState, centripetal
 
 X = np.random.default_rng(7).normal(size=(5, 4)).astype(np.float32)
 RATE, DECAY, PULL = 0.1, 0.05, 0.5
@@ -116,7 +116,7 @@ def test_any_program_is_the_formula_and_is_drawn_into_what_merges(name):
     args = built.inputs(2, 0)
     groups = jaxprune.trace(built.apply_fn, built.variables, *args, roles=True)
     ids = clusters.even(groups, sparsity=0.5)
-    paths = jaxprune.masks.parameter_paths(groups.shapes)
+    paths = jaxprune.core.parameter_paths(groups.shapes)
     params = {
         path.removeprefix("params/"): jnp.asarray(leaf)
         for path, leaf in named_leaves(built.variables).items()
@@ -304,7 +304,7 @@ def test_long_axes_are_averaged_by_segments(monkeypatch, net):
     groups, params = net
     tx = centripetal(groups, IDS, PULL, weight_decay=DECAY)
     short, _ = quick_jit(tx.update)(grad(params), tx.init(params), params)
-    module = sys.modules["jaxprune.optimizers.centripetal"]
+    module = sys.modules["jaxprune.training._centripetal"]
     monkeypatch.setattr(module, "_SMALL_AXIS", 2)
     long, _ = quick_jit(tx.update)(grad(params), tx.init(params), params)
     chex.assert_trees_all_close(long, short, atol=1e-6)

@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import centripetal, centripetal_report
-from experiments.centripetal import ARMS, SHARES, Bench, Scale, Trainer
-from experiments.training import best
+from experiments.centripetal import report as centripetal_report
+from experiments.centripetal import study as centripetal
+from experiments.centripetal.study import ARMS, SHARES, Bench, Scale, Trainer
+from experiments.harness.training import best
 from jaxprune.data import DATASETS, Dataset
 
 COMMITTED = json.loads(centripetal_report.RESULT.read_text())

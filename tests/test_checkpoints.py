@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import jaxprune
-from jaxprune import checkpoints
+from jaxprune.io import checkpoints
 
 
 @pytest.fixture
@@ -187,7 +187,7 @@ def test_bad_numbers_are_refused(tmp_path):
 
 SAVES_FOR_EVER = """
 import sys, itertools, numpy as np
-from jaxprune import checkpoints
+from jaxprune.io import checkpoints
 for step in itertools.count():
     tree = {str(i): np.full(300_000, step, np.float32) for i in range(8)}
     checkpoints.save(sys.argv[1], step, tree, keep=2)

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from jaxprune import cli
+from jaxprune.cli import _main as cli
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Experiment:
                 raise self.error
 
         class Entry:
-            value = "experiments.batch_bridgeout:main"
+            value = "experiments.batch_bridgeout.study:main"
 
             def load(entry):
                 return toy
@@ -133,9 +133,9 @@ def test_version(capsys):
 
 LISTS_WITHOUT_IMPORTING = """
 import sys
-from jaxprune import cli
+from jaxprune.cli import _main as cli
 assert cli.main(["list"]) == 0
-heavy = {"experiments.batch_bridgeout", "tyro", "matplotlib", "orbax", "flax"}
+heavy = {"experiments.batch_bridgeout.study", "tyro", "matplotlib", "orbax", "flax"}
 assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
 """
 

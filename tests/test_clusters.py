@@ -12,7 +12,7 @@ from zoo.structures import STRUCTURES
 
 import jaxprune
 from jaxprune import clusters, select
-from jaxprune.clusters import first_units
+from jaxprune.core._clusters import first_units
 
 X = np.random.default_rng(7).normal(size=(3, 4)).astype(np.float32)
 WAYS = {
@@ -69,7 +69,7 @@ def test_as_many_as_a_selection_would_keep(way, sparsity, zoo):
 def test_k_means_is_that_of_sklearn_on_all_kernels_of_a_unit(zoo):
     groups, variables = zoo[0]  # residual: several kernels write one stream
     name, group = max(groups.items(), key=lambda item: len(item[1].members))
-    leaves = jaxprune.masks.named_leaves(variables)
+    leaves = jaxprune.core.named_leaves(variables)
     rows = np.concatenate(
         [
             np.moveaxis(leaves[m.path], m.axis, 0).reshape(group.size, -1)

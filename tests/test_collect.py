@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from jaxprune.coupling.collect import find_groups
-from jaxprune.coupling.labels import Value, take
-from jaxprune.coupling.ledger import Ledger
-from jaxprune.coupling.solve import solve
+from jaxprune.coupling._collect import find_groups
+from jaxprune.coupling._labels import Value, take
+from jaxprune.coupling._ledger import Ledger
+from jaxprune.coupling._solve import solve
 
 
 def test_units_are_in_order_of_position_on_the_first_axis():

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxprune
-from jaxprune.coupling.collector import collector_paused
+from jaxprune.program._collector import collector_paused
 
 
 @pytest.fixture(params=[True, False])

@@ -8,7 +8,7 @@ from contract import quick_jit
 from zoo import MODELS
 
 import jaxprune
-from jaxprune.costs import Polynomial, cost_model, costs
+from jaxprune.costing import Polynomial, cost_model, costs
 
 # Where `narrow` runs other equations than the program, activations are only close.
 OTHER_EQUATIONS = {

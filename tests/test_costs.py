@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprune.costs import costs
+from jaxprune.costing import costs
 
 
 def shaped(*shape, dtype=jnp.float32):

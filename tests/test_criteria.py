@@ -8,8 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import criteria, methods
-from experiments.methods import Hyper
+from experiments.criteria import study as criteria
+from experiments.harness import methods
+from experiments.harness.methods import Hyper
 from jaxprune.data import DATASETS, Dataset
 from jaxprune.models import VGG
 

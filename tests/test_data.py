@@ -23,8 +23,11 @@ from tensorflow_datasets.core.download.download_manager import NonMatchingChecks
 from tensorflow_datasets.image_classification import cifar, mnist
 
 from jaxprune import data
-from jaxprune.data import archives, loading, pipeline, synthetic
-from jaxprune.data.digits import Digits
+from jaxprune.data import _archives as archives
+from jaxprune.data import _loading as loading
+from jaxprune.data import _pipeline as pipeline
+from jaxprune.data import _synthetic as synthetic
+from jaxprune.data._digits import Digits
 
 OFFLINE = [name for name, spec in data.DATASETS.items() if not spec.sources]
 
@@ -177,7 +180,7 @@ def test_importing_needs_no_tfds():
 
 
 def test_error_without_the_extra(tmp_path, monkeypatch):
-    monkeypatch.delitem(sys.modules, "jaxprune.data.digits")
+    monkeypatch.delitem(sys.modules, "jaxprune.data._digits")
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
     text = r"^digits needs tensorflow_datasets: pip install 'jaxprune\[experiments\]'$"
     with pytest.raises(ModuleNotFoundError, match=text):

@@ -336,8 +336,8 @@ def test_an_unknown_primitive_pins_with_its_name_and_the_users_line():
 
 
 def test_register_rule_teaches_a_primitive(monkeypatch):
-    from jaxprune.coupling.registry import RULES
-    from jaxprune.coupling.rules.elementwise import elementwise
+    from jaxprune.coupling._registry import RULES
+    from jaxprune.coupling.rules._elementwise import elementwise
 
     def fn(p, x):
         return mystery_p.bind(x @ p["w"]) @ p["v"]

@@ -19,25 +19,18 @@ import optax
 import pytest
 
 import jaxprune
-from experiments import (
-    batch_bridgeout,
-    batch_bridgeout_report,
-    batch_bridgeout_settings,
-    measure,
-    methods,
-    quirks,
-    rounds,
-    runs,
-    training,
-)
-from experiments.batch_bridgeout_search import LEAST_ACCURACY, merit
-from experiments.batch_bridgeout_settings import SEARCHED, settings_for
-from experiments.methods import FRACTIONS, METHODS, Hyper
-from jaxprune import cli
+from experiments.batch_bridgeout import report as batch_bridgeout_report
+from experiments.batch_bridgeout import settings as batch_bridgeout_settings
+from experiments.batch_bridgeout import study as batch_bridgeout
+from experiments.batch_bridgeout.search import LEAST_ACCURACY, merit
+from experiments.batch_bridgeout.settings import SEARCHED, settings_for
+from experiments.harness import measure, methods, quirks, rounds, runs, training
+from experiments.harness.methods import FRACTIONS, METHODS, Hyper
+from jaxprune.cli import _main as cli
 from jaxprune.data import DATASETS, Dataset, load
-from jaxprune.export import load_exported
+from jaxprune.display._report import Html
+from jaxprune.io.export import load_exported
 from jaxprune.models import MODELS, VGG, ResNet, ViT, vgg_widths
-from jaxprune.report import Html
 
 TINY = functools.partial(VGG, widths=(4, "M", 6))
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "batch_bridgeout.ipynb"

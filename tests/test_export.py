@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxprune
-from jaxprune.export import load_exported, save_exported
+from jaxprune.io.export import load_exported, save_exported
 
 
 class Net(nn.Module):
@@ -73,7 +73,7 @@ def test_says_what_made_it(folder):
 
 RUNS_WITHOUT_THE_MODEL = """
 import sys, numpy as np
-from jaxprune.export import load_exported
+from jaxprune.io.export import load_exported
 x = np.linspace(-1, 1, 5 * 8 * 8 * 3, dtype=np.float32).reshape(5, 8, 8, 3)
 np.save(sys.argv[2], load_exported(sys.argv[1])(x))
 assert "flax" not in sys.modules

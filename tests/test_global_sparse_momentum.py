@@ -10,7 +10,7 @@ import pytest
 from contract import quick_jit
 
 import jaxprune
-from jaxprune.optimizers import global_sparse_momentum, winning_ticket
+from jaxprune.training import global_sparse_momentum, winning_ticket
 
 RATE, DECAY, BETA = 0.05, 0.02, 0.9
 SHAPES = {"conv": (3, 3, 2, 4), "bias": (4,), "head": (6, 5)}

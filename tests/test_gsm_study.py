@@ -6,9 +6,18 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import gsm, gsm_report
-from experiments.gsm import ARMS, FACTORS, TICKETS, Bench, Scale, Trainer, hyper_of
-from experiments.training import best
+from experiments.gsm import report as gsm_report
+from experiments.gsm import study as gsm
+from experiments.gsm.study import (
+    ARMS,
+    FACTORS,
+    TICKETS,
+    Bench,
+    Scale,
+    Trainer,
+    hyper_of,
+)
+from experiments.harness.training import best
 from jaxprune.data import DATASETS, Dataset
 from jaxprune.models import LeNet300
 

@@ -6,13 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprune.masks import (
-    apply_masks,
-    expand_masks,
-    named_leaves,
-    parameter_paths,
-    sparsity,
-)
+from jaxprune.core._leaves import named_leaves, parameter_paths
+from jaxprune.core._masks import apply_masks, expand_masks, sparsity
 
 
 def brute_force(groups, keep):

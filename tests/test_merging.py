@@ -17,8 +17,8 @@ from zoo import MODELS, weights
 from zoo.structures import STRUCTURES
 
 import jaxprune
-from jaxprune.clusters import first_units
-from jaxprune.masks import named_leaves
+from jaxprune.core._clusters import first_units
+from jaxprune.core._leaves import named_leaves
 
 X = np.random.default_rng(7).normal(size=(3, 4)).astype(np.float32)
 
@@ -214,8 +214,8 @@ def test_a_primitive_of_others_is_refused_until_it_is_understood():
     from jax.extend.core import Primitive
     from jax.interpreters import mlir
 
-    from jaxprune.coupling.registry import RULES, register_rule
-    from jaxprune.coupling.rules.elementwise import elementwise
+    from jaxprune.coupling._registry import RULES, register_rule
+    from jaxprune.coupling.rules._elementwise import elementwise
 
     bend = Primitive("bend_for_merging")
     bend.def_abstract_eval(lambda x: x)

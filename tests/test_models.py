@@ -31,8 +31,8 @@ from jaxprune.models import (
     vgg_widths,
     wide_resnet,
 )
-from jaxprune.models.layers import conv, glorot_relu
-from jaxprune.models.vit import SelfAttention
+from jaxprune.models._layers import conv, glorot_relu
+from jaxprune.models._vit import SelfAttention
 
 CIFAR, IMAGENET, MNIST, DIGITS = (32, 32, 3), (224, 224, 3), (28, 28, 1), (8, 8, 1)
 

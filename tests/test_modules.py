@@ -13,7 +13,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import jaxprune
-from jaxprune import modules
+from jaxprune import integrations as modules
 
 
 def new(build):

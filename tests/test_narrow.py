@@ -16,9 +16,9 @@ from jax.sharding import Mesh, PartitionSpec
 from zoo import MODELS, random_variables, weights
 
 import jaxprune
-from jaxprune.coupling import narrow as narrow_module
-from jaxprune.coupling import walk as walk_module
+from jaxprune.coupling import _walk as walk_module
 from jaxprune.models import cifar_resnet
+from jaxprune.narrowing import _narrow as narrow_module
 
 X = np.random.default_rng(1).normal(size=(3, 4)).astype(np.float32)
 

@@ -15,7 +15,7 @@ import pytest
 from contract import quick_jit
 
 import jaxprune
-from jaxprune.optimizers import (
+from jaxprune.training import (
     bridge_penalty,
     bridgeout,
     dropconnect,
@@ -24,7 +24,7 @@ from jaxprune.optimizers import (
     noisy_params,
 )
 
-draws = importlib.import_module("jaxprune.optimizers.draws")
+draws = importlib.import_module("jaxprune.training.noise._draws")
 
 NOISES = {
     "bridgeout": lambda rate, **kw: bridgeout(rate, 1.0, **kw),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from jaxprune.noisy_layers import bridgeout_dense, bridgeout_relu, sparseout
+from jaxprune.training.noise.layers import bridgeout_dense, bridgeout_relu, sparseout
 
 DRAWS = 4000
 RATE, Q = 0.3, 1.5

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprune.masks import apply_masks
-from jaxprune.packing import PackedMasks, pack_masks, slice_packed, unpack_masks
-from jaxprune.slicing import slice_params
+from jaxprune.core._masks import apply_masks
+from jaxprune.core._packing import PackedMasks, pack_masks, slice_packed, unpack_masks
+from jaxprune.surgery._slicing import slice_params
 
 SHAPES = [(7,), (1, 1), (5, 10), (8, 3), (64, 9, 3, 3), (3, 0)]
 

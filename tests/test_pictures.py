@@ -11,8 +11,8 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import jaxprune
-from jaxprune import pictures
-from jaxprune.coupling.columns import Segment, layer_columns
+from jaxprune.display import _pictures as pictures
+from jaxprune.display._columns import Segment, layer_columns
 
 
 def weights(**shapes):

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import jaxprune
-from jaxprune import placement, scores
-from jaxprune.placement import (
+from jaxprune import scores
+from jaxprune.core import _placement as placement
+from jaxprune.core._placement import (
     all_placed_like,
     empty,
     on_all_cores,

@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-import jaxprune.positions
-from jaxprune.masks import expand_masks
-from jaxprune.positions import axis_keep, keeps_whole_positions, outer_mask
+import jaxprune.core._positions
+from jaxprune.core._masks import expand_masks
+from jaxprune.core._positions import axis_keep, keeps_whole_positions, outer_mask
 
 
 def test_axis_keep_is_any_over_the_other_axes():
@@ -72,20 +72,20 @@ def test_what_is_remembered_cannot_be_changed():
 
 def test_nothing_is_remembered_of_masks_that_are_gone():
     gc.collect()
-    before = len(jaxprune.positions._OUTER)
+    before = len(jaxprune.core._positions._OUTER)
     masks = expand_masks(chain.groups(), chain.random_keep())
-    assert len(jaxprune.positions._OUTER) > before
+    assert len(jaxprune.core._positions._OUTER) > before
     del masks
     gc.collect()
-    assert len(jaxprune.positions._OUTER) == before
+    assert len(jaxprune.core._positions._OUTER) == before
 
 
 def test_masks_that_outlive_the_names_of_the_module_go_in_silence(monkeypatch):
     """When a process ends, names are None before the last masks are gone."""
-    table = jaxprune.positions._OUTER
+    table = jaxprune.core._positions._OUTER
     mask = outer_mask({0: np.array([True, False])}, 2)
     key = id(mask)
     assert key in table
-    monkeypatch.setattr(jaxprune.positions, "_OUTER", None)
+    monkeypatch.setattr(jaxprune.core._positions, "_OUTER", None)
     del mask  # what raises in a callback is a warning, and so an error
     assert key not in table

@@ -22,7 +22,7 @@ def test_continuous_integration_runs_the_readme_command():
 
 
 def test_the_areas_are_those_of_the_committed_run():
-    committed = README.parent / "experiments" / "batch_bridgeout.json"
+    committed = README.parent / "experiments" / "batch_bridgeout" / "study.json"
     areas = json.loads(committed.read_text())["summary"]["area"]
     methods = ("bridgeout", "dropout", "weight_decay")
     for model, found in areas.items():

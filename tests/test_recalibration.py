@@ -13,7 +13,7 @@ import pytest
 import jaxprune
 from jaxprune import recalibrate
 
-recalibration = importlib.import_module("jaxprune.recalibration")
+recalibration = importlib.import_module("jaxprune.statistics._recalibration")
 
 
 class Net(nn.Module):

@@ -4,7 +4,7 @@ import importlib.metadata
 import numpy as np
 import pytest
 
-from jaxprune import report
+from jaxprune.display import _report as report
 
 
 def test_interval_is_students():

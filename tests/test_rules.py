@@ -19,7 +19,7 @@ from jax.extend.core import jaxprs_in_params
 from zoo import weights
 
 import jaxprune
-from jaxprune.coupling.registry import RULES
+from jaxprune.coupling._registry import RULES
 
 X = np.random.default_rng(7).normal(size=(3, 4)).astype(np.float32)
 

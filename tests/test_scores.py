@@ -9,9 +9,9 @@ import pytest
 from contract import quick_jit
 
 from jaxprune import scores
-from jaxprune.coupling.groups import Group, Groups, Member
-from jaxprune.masks import named_leaves
-from jaxprune.scores import unit_sums
+from jaxprune.core._groups import Group, Groups, Member
+from jaxprune.core._leaves import named_leaves
+from jaxprune.scores import _unit_sums as unit_sums
 
 SCORES = {
     "magnitude": scores.magnitude,

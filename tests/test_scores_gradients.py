@@ -6,7 +6,7 @@ from contract import quick_jit
 
 import jaxprune
 from jaxprune import scores
-from jaxprune.masks import named_leaves
+from jaxprune.core._leaves import named_leaves
 
 KEY = jax.random.key(0, impl="rbg")  # compiles in no time
 RNG = np.random.default_rng(0)

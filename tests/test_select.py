@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from jaxprune import select
-from jaxprune.coupling.groups import Group, Groups
-from jaxprune.masks import expand_masks
+from jaxprune.core._groups import Group, Groups
+from jaxprune.core._masks import expand_masks
 from jaxprune.scores import group_scores
 
 

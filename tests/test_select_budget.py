@@ -9,9 +9,9 @@ import pytest
 
 import jaxprune
 from jaxprune import select
-from jaxprune.costs import Polynomial, cost_model, costs
-from jaxprune.costs.polynomial import Term
-from jaxprune.coupling.groups import Group, Groups
+from jaxprune.core._groups import Group, Groups
+from jaxprune.costing import Polynomial, cost_model, costs
+from jaxprune.costing._polynomial import Term
 from jaxprune.scores import group_scores, magnitude
 
 METHODS = ("greedy", "global", "uniform", "exact")

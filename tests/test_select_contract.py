@@ -11,9 +11,9 @@ import pytest
 from contract import quick_jit
 
 from jaxprune import select
-from jaxprune.costs import Polynomial
-from jaxprune.costs.polynomial import Term
-from jaxprune.coupling.groups import Group, Groups
+from jaxprune.core._groups import Group, Groups
+from jaxprune.costing import Polynomial
+from jaxprune.costing._polynomial import Term
 
 SIZES = {"a": 12, "one": 1, "b": 7}
 GROUPS = Groups(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxprune import select
-from jaxprune.masks import expand_masks
+from jaxprune.core._masks import expand_masks
 from jaxprune.scores import group_scores, magnitude
 
 

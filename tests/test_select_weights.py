@@ -7,9 +7,9 @@ import pytest
 from contract import quick_jit
 
 from jaxprune import select
-from jaxprune import thresholds as bisection
-from jaxprune.masks import apply_masks
-from jaxprune.select import lowest as thresholds
+from jaxprune.core._masks import apply_masks
+from jaxprune.select import _lowest as thresholds
+from jaxprune.select import _thresholds as bisection
 
 
 def ranked(leaves, count, caps):

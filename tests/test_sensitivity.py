@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import jaxprune
-from jaxprune import report, select
+from jaxprune import select
+from jaxprune.display import _report as report
 from jaxprune.scores import group_scores, magnitude
 
 SHAPES = {"w1": (6, 10), "b1": (10,), "w2": (10, 7), "w3": (7, 3)}

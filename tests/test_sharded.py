@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxprune
 from jaxprune import scores, select
-from jaxprune.optimizers import (
+from jaxprune.training import (
     bridgeout,
     centripetal,
     current_masks,

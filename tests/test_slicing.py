@@ -5,8 +5,9 @@ import numpy as np
 import optax
 import pytest
 
-from jaxprune.masks import apply_masks, expand_masks, named_leaves
-from jaxprune.slicing import slice_opt_state, slice_params, unslice_params
+from jaxprune.core._leaves import named_leaves
+from jaxprune.core._masks import apply_masks, expand_masks
+from jaxprune.surgery._slicing import slice_opt_state, slice_params, unslice_params
 
 
 def by_hand(leaf, mask):

@@ -11,10 +11,10 @@ import itertools
 import numpy as np
 import pytest
 
-from jaxprune.coupling.labels import Column, concatenate, merge
-from jaxprune.coupling.ledger import Ledger
-from jaxprune.coupling.solution import NEVER
-from jaxprune.coupling.solve import solve
+from jaxprune.coupling._labels import Column, concatenate, merge
+from jaxprune.coupling._ledger import Ledger
+from jaxprune.coupling._solution import NEVER
+from jaxprune.coupling._solve import solve
 
 
 def lives(axis, alive, n):

@@ -14,7 +14,7 @@ import pytest
 from contract import quick_jit
 
 from jaxprune import select
-from jaxprune.optimizers import (
+from jaxprune.training import (
     current_masks,
     dynamic_network_surgery,
     gradual_pruning,
@@ -23,12 +23,12 @@ from jaxprune.optimizers import (
     iterative_soft_shrinkage,
     masked_params,
     rigl,
-    rules,
     sparse_evolutionary_training,
     straight_through,
     threshold_pruning,
 )
-from jaxprune.schedules import cubic, narang
+from jaxprune.training.schedules import cubic, narang
+from jaxprune.training.sparse import _rules as rules
 
 SHAPES = {"conv": (3, 4, 10), "dense": (12, 6)}
 

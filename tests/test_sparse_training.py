@@ -13,8 +13,10 @@ from contract import quick_jit
 from flax import nnx
 
 from jaxprune import select
-from jaxprune.masks import apply_masks
-from jaxprune.optimizers import (
+from jaxprune.core._masks import apply_masks
+from jaxprune.core._packing import pack_masks
+from jaxprune.surgery._slicing import slice_opt_state, slice_params
+from jaxprune.training import (
     Rule,
     SparseState,
     current_masks,
@@ -25,16 +27,14 @@ from jaxprune.optimizers import (
     iterative_hard_thresholding,
     iterative_soft_shrinkage,
     masked_params,
-    resets,
     rigl,
     sparse_evolutionary_training,
     sparse_training,
     straight_through,
     threshold_pruning,
 )
-from jaxprune.packing import pack_masks
-from jaxprune.schedules import cubic, narang
-from jaxprune.slicing import slice_opt_state, slice_params
+from jaxprune.training.schedules import cubic, narang
+from jaxprune.training.sparse import _resets as resets
 
 PRUNABLE = {"kernel": True, "half": True, "one": True, "zero": True, "bias": False}
 STEPS = 6

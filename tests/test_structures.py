@@ -16,7 +16,7 @@ from contract import TOLERANCE, difference, halve, largest
 from zoo.structures import STRUCTURES
 
 import jaxprune
-from jaxprune.coupling.registry import RULES, Rule
+from jaxprune.coupling._registry import RULES, Rule
 
 # Axes that an input, an output or the space of a convolution holds go without saying.
 # So does the axis of 3 in a fused kernel of q, k and v, whose other factors can be cut.

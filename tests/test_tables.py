@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxprune
-from jaxprune.coupling.groups import Group, Groups, Member, Pinned
+from jaxprune.core._groups import Group, Groups, Member, Pinned
 
 
 def expand(pattern):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from contract import quick_jit
 
-from jaxprune import thresholds
+from jaxprune.select import _thresholds as thresholds
 
 RNG = np.random.default_rng(0)
 SHAPES = [(7, 9), (1, 1), (40,), (3, 3, 2, 4)]

@@ -4,9 +4,9 @@
 Reading needs ``pip install 'jaxprune[experiments]'``, and never TensorFlow.
 """
 
-from jaxprune.data.loading import load
-from jaxprune.data.pipeline import augment, batches, eval_batches, normalize
-from jaxprune.data.specs import DATASETS, Augmentation, Dataset, Spec
+from jaxprune.data._loading import load
+from jaxprune.data._pipeline import augment, batches, eval_batches, normalize
+from jaxprune.data._specs import DATASETS, Augmentation, Dataset, Spec
 
 __all__ = [
     "DATASETS",

@@ -12,22 +12,22 @@ from types import MappingProxyType
 
 import flax.linen as nn
 
-from .layers import TargetedDropout as TargetedDropout
-from .layers import glorot_relu
-from .lenet import LeNet5 as LeNet5
-from .lenet import LeNet300 as LeNet300
-from .mobilenet import MobileNetV1 as MobileNetV1
-from .mobilenet import MobileNetV2 as MobileNetV2
-from .resnet import ResNet as ResNet
-from .resnet import cifar_resnet as cifar_resnet
-from .resnet import imagenet_resnet as imagenet_resnet
-from .vgg import VGG as VGG
-from .vgg import cifar_vgg as cifar_vgg
-from .vgg import imagenet_vgg as imagenet_vgg
-from .vgg import vgg_widths as vgg_widths
-from .vit import ViT as ViT
-from .wrn import WideResNet as WideResNet
-from .wrn import wide_resnet as wide_resnet
+from ._layers import TargetedDropout as TargetedDropout
+from ._layers import glorot_relu
+from ._lenet import LeNet5 as LeNet5
+from ._lenet import LeNet300 as LeNet300
+from ._mobilenet import MobileNetV1 as MobileNetV1
+from ._mobilenet import MobileNetV2 as MobileNetV2
+from ._resnet import ResNet as ResNet
+from ._resnet import cifar_resnet as cifar_resnet
+from ._resnet import imagenet_resnet as imagenet_resnet
+from ._vgg import VGG as VGG
+from ._vgg import cifar_vgg as cifar_vgg
+from ._vgg import imagenet_vgg as imagenet_vgg
+from ._vgg import vgg_widths as vgg_widths
+from ._vit import ViT as ViT
+from ._wrn import WideResNet as WideResNet
+from ._wrn import wide_resnet as wide_resnet
 
 # Khan and Stavness, "Pruning Convolutional Filters using Batch Bridgeout", 2020
 # (arXiv:2009.10893), as their experiments build the nets: biases beside BatchNorm,

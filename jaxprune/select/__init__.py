@@ -13,21 +13,22 @@ value.
 Scores may be traced: then the decision is traced too.
 """
 
-from jaxprune.select.bisection import bisect as bisect
-from jaxprune.select.budget import Selection as Selection
-from jaxprune.select.budget import to_budget as to_budget
-from jaxprune.select.layerwise import erk as erk
-from jaxprune.select.layerwise import lamp as lamp
-from jaxprune.select.layerwise import uniform as uniform
-from jaxprune.select.one_unit import remove_one as remove_one
-from jaxprune.select.patterns import blocks as blocks
-from jaxprune.select.patterns import n_of_m as n_of_m
-from jaxprune.select.shares import proportional as proportional
-from jaxprune.select.shares import widths_from_nonzeros as widths_from_nonzeros
-from jaxprune.select.units import across_groups as across_groups
-from jaxprune.select.units import per_group as per_group
-from jaxprune.select.units import random as random
-from jaxprune.select.units import to_sizes as to_sizes
-from jaxprune.select.weights import across_leaves as across_leaves
-from jaxprune.select.weights import per_leaf as per_leaf
-from jaxprune.select.weights import threshold as threshold
+from jaxprune.select import clusters as clusters
+from jaxprune.select._bisection import bisect as bisect
+from jaxprune.select._budget import Selection as Selection
+from jaxprune.select._budget import to_budget as to_budget
+from jaxprune.select._layerwise import erk as erk
+from jaxprune.select._layerwise import lamp as lamp
+from jaxprune.select._layerwise import uniform as uniform
+from jaxprune.select._one_unit import remove_one as remove_one
+from jaxprune.select._patterns import blocks as blocks
+from jaxprune.select._patterns import n_of_m as n_of_m
+from jaxprune.select._shares import proportional as proportional
+from jaxprune.select._shares import widths_from_nonzeros as widths_from_nonzeros
+from jaxprune.select._units import across_groups as across_groups
+from jaxprune.select._units import per_group as per_group
+from jaxprune.select._units import random as random
+from jaxprune.select._units import to_sizes as to_sizes
+from jaxprune.select._weights import across_leaves as across_leaves
+from jaxprune.select._weights import per_leaf as per_leaf
+from jaxprune.select._weights import threshold as threshold

@@ -1,27 +1,12 @@
 """Rules, one file per family of primitives; importing the package registers them."""
 
-from jaxprune.coupling.rules import (
-    control,
-    elementwise,
-    indexing,
-    linear,
-    pieces,
-    random,
-    reduction,
-    scatter,
-    shape,
-    shuffle,
-)
-
-__all__ = [
-    "control",
-    "elementwise",
-    "indexing",
-    "linear",
-    "pieces",
-    "random",
-    "reduction",
-    "scatter",
-    "shape",
-    "shuffle",
-]
+from jaxprune.coupling.rules import _control as _control
+from jaxprune.coupling.rules import _elementwise as _elementwise
+from jaxprune.coupling.rules import _indexing as _indexing
+from jaxprune.coupling.rules import _linear as _linear
+from jaxprune.coupling.rules import _pieces as _pieces
+from jaxprune.coupling.rules import _random as _random
+from jaxprune.coupling.rules import _reduction as _reduction
+from jaxprune.coupling.rules import _scatter as _scatter
+from jaxprune.coupling.rules import _shape as _shape
+from jaxprune.coupling.rules import _shuffle as _shuffle

@@ -1,0 +1,453 @@
+"""Batch Bridgeout: do filters become dispensable if their weights are trained noisy?
+
+Question   Filters are cut in one shot, the same share of every layer, lowest L2 norm
+           first, and nothing is fine-tuned. How much accuracy is left after training
+           with Batch Bridgeout, with dropout, and with weight decay alone?
+Command    jaxprune run batch_bridgeout            (--quick for a first look)
+Time       6.5 minutes for --seeds 5 on 2 CPU cores (Intel Xeon), 4 for the default of 3
+Expected   area under accuracy against cut: Batch Bridgeout above dropout and above
+           weight decay (the paper's figures). Measured with 5 seeds, all methods tuned
+           alike (study.json): 0.871 to 0.744 and 0.759 on the VGG; on the
+           ResNet 0.797 to 0.810 and 0.844, so there the claim does not hold
+Leaves     runs/batch_bridgeout-digits: report.html, results.json, curves.png, model/
+Paper      Khan and Stavness, Pruning Convolutional Filters using Batch Bridgeout, 2020,
+           https://arxiv.org/abs/2009.10893 (CIFAR, 230 epochs)
+
+With `--dataset cifar10` or `cifar100` this is the paper's run: VGG-16-BN, the 28-layer
+ResNet and WRN-28-10, 230 epochs at batch 128, random crops of 4-pixel borders and
+mirroring, channels normalised, learning rate 0.1 that falls by 0.2 after 60, 120, 160
+and 200 epochs, weight decay 5e-4, no clipping; the report draws the paper's curves
+beneath ours (paper.json). Not run here: no GPU. Expected time for
+--seeds 3: 18 hours on one A100, an estimate from FLOPs. A step costs 3 forward passes;
+50 000 images x 230 epochs x 3 methods x 3 seeds make 0.19 exaFLOP for the VGG, 0.04 for
+the ResNet, 3.70 for the WRN (`training_flops`), assumed at 60 TFLOP/s, 0.4 of the
+A100's TF32 peak: 1, 0.2 and 17 hours. The rounds of fine-tuning, on one net, are left
+out, and the ResNet is too small to keep such a GPU busy.
+
+As in the paper: SGD with Nesterov momentum; one draw of noise per layer and mini-batch,
+targeted at the weakest kernels; the first convolution is noised and cut too, the
+classifier is not cut. Unlike it: a filter is cut with its BatchNorm, so that it emits
+zero and not a constant; channels on a residual stream are cut together; the last epoch
+counts, not the best on the test set; momentum lasts from epoch to epoch (`--quirks`
+names what is to be done as in the authors' code); the incomplete last batch of an epoch
+is left out; their rate of dropout is not on record, so it is that of Batch Bridgeout.
+On digits also: the learning rate falls along a cosine, gradients are clipped, weight
+decay is tuned too. There the hyper-parameters of all methods come from one random
+search on a part of the training set, with as many tries for each
+(batch_bridgeout_search.py).
+"""
+
+import dataclasses
+import threading
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+import jaxprune
+from experiments.batch_bridgeout.report import summarize, write_report
+from experiments.batch_bridgeout.settings import (
+    Settings,
+    learning_rates,
+    settings_for,
+)
+from experiments.harness.measure import difference, latency_ms, slice_difference
+from experiments.harness.methods import (
+    METHODS,
+    Subject,
+    area,
+    lowest_filters,
+    one_shot_masks,
+    optimizer,
+    perturb,
+    subject,
+    training_net,
+)
+from experiments.harness.quirks import (
+    OF_MASKS,
+    QUIRKS,
+    keep_best,
+    quirky_masks,
+    read_best,
+)
+from experiments.harness.rounds import SmallNet, cut, restore_round, save_round
+from experiments.harness.runs import Job, Run, Tick, open_run
+from experiments.harness.training import (
+    Fit,
+    State,
+    accuracy,
+    fit,
+    make_predict,
+    make_step,
+    start,
+)
+from jaxprune.cli._main import UsageError, known
+from jaxprune.data import DATASETS, Dataset, load, normalize
+from jaxprune.io.export import load_exported, save_exported
+from jaxprune.models import MODELS, VGG
+
+SIZES_AT = (0.0, 0.3, 0.6)  # cuts whose size and speed are measured
+LATENCY_BATCHES = (1, 64)
+PROBES = 32  # test images on which every sliced net is compared with the masked one
+FINE_TUNING_RATE = 0.2  # learning rate of a round, as a share of that of training
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """What ``jaxprune run batch_bridgeout`` understands."""
+
+    dataset: str = "digits"
+    """digits, shapes32 (these two need no network), mnist, cifar10 or cifar100."""
+    models: tuple[str, ...] = ()
+    """Architectures; by default a VGG and a ResNet that suit the data set."""
+    seeds: int = 3
+    """How many times each method trains each architecture."""
+    epochs: int | None = None
+    """Passes over the training set; by default what suits the data set."""
+    batch_size: int | None = None
+    """Images in a step; by default what suits the data set."""
+    rounds: int = 4
+    """Rounds of cutting and fine-tuning; the last has cut 80 % of all filters."""
+    quirks: tuple[str, ...] = ()
+    """What else to do as the authors' code does: fresh_momentum, best_test_epoch,
+    kernels_alone, scales_too (experiments/harness/quirks.py says what they are)."""
+    quick: bool = False
+    """Less of everything: one architecture, one seed, 4 epochs, 4 cuts, one round."""
+    out: Path | None = None
+    """Folder of the run; by default runs/batch_bridgeout-DATASET. The same command
+    goes on where it stopped."""
+    data_dir: Path | None = None
+    """Where data sets are prepared; by default $JAXPRUNE_DATA or ~/.cache/jaxprune."""
+
+    def __post_init__(self) -> None:
+        known("data set", self.dataset, DATASETS)
+        for model in self.models:
+            known("model", model, MODELS)
+        for quirk in self.quirks:
+            known("quirk", quirk, QUIRKS)
+        for name in ("seeds", "epochs", "batch_size", "rounds"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                option = "--" + name.replace("_", "-")
+                raise UsageError(f"{option} must be 1 or more, got {value}")
+
+
+class Task(NamedTuple):
+    """One architecture, trained once."""
+
+    model: str
+    method: str
+    seed: int
+
+    @property
+    def arm(self) -> str:
+        """What the task shares with those of other seeds."""
+        return f"{self.model}/{self.method}"
+
+    @property
+    def name(self) -> str:
+        """Names the record and the checkpoints."""
+        return f"{self.arm}/seed{self.seed}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What all tasks share.
+
+    Attributes:
+        settings: what was asked for.
+        train: training set.
+        test: test set; nothing is chosen on it.
+        folder: of the run.
+        subjects: architectures by name.
+        steps: the compiled step of every arm.
+        locks: by task; who comes second reads what the first has trained.
+    """
+
+    settings: Settings
+    train: Dataset
+    test: Dataset
+    folder: Path
+    subjects: Mapping[str, Subject]
+    steps: Mapping[str, Callable[..., State]]
+    locks: Mapping[str, threading.Lock]
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """How many batches an epoch has."""
+        return len(self.train) // self.settings.batch_size
+
+    @property
+    def image(self) -> jax.Array:
+        """One image, as a net takes it."""
+        return normalize(self.test.images[:1], self.test.spec)
+
+
+def main(config: Config) -> None:
+    """Runs the experiment, or what is left of it."""
+    settings = settings_for(
+        config.dataset,
+        config.models,
+        seeds=config.seeds,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        rounds=config.rounds,
+        quick=config.quick,
+        quirks=config.quirks,
+    )
+    name = f"batch_bridgeout-{config.dataset}" + ("-quick" if config.quick else "")
+    with open_run(config.out or Path("runs", name), settings.as_json()) as run:
+        if not run.finished:
+            train, test = (
+                load(config.dataset, split, data_dir=config.data_dir)
+                for split in ("train", "test")
+            )
+            work(run, settings, train, test)
+        run.say(f"report: {write_report(run.folder, run.results)}")
+
+
+def work(run: Run, settings: Settings, train: Dataset, test: Dataset) -> None:
+    """Trains, cuts and slices; prunes in rounds; measures; exports."""
+    tasks = [
+        Task(model, method, seed)
+        for seed in range(settings.seeds)  # outermost: see `jobs`
+        for model in settings.models
+        for method in METHODS
+    ]
+    bench = set_up(settings, train, test, run.folder, tasks)
+    run.each("train, cut, slice", jobs(bench, tasks), tell)
+    # Alone, so that nothing disturbs the clock.
+    for model in settings.models:
+        task = Task(model, "bridgeout", 0)
+        run.once(f"sizes/{model}", partial(sizes, bench, task))
+    run.once("export", partial(export, run.folder / "model", bench, tasks[0]))
+    run.close(summary=summarize(run.results))
+
+
+def set_up(
+    settings: Settings, train: Dataset, test: Dataset, folder: Path, tasks: list[Task]
+) -> Bench:
+    """Builds and traces the nets; nothing is compiled yet."""
+    subjects = {model: subject(model, train.spec) for model in settings.models}
+    locks = {task.name: threading.Lock() for task in tasks}
+    bench = Bench(settings, train, test, folder, subjects, {}, locks)
+    steps = {task.arm: training_step(bench, task) for task in tasks if task.seed == 0}
+    return dataclasses.replace(bench, steps=steps)
+
+
+def jobs(bench: Bench, tasks: list[Task]) -> dict[str, Job]:
+    """Everything that can run side by side, in the order in which it should start.
+
+    What starts together are different programs to compile. The rounds, which are one
+    long chain, start as soon as the net they begin with is trained.
+    """
+    settings = bench.settings
+    ticks = settings.epochs + len(settings.fractions)
+    each = {t.name: Job(partial(train_and_cut, bench, t), ticks) for t in tasks}
+    ticks = len(settings.round_sparsities) * settings.round_epochs
+    rounds = {"rounds": Job(partial(prune_in_rounds, bench, tasks[0]), ticks)}
+    first = {task.name: each[task.name] for task in tasks if task.seed == 0}
+    return first | rounds | each
+
+
+def tell(name: str, record: Any) -> str:
+    """A line for the screen about a finished job."""
+    if name == "rounds":
+        last = record[-1]
+        cut_share = f"{100 * last['sparsity']:.0f} % of filters cut"
+        return f"rounds: {cut_share}, accuracy {last['after']:.3f}"
+    return f"{name}: accuracy {record['accuracy'][0]:.3f}, area {record['area']:.3f}"
+
+
+# ----------------------------------------------------------------------- one-shot cuts
+
+
+def training_step(bench: Bench, task: Task) -> Callable[..., State]:
+    """The step of the task's arm, for all its seeds."""
+    hyper, spec = bench.settings.hyper[task.arm], bench.train.spec
+    net = training_net(task.model, task.method, hyper, spec)
+    tx = training_tx(bench, task)
+    return make_step(net.apply, tx, bench.train, perturb(task.method))
+
+
+def training_tx(bench: Bench, task: Task) -> optax.GradientTransformation:
+    """The optimiser of a task; its seed enters the initial state only."""
+    settings, steps = bench.settings, bench.steps_per_epoch
+    hyper = settings.hyper[task.arm]
+    return optimizer(
+        task.method,
+        hyper,
+        learning_rates(settings, hyper.learning_rate, steps),
+        task.seed,
+        clip=settings.clip,
+        fresh_every=steps if "fresh_momentum" in settings.quirks else None,
+    )
+
+
+def trained(bench: Bench, task: Task, tick: Tick = lambda: None) -> Any:
+    """The trained variables; from their checkpoint if they were trained before."""
+    settings, net = bench.settings, bench.subjects[task.model]
+    folder = bench.folder / "checkpoints" / task.name
+    best = folder.with_name(f"{folder.name}-best")
+    how = Fit(settings.epochs, settings.batch_size, task.seed, folder)
+    ask = {}
+    if "best_test_epoch" in settings.quirks:
+        ask["after"] = keep_best(best, partial(test_accuracy, bench, task))
+    with bench.locks[task.name]:
+        state = start(net.init, training_tx(bench, task), bench.train, task.seed)
+        state = fit(bench.steps[task.arm], state, bench.train, how, tick, **ask)
+        saved = read_best(best, state.variables)
+    return jax.device_get(saved.state if saved else state.variables)
+
+
+def test_accuracy(bench: Bench, task: Task, variables: Any) -> float:
+    """Accuracy on the test set."""
+    logits = bench.subjects[task.model].predict(variables, bench.test)
+    return accuracy(logits, bench.test)
+
+
+def train_and_cut(bench: Bench, task: Task, tick: Tick) -> dict[str, Any]:
+    """Accuracy of one trained net after each one-shot cut, masked and sliced."""
+    net, test = bench.subjects[task.model], bench.test
+    variables = trained(bench, task, tick)
+    probe = normalize(test.images[:PROBES], test.spec)
+    quirks = OF_MASKS & set(bench.settings.quirks)
+    accuracies, differences = [], []
+    for fraction in bench.settings.fractions:
+        masks = one_shot_masks(net, variables, fraction)
+        if quirks:
+            chain = isinstance(net.net, VGG)
+            masks = quirky_masks(variables, fraction, quirks, chain=chain, masks=masks)
+        logits = net.predict(jaxprune.apply_masks(variables, masks), test)
+        accuracies.append(accuracy(logits, test))
+        if not quirks:
+            apply_fn = net.net.apply
+            differences.append(slice_difference(apply_fn, variables, masks, probe))
+        tick()
+    return {
+        "accuracy": accuracies,
+        "area": area(accuracies),
+        "difference": differences,
+    }
+
+
+def sizes(bench: Bench, task: Task) -> list[dict[str, Any]]:
+    """Parameters, FLOPs and latency of the dense net and of some cuts, sliced."""
+    net, variables = bench.subjects[task.model], trained(bench, task)
+    rows, calls = [], {batch: {} for batch in LATENCY_BATCHES}
+    for fraction in SIZES_AT:
+        masks = one_shot_masks(net, variables, fraction)
+        small = jax.device_put(jaxprune.slice_params(variables, masks))
+        apply_fn = jaxprune.narrow(net.net.apply, masks)
+        cost = jaxprune.costs(apply_fn, small, bench.image)
+        rows.append(
+            {"fraction": fraction, "parameters": cost.parameters, "flops": cost.flops}
+        )
+        for batch, named in calls.items():
+            images = np.repeat(bench.image, batch, axis=0)
+            named[fraction] = partial(jax.jit(apply_fn), small, jax.device_put(images))
+    times = {str(batch): latency_ms(named) for batch, named in calls.items()}
+    return [
+        {**row, "latency_ms": {b: found[row["fraction"]] for b, found in times.items()}}
+        for row in rows
+    ]
+
+
+# ------------------------------------------------------------- rounds with fine-tuning
+
+
+def prune_in_rounds(bench: Bench, task: Task, tick: Tick) -> list[dict[str, Any]]:
+    """Cuts, fine-tunes, cuts, ... with the momentum kept; every round a checkpoint."""
+    tx, small = rounds_so_far(bench, task)
+    for _ in range(len(small.history) * bench.settings.round_epochs):
+        tick()
+    for sparsity in bench.settings.round_sparsities[len(small.history) :]:
+        small = one_round(bench, task, tx, small, sparsity, tick)
+        save_round(bench.folder / "checkpoints" / "rounds", small)
+    return list(small.history)
+
+
+def rounds_so_far(
+    bench: Bench, task: Task
+) -> tuple[optax.GradientTransformation, SmallNet]:
+    """The optimiser of the rounds, and the net after the last one that is on disk."""
+    net, tx = bench.subjects[task.model], rounds_tx(bench, task)
+    begin = start(net.init, tx, bench.train, task.seed)
+    begin = begin._replace(variables=trained(bench, task))
+    dense = SmallNet(net.net.apply, net.groups, begin)
+    return tx, restore_round(bench.folder / "checkpoints" / "rounds", tx, dense)
+
+
+def rounds_tx(bench: Bench, task: Task) -> optax.GradientTransformation:
+    """As in training, but the learning rate is lower and falls anew in every round."""
+    settings, hyper = bench.settings, bench.settings.hyper[task.arm]
+    steps, rounds = settings.round_epochs, len(settings.round_sparsities)
+    steps *= bench.steps_per_epoch
+    fall = optax.cosine_decay_schedule(FINE_TUNING_RATE * hyper.learning_rate, steps)
+    ends = [steps * index for index in range(1, rounds)]
+    schedule = optax.join_schedules([fall] * rounds, ends)
+    return optimizer(task.method, hyper, schedule, task.seed, clip=settings.clip)
+
+
+def one_round(
+    bench: Bench,
+    task: Task,
+    tx: optax.GradientTransformation,
+    small: SmallNet,
+    sparsity: float,
+    tick: Tick,
+) -> SmallNet:
+    """Cuts once more, trains what is left, and notes how that went."""
+    settings, train, test = bench.settings, bench.train, bench.test
+    params = small.full_variables["params"]
+    small = cut(small, tx, lowest_filters(small.groups, params, sparsity))
+    predict = make_predict(small.apply_fn)
+    before = accuracy(predict(small.state.variables, test), test)
+
+    index = len(small.history) + 1
+    folder = bench.folder / "checkpoints" / f"round{index}"
+    how = Fit(settings.round_epochs, settings.batch_size, 1000 + index, folder)
+    step = make_step(small.apply_fn, tx, train, perturb(task.method))
+    state = fit(step, small.state, train, how, tick)
+
+    small = dataclasses.replace(small, state=state)
+    logits = predict(state.variables, test)
+    full = bench.subjects[task.model].predict(small.full_variables, test)
+    cost = jaxprune.costs(small.apply_fn, state.variables, bench.image)
+    return small.noted(
+        sparsity=sparsity,
+        before=before,
+        after=accuracy(logits, test),
+        difference=difference(logits, full),
+        parameters=cost.parameters,
+        flops=cost.flops,
+        units={
+            name: [int(kept.sum()), small.groups[name].size]
+            for name, kept in small.keep.items()
+        },
+    )
+
+
+def export(folder: Path, bench: Bench, task: Task) -> dict[str, Any]:
+    """Writes the net of the last round for raw images, reads it back, compares."""
+    _, small = rounds_so_far(bench, task)
+    test, apply_fn, variables = bench.test, small.apply_fn, small.state.variables
+    logits = make_predict(apply_fn)(variables, test)
+    save_exported(
+        folder,
+        lambda variables, images: apply_fn(variables, normalize(images, test.spec)),
+        variables,
+        test.images[:1],
+        facts={"dataset": test.spec.name, "test accuracy": accuracy(logits, test)},
+    )
+    again = np.asarray(load_exported(folder)(test.images))
+    return {
+        "folder": folder.name,
+        "bytes": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
+        "accuracy": accuracy(again, test),
+        "difference": difference(again, logits),
+    }

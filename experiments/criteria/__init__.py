@@ -1,0 +1,1 @@
+"""Criteria: which scores find the units that matter."""

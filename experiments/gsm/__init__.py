@@ -1,0 +1,1 @@
+"""Global sparse momentum (Ding et al. 2019)."""

@@ -1,0 +1,1 @@
+"""What every experiment shares: training, rounds, runs, measurements, pages."""

@@ -1,0 +1,220 @@
+"""The folder of a run: its journal, its progress on screen, and how it stops.
+
+Whatever is finished is in ``results.json`` at once, under a name; asked for again it is
+read and not computed. So the same command goes on where the last one stopped.
+"""
+
+import contextlib
+import json
+import os
+import shlex
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import rich.console
+import rich.progress
+
+from jaxprune.cli._main import UsageError
+from jaxprune.display._report import machine
+
+Tick = Callable[[], None]
+
+
+class Job(NamedTuple):
+    """Work that makes one record.
+
+    Attributes:
+        compute: called with a function to call after every piece of work.
+        ticks: how often it calls that.
+    """
+
+    compute: Callable[[Tick], Any]
+    ticks: int
+
+
+class Run:
+    """One run folder, open for work; see `open_run`.
+
+    Attributes:
+        folder: where everything goes.
+        results: what is in ``results.json``.
+        finished: whether nothing is left to do.
+    """
+
+    def __init__(self, folder: Path, results: dict[str, Any]):
+        self.folder = folder
+        self.results = results
+        self.finished = "finished" in results
+        self._before, self._begin = results["seconds"], time.monotonic()
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._progress = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description:24}"),
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TimeElapsedColumn(),
+            console=rich.console.Console(stderr=True, highlight=False),
+        )
+
+    def say(self, text: str) -> None:
+        """Prints a line above the progress bars."""
+        self._progress.console.print(text)
+
+    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """Returns the record of that name, computed and written if there is none."""
+        records = self.results["records"]
+        if name not in records:
+            self.put(name, compute())
+        return records[name]
+
+    def put(self, name: str, record: Any) -> None:
+        """Writes a record; the file is replaced as a whole, so a kill is no harm."""
+        with self._lock:
+            # As it will be read again: string keys, lists.
+            self.results["records"][name] = json.loads(json.dumps(record))
+            self._write()
+
+    def close(self, **final: Any) -> None:
+        """Writes the last numbers; the run is finished."""
+        with self._lock:
+            self.results |= final | {"finished": _now()}
+            self._write()
+
+    def _write(self) -> None:
+        self.results["seconds"] = round(
+            self._before + time.monotonic() - self._begin, 1
+        )
+        _write(self.folder, self.results)
+
+    def each(
+        self, title: str, jobs: Mapping[str, Job], tell: Callable[[str, Any], str]
+    ) -> None:
+        """Computes the records that are missing, several at a time.
+
+        Small convolutions keep one core busy, so on a CPU there are as many threads
+        as cores; XLA computes outside Python's lock.
+
+        Args:
+            title: of the progress bar.
+            jobs: name of the record -> what computes it, in the order to start.
+            tell: ``(name, record)`` -> a line to print when it is there.
+        """
+        records = self.results["records"]
+        missing = {name: job for name, job in jobs.items() if name not in records}
+        total = sum(job.ticks for job in missing.values())
+        bar = self._progress.add_task(title, total=total)
+
+        def tick() -> None:
+            if self._stop.is_set():
+                raise KeyboardInterrupt
+            self._progress.advance(bar)
+
+        workers = (os.cpu_count() or 1) if jax.default_backend() == "cpu" else 1
+        with ThreadPoolExecutor(min(workers, 8)) as pool:
+            running = {pool.submit(j.compute, tick): n for n, j in missing.items()}
+            try:
+                for future in as_completed(running):
+                    self.put(name := running[future], future.result())
+                    self.say(tell(name, records[name]))
+            except BaseException:
+                self._stop.set()
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    @contextlib.contextmanager
+    def _working(self) -> Iterator["Run"]:
+        with self._progress:
+            try:
+                yield self
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(
+                    f"stopped; what is finished is in {self.folder}: "
+                    "the same command goes on from there"
+                ) from None
+
+
+@contextlib.contextmanager
+def open_run(folder: Path, settings: Mapping[str, Any]) -> Iterator[Run]:
+    """Opens a new run folder, or one of the same settings to go on.
+
+    Args:
+        folder: made if missing; compiled programs are kept in ``.jax_cache`` beside it.
+        settings: everything the numbers depend on, as JSON holds it.
+
+    Yields:
+        The run. A Ctrl-C inside says how to go on.
+
+    Raises:
+        UsageError: if the folder holds a run of other settings, or something else.
+    """
+    settings = json.loads(json.dumps(settings))
+    results = _read(folder)
+    if results is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        results = {
+            "command": "",
+            "started": _now(),
+            "seconds": 0.0,
+            "settings": settings,
+            "machine": machine(),
+            "records": {},
+        }
+        _write(folder, results)
+    _refuse_other(folder, results["settings"], settings)
+    results["command"] = _command()
+    _keep_compiled(folder.parent / ".jax_cache")
+    with Run(folder, results)._working() as run:
+        yield run
+
+
+def _command() -> str:
+    """What was typed, as anyone can type it: no paths of this machine."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    own = ["python", "-m", spec.name] if spec else [Path(sys.argv[0]).name]
+    return shlex.join([*own, *sys.argv[1:]])
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    path = folder / "results.json"
+    if path.is_file():
+        return json.loads(path.read_text())
+    if folder.exists() and any(folder.iterdir()):
+        raise UsageError(f"{folder} is not empty and holds no run; give another --out")
+    return None
+
+
+def _write(folder: Path, results: Mapping[str, Any]) -> None:
+    aside = folder / "results.json.tmp"
+    aside.write_text(json.dumps(results, indent=1) + "\n")
+    aside.replace(folder / "results.json")
+
+
+def _refuse_other(
+    folder: Path, there: Mapping[str, Any], here: Mapping[str, Any]
+) -> None:
+    different = [
+        f"{name} was {there.get(name)} and is now {here.get(name)}"
+        for name in {**there, **here}
+        if there.get(name) != here.get(name)
+    ]
+    if different:
+        raise UsageError(
+            f"{folder} holds a run of other settings ({'; '.join(different)}); give "
+            "another --out, or delete the folder"
+        )
+
+
+def _keep_compiled(folder: Path) -> None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

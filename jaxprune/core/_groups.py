@@ -1,0 +1,147 @@
+"""Groups: what `trace` finds, as frozen data.
+
+A *unit* is the smallest thing that can be cut: one channel, one head, one hidden
+neuron. A *group* holds the units that occupy the same axes of the same parameters;
+a *member* says where on one of these axes each unit lives.
+"""
+
+import dataclasses
+import shutil
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import rich.console
+import rich.table
+
+from jaxprune.core._tables import groups_table, pinned_table
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Member:
+    """One parameter axis that a group cuts.
+
+    Attributes:
+        path: the leaf, as ``jax.tree_util.keystr(simple=True, separator="/")``.
+        axis: which axis of that leaf.
+        index: int array ``[size, repeats]``; row ``u`` lists the positions that
+            unit ``u`` occupies (several after a flatten or for a fused kernel).
+        role: ``"producer"`` if it makes the units, one by one (kernels that write
+            them, biases, norms); ``"consumer"`` if it reads them (it weighs them in
+            a sum); "" if `trace` was not asked for roles.
+    """
+
+    path: str
+    axis: int
+    index: np.ndarray
+    role: str = ""
+
+    @property
+    def repeats(self) -> int:
+        """How many positions of the axis one unit occupies."""
+        return self.index.shape[1]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Group:
+    """Units that live and die on the same parameter axes.
+
+    Attributes:
+        name: unique, ``"path:axis"`` of the first member.
+        size: how many units can be cut, each alone.
+        members: every parameter axis a cut touches, in order of first use.
+        exact: True if cutting any units equals masking them, up to rounding.
+        why: the reason when not exact, with the place in the user's program.
+        ordered: the place of a unit matters (it is tied to an entry of a table, such
+            as a rotary frequency), so units can be cut but not reordered.
+        blocks: the units come in this many blocks of equal size, one after the other
+            (see `balanced` of `trace`); a cut takes as many from every block.
+        obstacle: why units that are equal cannot be merged (see `merge`), with the
+            place in the user's program; "" if they can be.
+    """
+
+    name: str
+    size: int
+    members: tuple[Member, ...]
+    exact: bool = True
+    why: str = ""
+    ordered: bool = False
+    blocks: int = 1
+    obstacle: str = "traced without roles=True"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pinned:
+    """Positions of a parameter axis that cannot be cut.
+
+    Attributes:
+        path: the leaf.
+        axis: which axis of that leaf.
+        positions: how many positions of the axis are pinned.
+        why: the reason, with the place in the user's program where known.
+    """
+
+    path: str
+    axis: int
+    positions: int
+    why: str
+
+
+class PinnedAxes(tuple[Pinned, ...]):
+    """Every pinned axis, in order of first use; prints as a table of reasons."""
+
+    __slots__ = ()
+
+    def __rich__(self) -> rich.table.Table:
+        return pinned_table(self)
+
+    def __repr__(self) -> str:
+        return _printed(pinned_table(self))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Groups(Mapping[str, Group]):
+    """An immutable mapping from name to `Group`; prints as a table.
+
+    Attributes:
+        by_name: the groups, in order of first use in the program.
+        pinned: every parameter axis that cannot be cut, with the reason; prints as a
+            table of its own.
+        shapes: path -> shape of every leaf of the traced variables, in tree order.
+        treedef: the tree structure of the traced variables.
+    """
+
+    by_name: Mapping[str, Group]
+    pinned: tuple[Pinned, ...]
+    shapes: Mapping[str, tuple[int, ...]]
+    treedef: Any
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "by_name", MappingProxyType(dict(self.by_name)))
+        object.__setattr__(self, "pinned", PinnedAxes(self.pinned))
+        object.__setattr__(self, "shapes", MappingProxyType(dict(self.shapes)))
+
+    def __getitem__(self, name: str) -> Group:
+        return self.by_name[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.by_name)
+
+    def __len__(self) -> int:
+        return len(self.by_name)
+
+    def __rich__(self) -> rich.table.Table:
+        return groups_table(self, self.pinned)
+
+    def __repr__(self) -> str:
+        return _printed(groups_table(self, self.pinned))
+
+
+def _printed(table: rich.table.Table) -> str:
+    """The table as text, as wide as the terminal allows."""
+    columns = shutil.get_terminal_size((100, 24)).columns
+    console = rich.console.Console(width=max(columns, 60), no_color=True)
+    with console.capture() as captured:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())

@@ -1,0 +1,80 @@
+"""Scores leaf by leaf: in numpy on the host, else all leaves in one program."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from jaxprune.core._masks import PyTree
+from jaxprune.core._placement import all_placed_like, on_host
+
+
+def each_leaf(
+    score: Callable[..., Any],
+    params: PyTree,
+    has_score: Callable[[Any], bool],
+    *options: Any,
+) -> PyTree:
+    """``score(numpy or jax.numpy, leaf, *options)`` of every leaf that has a score.
+
+    What lies on the host is counted by numpy, the rest in one program for all leaves
+    that share their devices.
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    found: list[Any] = [None] * len(leaves)
+    here: dict[int, np.ndarray] = {}
+    remote: dict[Any, list[int]] = {}
+    for k, leaf in enumerate(leaves):
+        if not has_score(leaf):
+            continue
+        if on_host(leaf):
+            with np.errstate(all="ignore"):  # as in JAX, inf and NaN are no events
+                here[k] = score(np, np.asarray(leaf), *options)
+        elif isinstance(leaf, Tracer):
+            found[k] = score(jnp, leaf, *options)
+        else:
+            remote.setdefault(frozenset(leaf.sharding.device_set), []).append(k)
+    placed = all_placed_like(list(here.values()), [leaves[k] for k in here])
+    for k, value in zip(here, placed, strict=True):
+        found[k] = value
+    for places in remote.values():
+        values = _compiled(score, [leaves[k] for k in places], options)
+        for k, value in zip(places, values, strict=True):
+            found[k] = value
+    return treedef.unflatten(found)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _compiled(score: Callable[..., Any], leaves: Sequence[Any], options: Any) -> Any:
+    return [score(jnp, leaf, *options) for leaf in leaves]
+
+
+def is_float(leaf: Any) -> bool:
+    """Can this leaf have a score?"""
+    return jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def widened(leaf: Any) -> jax.Array:
+    """The leaf in at least single precision."""
+    return wide(jnp.asarray(leaf))
+
+
+def numbers(leaf: Any) -> np.ndarray:
+    """A leaf of the host in at least single precision."""
+    return wide(np.asarray(leaf))
+
+
+def wide(leaf: Any) -> Any:
+    """The leaf in at least single precision, of numpy or jax.numpy as it is."""
+    dtype = wide_dtype(leaf.dtype)
+    return leaf if leaf.dtype == dtype else leaf.astype(dtype)
+
+
+@functools.cache
+def wide_dtype(dtype: Any) -> Any:
+    """A type of floats in at least single precision."""
+    return dtype if jnp.finfo(dtype).bits >= 32 else np.dtype(np.float32)

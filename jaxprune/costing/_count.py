@@ -1,0 +1,298 @@
+"""Costs: parameters, multiply-adds and activation memory of any JAX function.
+
+Counted from the traced program, so nothing is run or allocated and no layer class has
+to be known. The program is a straight line of equations; the ones that hold programs of
+their own (jit, scan, cond, ...) are walked into.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.extend import core
+from jax.interpreters import partial_eval
+
+from jaxprune.core._leaves import named_leaves, parameter_paths
+from jaxprune.core._masks import PyTree
+from jaxprune.costing._polynomial import Product, bit_operations
+from jaxprune.program._jaxprs import Program, opened, scan_counts, trace_program
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """What one call of a function costs.
+
+    Attributes:
+        parameters: entries in the collection ``params``, or in all variables if there
+            is no such collection.
+        multiply_adds: multiplications (each with one addition) in matrix products and
+            convolutions.
+        activation_bytes: size of everything the program computes, summed over all
+            equations, before any fusion: a measure of memory traffic.
+        largest_activation_bytes: size of the largest array the program computes.
+        products: multiply-adds by how many inputs each output sums over, sorted.
+    """
+
+    parameters: int
+    multiply_adds: int
+    activation_bytes: int
+    largest_activation_bytes: int
+    products: tuple[Product, ...] = ()
+
+    @property
+    def flops(self) -> int:
+        """Floating point operations: two per multiply-add."""
+        return 2 * self.multiply_adds
+
+    def bit_operations(
+        self,
+        weight_bits: float = 32,
+        activation_bits: float = 32,
+        density: float = 1.0,
+    ) -> float:
+        """Bit operations (BOPs) of all products and convolutions.
+
+        With m outputs that each sum over n products, of which the fraction f is not
+        zero, at b_w bits a weight and b_a bits an activation::
+
+            sum over layers  m n (f b_a b_w + b_a + b_w + log2 n)
+
+        the multiplications, and additions into accumulators of that width; the density
+        f spares multiplications alone.
+
+        Args:
+            weight_bits: bits of a weight.
+            activation_bits: bits of an activation.
+            density: fraction of the weights that are not zero.
+
+        References:
+            Baskin et al., `UNIQ <https://arxiv.org/abs/1804.10969>`_, 2018;
+            Hawks et al., `Ps and Qs: Quantization-aware pruning
+            <https://arxiv.org/abs/2102.11289>`_, 2021
+        """
+        return bit_operations(self.products, weight_bits, activation_bits, density)
+
+
+def costs(
+    apply_fn: Callable[..., Any], variables: PyTree, *args: Any, **kwargs: Any
+) -> Costs:
+    """Counts what ``apply_fn(variables, *args, **kwargs)`` costs.
+
+    Conventions: matrix products and convolutions are counted, elementwise operations,
+    reductions, FFTs and solvers are not. A convolution meets its whole window at every
+    output position, padding included; a transposed one at every input position. A scan
+    counts as often as it repeats, the body of a while loop once (how often it runs is
+    unknown), a cond as its dearest branch, a Pallas kernel once per grid cell and
+    without its on-chip arrays, code under shard_map once per device. What does not
+    reach an output is not counted, nor what depends on no input. Masks make nothing
+    cheaper: slice first.
+
+    Args:
+        apply_fn: the function; every array in its arguments is traced, everything else
+            (flags, strings, functions) is passed as it is.
+        variables: tree of arrays or ShapeDtypeStructs.
+        *args: further arguments, arrays or ShapeDtypeStructs.
+        **kwargs: further keyword arguments.
+
+    Returns:
+        The counts, as Python integers.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> w = jax.ShapeDtypeStruct((256, 10), jnp.float32)
+        >>> x = jax.ShapeDtypeStruct((1, 256), jnp.float32)
+        >>> found = costs(lambda params, x: x @ params["w"], {"w": w}, x)
+        >>> found.parameters, found.multiply_adds, found.flops, found.activation_bytes
+        (2560, 2560, 5120, 40)
+    """
+    leaves = named_leaves(variables)
+    parameters = parameter_paths(leaves)
+    live = live_program(trace_program(apply_fn, variables, *args, **kwargs))
+    count, _ = count_program(live.jaxpr, [True] * len(live.jaxpr.invars))
+    return Costs(
+        parameters=sum(math.prod(np.shape(leaves[path])) for path in parameters),
+        multiply_adds=count.multiply_adds,
+        activation_bytes=count.total_bytes,
+        largest_activation_bytes=count.largest_bytes,
+        products=tuple(sorted(Product(*pair) for pair in count.products.items())),
+    )
+
+
+def live_program(program: Program) -> Program:
+    """The program without what reaches no output, at any depth."""
+    jaxpr = program.jaxpr
+    live, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars), True)
+    _, consts = opened(program.closed)
+    return dataclasses.replace(program, closed=core.ClosedJaxpr(live, consts))
+
+
+class Count(NamedTuple):
+    """What a part of a program costs."""
+
+    total_bytes: int = 0
+    largest_bytes: int = 0
+    products: Mapping[int, int] = MappingProxyType({})  # inputs -> multiply-adds
+
+    def then(self, other: "Count", times: int = 1) -> "Count":
+        """Both, the second several times."""
+        products = dict(self.products)
+        for inputs, multiply_adds in other.products.items():
+            products[inputs] = products.get(inputs, 0) + times * multiply_adds
+        return Count(
+            self.total_bytes + times * other.total_bytes,
+            max(self.largest_bytes, other.largest_bytes),
+            products,
+        )
+
+    @property
+    def multiply_adds(self) -> int:
+        """All of them."""
+        return sum(self.products.values())
+
+
+def count_program(jaxpr: Any, varies: Sequence[bool]) -> tuple[Count, list[bool]]:
+    """Counts the equations that depend on an input; says which outputs do."""
+    known = {v for v, free in zip(jaxpr.invars, varies, strict=True) if free}
+
+    def depends(var: Any) -> bool:
+        return not isinstance(var, core.Literal) and var in known
+
+    total = Count()
+    for eqn in jaxpr.eqns:
+        flags = [depends(var) for var in eqn.invars]
+        if not any(flags):
+            continue
+        found, outs = count_equation(eqn, flags)
+        total = total.then(found)
+        known.update(v for v, free in zip(eqn.outvars, outs, strict=True) if free)
+    return total, [depends(var) for var in jaxpr.outvars]
+
+
+def count_equation(eqn: Any, varies: Sequence[bool]) -> tuple[Count, list[bool]]:
+    """Counts one equation, given which operands depend on an input."""
+    name = eqn.primitive.name
+    sizes = [size_in_bytes(var.aval) for var in eqn.outvars]
+    own, all_vary = Count(sum(sizes), max(sizes, default=0)), [True] * len(sizes)
+    if name in PRODUCTS:
+        multiply_adds, inputs = PRODUCTS[name](eqn)
+        return own._replace(products={inputs: multiply_adds}), all_vary
+    bodies = list(core.jaxprs_in_params(eqn.params))
+    if name.startswith(_COMBINERS) or not bodies:
+        return own, all_vary
+    flags = _inner_flags(eqn, varies)
+    found = [
+        count_program(body, flags[k] if k < len(flags) else [True] * len(body.invars))
+        for k, body in enumerate(bodies)
+    ]
+    if name == "cond":
+        return _dearest([count for count, _ in found]), all_vary
+    inside = Count()
+    for count, _ in found:
+        inside = inside.then(count, repeats(eqn))
+    if name == "pallas_call":
+        return own._replace(products=inside.products), all_vary
+    outs = found[0][1] if name in CALLS else all_vary
+    # The outputs of a call are those of its last equations; scans also stack them.
+    largest = max(
+        inside.largest_bytes,
+        *(size for size, free in zip(sizes, outs, strict=True) if free),
+        0,
+    )
+    return inside._replace(largest_bytes=largest), outs
+
+
+def _dearest(branches: Sequence[Count]) -> Count:
+    dearest = max(branches, key=lambda count: count.multiply_adds)
+    return Count(
+        max(count.total_bytes for count in branches),
+        max(count.largest_bytes for count in branches),
+        dearest.products,
+    )
+
+
+# Calls of one program with the operands of the equation.
+CALLS = frozenset(
+    "jit pjit closed_call core_call remat2 checkpoint remat custom_jvp_call "
+    "custom_vjp_call".split()
+)
+
+
+def _inner_flags(eqn: Any, varies: Sequence[bool]) -> list[list[bool]]:
+    """For the inner programs of an equation: which inputs depend on one outside."""
+    name, flags = eqn.primitive.name, list(varies)
+    if name in CALLS:
+        return [flags]
+    if name == "cond":
+        return [flags[1:]] * len(eqn.params["branches"])
+    if name == "scan":
+        consts, _ = scan_counts(eqn.params)
+        return [[*flags[:consts], *([True] * (len(flags) - consts))]]
+    return []
+
+
+# Their programs say how two numbers combine, not what is computed.
+_COMBINERS = ("scatter", "reduce", "select_and_scatter")
+
+
+def repeats(eqn: Any) -> int:
+    """How often an equation runs its inner programs."""
+    if eqn.primitive.name == "scan":
+        return eqn.params["length"]
+    if eqn.primitive.name == "shard_map":
+        shape = eqn.params["mesh"].shape
+        return math.prod(shape[axis] for axis in eqn.params["newly_manual_axes"])
+    if eqn.primitive.name == "pallas_call":
+        return math.prod(eqn.params["grid_mapping"].grid)
+    return 1
+
+
+def size_in_bytes(aval: Any) -> int:
+    """Size of a value; tokens and references have none."""
+    dtype = getattr(aval, "dtype", None)
+    return 0 if dtype is None else math.prod(aval.shape) * dtype.itemsize
+
+
+def _dot_general(eqn: Any) -> tuple[int, int]:
+    (contracted, _), _ = eqn.params["dimension_numbers"]
+    lhs, out = eqn.invars[0].aval, eqn.outvars[0].aval
+    inputs = math.prod(lhs.shape[axis] for axis in contracted)
+    return math.prod(out.shape) * inputs, inputs
+
+
+def _ragged_dot_general(eqn: Any) -> tuple[int, int]:
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (contracted, _), _ = numbers.dot_dimension_numbers
+    lhs, out = eqn.invars[0].aval, eqn.outvars[0].aval
+    inputs = math.prod(lhs.shape[axis] for axis in contracted)
+    # With a ragged contraction each group contracts its own part of the axis.
+    shared = set(numbers.lhs_ragged_dimensions) & set(contracted)
+    groups = eqn.invars[2].aval.shape[-1] if shared else 1
+    return math.prod(out.shape) * inputs // groups, inputs // groups
+
+
+def _conv_general_dilated(eqn: Any) -> tuple[int, int]:
+    lhs, kernel = (var.aval.shape for var in eqn.invars[:2])
+    out, numbers = eqn.outvars[0].aval.shape, eqn.params["dimension_numbers"]
+    window = math.prod(kernel[axis] for axis in numbers.rhs_spec[2:])
+    inputs = window * kernel[numbers.rhs_spec[1]]
+    if not is_transposed(eqn):
+        return math.prod(out) * inputs, inputs
+    # Every input position meets the whole window, and the output channels of its group.
+    positions = math.prod(lhs[axis] for axis in numbers.lhs_spec[2:])
+    batch, channels = (out[axis] for axis in numbers.out_spec[:2])
+    return positions * batch * channels * inputs, inputs
+
+
+def is_transposed(eqn: Any) -> bool:
+    """Is this the transpose of a strided convolution?"""
+    return any(step > 1 for step in eqn.params["lhs_dilation"])
+
+
+PRODUCTS: Mapping[str, Callable[[Any], tuple[int, int]]] = {
+    "conv_general_dilated": _conv_general_dilated,
+    "dot_general": _dot_general,
+    "ragged_dot_general": _ragged_dot_general,
+}

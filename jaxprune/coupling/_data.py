@@ -1,0 +1,196 @@
+"""Data: values that depend on no input, such as masks, position tables and indices.
+
+They carry no labels. The program computes them whole, and every use takes the positions
+that it keeps, so that layers that share a table are not coupled by it.
+
+The limits of a clip and the indices of gathers, scatters and dynamic slices are usually
+constants that went through a few equations (convert, wrap negative ones, broadcast).
+Knowing them turns "indexed by data" into an exact map of positions; `concrete` computes
+them, in numpy, only when asked.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.core import Tracer
+from jax.extend.core import Literal
+
+from jaxprune.coupling._labels import ALIVE, Value
+from jaxprune.program._jaxprs import opened
+
+LIMIT = 1 << 20  # larger index arrays are treated as data
+
+
+class Known(NamedTuple):
+    """An array that is there."""
+
+    array: Any
+
+
+class Derived(NamedTuple):
+    """Result `k` of an equation on operands that are constants themselves."""
+
+    eqn: Any
+    k: int
+    operands: tuple[Value, ...]
+
+
+def constant(array: Any) -> Value:
+    """A literal or a closed-over array."""
+    shape = np.shape(array)
+    if not shape and not isinstance(array, Tracer):
+        return Value((), (), bool(array == 0), True, Known(array))
+    index = _is_index(getattr(array, "dtype", None) or np.result_type(array))
+    small = index and np.size(array) <= LIMIT
+    origin = Known(array) if small or not shape else None
+    return Value(shape, (ALIVE,) * len(shape), False, True, origin)
+
+
+def literal(var: Any) -> Value:
+    """A number that stands in the program itself."""
+    if var.aval.shape:
+        return constant(var.val)
+    return Value((), (), not var.val, True, Known(var.val))
+
+
+def derive(eqn: Any, operands: tuple[Value, ...]) -> tuple[Value, ...]:
+    """The results of an equation all of whose operands are data."""
+    if eqn.primitive.name in ("jit", "pjit"):
+        return _derive_call(eqn, operands)
+    return tuple(_derive(eqn, k, var, operands) for k, var in enumerate(eqn.outvars))
+
+
+def _derive_call(eqn: Any, operands: tuple[Value, ...]) -> tuple[Value, ...]:
+    """The results of a call, through the equations of its program."""
+    jaxpr, consts = opened(eqn.params["jaxpr"])
+    env: dict[Any, Value] = dict(zip(jaxpr.invars, operands, strict=True))
+    env.update(zip(jaxpr.constvars, map(constant, consts), strict=True))
+
+    def read(var: Any) -> Value:
+        return literal(var) if isinstance(var, Literal) else env[var]
+
+    for inner in jaxpr.eqns:
+        results = derive(inner, tuple(read(var) for var in inner.invars))
+        env.update(zip(inner.outvars, results, strict=True))
+    return tuple(read(var) for var in jaxpr.outvars)
+
+
+def _derive(eqn: Any, k: int, var: Any, operands: tuple[Value, ...]) -> Value:
+    shape = getattr(var.aval, "shape", ())
+    name = eqn.primitive.name
+    is_zero = name in _MOVES and operands[0].is_zero
+    origin = None
+    if name in _NUMPY and all(v.origin is not None for v in operands):
+        small = math.prod(shape) <= LIMIT
+        number = not shape and name == "convert_element_type"
+        if number or (small and _is_index(var.aval.dtype)):
+            origin = Derived(eqn, k, operands)
+    axes = (ALIVE,) * len(shape)
+    return Value(shape, axes, is_zero, True, origin, _uniform(eqn, shape, operands))
+
+
+def _uniform(
+    eqn: Any, shape: tuple[int, ...], operands: tuple[Value, ...]
+) -> frozenset[int]:
+    """Along which axes the result is surely constant."""
+    if eqn.primitive.name == "broadcast_in_dim":
+        source = eqn.params["broadcast_dimensions"]
+        (value, *_) = operands
+        varies = {
+            d
+            for k, d in enumerate(source)
+            if value.shape[k] == shape[d] and k not in value.uniform
+        }
+        return frozenset(range(len(shape))) - varies
+    full = [v for v in operands if v.shape]
+    same = all(v.shape == shape for v in full)
+    if eqn.primitive.name not in _ELEMENTWISE or not same:
+        return frozenset()
+    return frozenset(range(len(shape))).intersection(*(v.uniform for v in full))
+
+
+def concrete(value: Value) -> np.ndarray | None:
+    """The array behind a value, or None if it depends on an input."""
+    origin = value.origin
+    if isinstance(origin, Derived):
+        operands = [concrete(v) for v in origin.operands]
+        if any(x is None for x in operands):
+            return None
+        return np.asarray(_NUMPY[origin.eqn.primitive.name](origin.eqn, *operands))
+    if isinstance(origin, Known) and not isinstance(origin.array, Tracer):
+        return np.asarray(origin.array)
+    return None
+
+
+def _is_index(dtype: Any) -> bool:
+    return getattr(dtype, "kind", "") in "iub"
+
+
+def _cast(eqn: Any, result: Any) -> np.ndarray:
+    return np.asarray(result).astype(eqn.outvars[0].aval.dtype)
+
+
+def _ufunc(function: Callable[..., Any]) -> Callable[..., np.ndarray]:
+    return lambda eqn, *xs: _cast(eqn, function(*xs))
+
+
+def _broadcast(eqn: Any, x: np.ndarray) -> np.ndarray:
+    shape = eqn.params["shape"]
+    full = [1] * len(shape)
+    for size, d in zip(x.shape, eqn.params["broadcast_dimensions"], strict=True):
+        full[d] = size
+    return np.broadcast_to(x.reshape(full), shape)
+
+
+def _iota(eqn: Any) -> np.ndarray:
+    shape, d = eqn.params["shape"], eqn.params["dimension"]
+    line = np.arange(shape[d]).reshape([-1 if k == d else 1 for k in range(len(shape))])
+    return _cast(eqn, np.broadcast_to(line, shape))
+
+
+def _slice(eqn: Any, x: np.ndarray) -> np.ndarray:
+    p = eqn.params
+    steps = p["strides"] or (1,) * x.ndim
+    spans = zip(p["start_indices"], p["limit_indices"], steps, strict=True)
+    return x[tuple(slice(a, b, s) for a, b, s in spans)]
+
+
+_ELEMENTWISE = frozenset(
+    "add sub mul div rem max min and or lt le gt ge eq ne convert_element_type".split()
+)
+_MOVES = frozenset(
+    "broadcast_in_dim convert_element_type copy reshape squeeze transpose".split()
+)
+
+_NUMPY: dict[str, Callable[..., Any]] = {
+    "add": _ufunc(np.add),
+    "sub": _ufunc(np.subtract),
+    "mul": _ufunc(np.multiply),
+    "div": _ufunc(lambda a, b: np.fix(a / b)),
+    "rem": _ufunc(np.fmod),
+    "max": _ufunc(np.maximum),
+    "min": _ufunc(np.minimum),
+    "neg": _ufunc(np.negative),
+    "lt": _ufunc(np.less),
+    "le": _ufunc(np.less_equal),
+    "gt": _ufunc(np.greater),
+    "ge": _ufunc(np.greater_equal),
+    "eq": _ufunc(np.equal),
+    "ne": _ufunc(np.not_equal),
+    "and": _ufunc(np.bitwise_and),
+    "or": _ufunc(np.bitwise_or),
+    "clamp": _ufunc(lambda low, x, high: np.clip(x, low, high)),
+    "select_n": _ufunc(lambda which, *cases: np.choose(which.astype(int), cases)),
+    "convert_element_type": _ufunc(lambda x: x),
+    "broadcast_in_dim": _broadcast,
+    "iota": _iota,
+    "reshape": lambda eqn, x: x.reshape(eqn.params["new_sizes"]),
+    "squeeze": lambda eqn, x: np.squeeze(x, eqn.params["dimensions"]),
+    "transpose": lambda eqn, x: np.transpose(x, eqn.params["permutation"]),
+    "concatenate": lambda eqn, *xs: np.concatenate(xs, eqn.params["dimension"]),
+    "rev": lambda eqn, x: np.flip(x, eqn.params["dimensions"]),
+    "slice": _slice,
+    "copy": lambda eqn, x: x,
+}

@@ -1,0 +1,195 @@
+"""`trace`: from any JAX function to the groups of axes that belong together."""
+
+import fnmatch
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxprune.core._groups import Groups
+from jaxprune.core._leaves import leaf_names
+from jaxprune.coupling._balance import Balance, balance_groups
+from jaxprune.coupling._collect import collect_groups, find_groups
+from jaxprune.coupling._labels import Value
+from jaxprune.coupling._ledger import Ledger
+from jaxprune.coupling._roles import Whole
+from jaxprune.coupling._solve import solve
+from jaxprune.coupling._walk import PINNED, Walked, walk_program
+from jaxprune.program._collector import collector_paused
+from jaxprune.program._jaxprs import Program, is_array, trace_program
+
+
+@collector_paused()
+def trace(
+    apply_fn: Callable[..., Any],
+    variables: Any,
+    *args: Any,
+    pin: Sequence[str] = (),
+    unpin: Sequence[str] = (),
+    balanced: Sequence[str] = (),
+    roles: bool = False,
+    **kwargs: Any,
+) -> Groups:
+    """Finds which parameter axes must be cut together.
+
+    Walks the jaxpr of ``apply_fn(variables, *args, **kwargs)`` once. Works for any
+    function that JAX can trace (Linen, NNX, Equinox, Haiku, hand-written), from
+    shapes alone. What cannot be understood is pinned, with the reason.
+
+    The inputs and outputs of the function keep their shapes, with one exception: an
+    output that is the new value of a variable (its path ends in the path of a leaf of
+    `variables` of the same shape, as for a mutated Flax collection) is cut along with
+    that variable.
+
+    Args:
+        apply_fn: the function; its first argument is `variables`.
+        variables: pytree of arrays or `jax.ShapeDtypeStruct`; nothing is computed.
+        *args: further arguments; arrays or shapes are traced, the rest is static.
+        pin: glob patterns of leaves (``"params/head/*"``) or single axes
+            (``"params/head/kernel:0"``) that must not be cut.
+        unpin: glob patterns of outputs (``"output/1/cache/*"``) that may shrink.
+        balanced: glob patterns of groups whose blocks (the channels of one group of a
+            convolution, the features of one head) lose units of their own, as many in
+            every block, instead of the same in all. Where the program computes a
+            group's blocks together it stays as it is.
+        roles: also find which members make the units and which read them, and whether
+            equal units can be merged (`Member.role`, `Group.obstacle`); it is proven
+            on the program, in about half the time again.
+        **kwargs: further arguments, treated like `args`.
+
+    Returns:
+        An immutable mapping name -> `Group`; ``.pinned`` explains every axis, or part
+        of one, that cannot be cut.
+
+    Raises:
+        ValueError: if a pattern matches nothing, or `balanced` nothing that has
+            independent blocks.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxprune
+        >>> def mlp(params, x):
+        ...     return jax.nn.relu(x @ params["w1"]) @ params["w2"]
+        >>> params = {"w1": jnp.ones((3, 8)), "w2": jnp.ones((8, 2))}
+        >>> groups = jaxprune.trace(mlp, params, jnp.ones((1, 3)))
+        >>> [(g.name, g.size) for g in groups.values()]
+        [('w1:1', 8)]
+    """
+    program = trace_program(apply_fn, variables, *args, **kwargs)
+    leaves, treedef = jax.tree.flatten(variables)
+    names = leaf_names(variables, treedef)
+    shapes = dict(zip(names, map(np.shape, leaves), strict=True))
+    arrays = list(itertools.compress(names, map(is_array, leaves)))
+    ledger, walked = walk_program(program, len(arrays))
+    known = dict(zip(arrays, walked.ins, strict=False))
+    _pin(ledger, known, pin)
+    twins = _close_outputs(ledger, program, walked.outs, known, unpin)
+    ordered = _order_by_use(ledger, walked, known)
+    solution = solve(ledger)
+    whole = Whole(walked, arrays, twins) if roles else None
+    groups = collect_groups(ledger, solution, ordered, shapes, treedef, whole)
+    if not balanced:
+        return groups
+    balance = Balance(solution, walked, find_groups(ledger, solution, ordered))
+    return balance_groups(groups, balance, known, balanced)
+
+
+def _pin(ledger: Ledger, known: dict[str, Value], patterns: Sequence[str]) -> None:
+    why = ledger.reason(PINNED)
+    for pattern in patterns:
+        found = False
+        for name, value in known.items():
+            for d, axis in enumerate(value.axes):
+                if _matches(name, pattern) or _matches(f"{name}:{d}", pattern):
+                    ledger.freeze(axis, why)
+                    found = True
+        if not found:
+            raise ValueError(
+                f"pin pattern {pattern!r} matches no axis of variables; the leaves "
+                f"are {_listed(list(known))}"
+            )
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+def _listed(names: list[str], most: int = 8) -> str:
+    shown = ", ".join(names[:most])
+    return shown + (f", ... ({len(names)} in all)" if len(names) > most else "")
+
+
+def _close_outputs(
+    ledger: Ledger,
+    program: Program,
+    outs: list[Value],
+    known: dict[str, Value],
+    unpin: Sequence[str],
+) -> list[int | None]:
+    """Outputs keep their shape, unless they are new values of variables: of which?"""
+    names = ["/".join(filter(None, ("output", path))) for path in program.out_paths]
+    for pattern in unpin:
+        if not any(_matches(name, pattern) for name in names):
+            raise ValueError(
+                f"unpin pattern {pattern!r} matches no output; the outputs are "
+                f"{_listed(names)}"
+            )
+    twins = [_twin(p, v, known) for p, v in zip(program.out_paths, outs, strict=True)]
+    for name, twin, out in zip(names, twins, outs, strict=True):
+        why = ledger.reason(f"coupled to the {name} of apply_fn")
+        for d, axis in enumerate(out.axes):
+            if twin is not None:
+                ledger.tie(axis, known[twin].axes[d])
+            elif not any(_matches(name, pattern) for pattern in unpin):
+                ledger.freeze(axis, why)
+    place = {name: k for k, name in enumerate(known)}
+    return [None if twin is None else place[twin] for twin in twins]
+
+
+def _twin(path: str, out: Value, known: dict[str, Value]) -> str | None:
+    """The variable that this output is the new value of, if any."""
+    parts = path.split("/")
+    for start in range(len(parts)):
+        name = "/".join(parts[start:])
+        if name in known and known[name].shape == out.shape:
+            return name
+    return None
+
+
+def _order_by_use(
+    ledger: Ledger, walked: Walked, known: dict[str, Value]
+) -> dict[str, Value]:
+    """The variables in the order of their first use; the unused are pinned."""
+    inputs = zip(map(id, walked.jaxpr.invars), known, strict=False)
+    used = _first_uses(walked, dict(inputs))
+    why = ledger.reason("the program does not use it")
+    for name, value in known.items():
+        if name not in used:
+            for axis in value.axes:
+                ledger.freeze(axis, why)
+    return {name: known[name] for name in {**used, **known}}
+
+
+def _first_uses(walked: Walked, inputs: Mapping[int, str]) -> dict[str, None]:
+    """The named inputs of a program in the order in which its equations read them.
+
+    Looks into inner programs whose inputs are the operands of their equation (jit,
+    remat, scan); the operands of others count in the order they are listed in.
+
+    Args:
+        walked: the program.
+        inputs: id of an input variable -> name.
+    """
+    used: dict[str, None] = {}
+    for step in walked.steps:
+        operands = list(map(id, step.eqn.invars))
+        if inputs.keys().isdisjoint(operands):
+            continue
+        if step.subs and len(step.subs[0].ins) == len(step.eqn.invars):
+            inner = step.subs[0]
+            pairs = zip(inner.jaxpr.invars, step.eqn.invars, strict=True)
+            within = {id(v): inputs[id(w)] for v, w in pairs if id(w) in inputs}
+            used.update(_first_uses(inner, within))
+        used.update((inputs[v], None) for v in operands if v in inputs)
+    return used

@@ -1,0 +1,194 @@
+"""The interpreter: walks a jaxpr once, moving labels through every equation."""
+
+import functools
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+from jax.extend.core import Literal
+
+from jaxprune.coupling import _data as data
+from jaxprune.coupling import rules
+from jaxprune.coupling._labels import Value
+from jaxprune.coupling._ledger import Ledger
+from jaxprune.coupling._registry import RULES, Rule
+from jaxprune.coupling.rules._shuffle import join_shuffles
+from jaxprune.program._jaxprs import Program, input_name, live_equations, opened
+
+assert rules  # importing the package fills the registry
+
+
+PINNED = "pinned by the caller"
+
+
+class Step(NamedTuple):
+    """One equation with the labels that its operands and results carry.
+
+    Attributes:
+        eqn: the equation.
+        ins: a `Value` for each operand.
+        outs: a `Value` for each result.
+        subs: the walked inner programs (scan body, branches, ...), in rule order.
+    """
+
+    eqn: Any
+    ins: tuple[Value, ...]
+    outs: tuple[Value, ...]
+    subs: tuple["Walked", ...] = ()
+
+
+class Walked(NamedTuple):
+    """A walked jaxpr: what `narrow` writes down at other sizes."""
+
+    jaxpr: Any
+    consts: list[Any]
+    ins: list[Value]
+    outs: list[Value]
+    steps: list[Step]
+
+
+class Walk:
+    """One walk: the ledger being filled and the inner programs met on the way."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.ledger = ledger
+        self._subs: list[Walked] = []
+
+    def run(
+        self, jaxpr: Any, ins: list[Value], used: list[bool] | None = None
+    ) -> Walked:
+        """Walks a jaxpr (closed or open) whose inputs carry the labels `ins`."""
+        jaxpr, consts = opened(jaxpr)
+        known = [*ins, *map(data.constant, consts)]
+        env = dict(zip([*jaxpr.invars, *jaxpr.constvars], known, strict=True))
+        outer, steps = self._subs, []
+        calls = self.ledger.calls
+        for eqn in join_shuffles(live_equations(jaxpr, used), jaxpr.outvars):
+            self._subs = []
+            values = [
+                data.literal(v) if isinstance(v, Literal) else env[v]
+                for v in eqn.invars
+            ]
+            calls.append(eqn)
+            step = self._label(eqn, values)
+            calls.pop()
+            if len(step.outs) == 1:  # nearly always, and quicker
+                [var] = eqn.outvars
+                [env[var]] = step.outs
+            else:
+                env.update(zip(eqn.outvars, step.outs, strict=True))
+            steps.append(step)
+        self._subs = outer
+        outs = [
+            data.literal(v) if isinstance(v, Literal) else env.get(v) or unused(v)
+            for v in jaxpr.outvars
+        ]
+        return Walked(jaxpr, consts, list(ins), outs, steps)
+
+    def enter(
+        self, jaxpr: Any, ins: list[Value], used: list[bool] | None = None
+    ) -> list[Value]:
+        """Walks an inner program of the current equation; returns its outputs."""
+        sub = self.run(jaxpr, ins, used)
+        self._subs.append(sub)
+        return sub.outs
+
+    def enter_branch(self, jaxpr: Any, ins: list[Value]) -> list[Value]:
+        """Like `enter`, for outputs that must agree with those of other programs."""
+        outs = self.enter(jaxpr, ins)
+        outs[:] = map(self.view, outs)
+        return outs
+
+    def forget_subs(self) -> None:
+        """Drops the inner programs of the current equation, to walk them again."""
+        self._subs.clear()
+
+    def view(self, value: Value) -> Value:
+        """One use of a value: data gets labels of its own, for this use alone."""
+        if not value.data or not value.shape:
+            return value
+        axes = tuple(self.ledger.fresh_axis(n, zero=value.is_zero) for n in value.shape)
+        for d, axis in enumerate(axes):
+            if d not in value.uniform and not isinstance(axis, int):
+                self.ledger.ordered.append(axis[0].units)
+        return value._replace(axes=axes)
+
+    def unknown(self, eqn: Any, *values: Value) -> list[Value]:
+        """Pins everything an equation touches: what is not understood is not cut."""
+        why = self.ledger.reason(f"primitive {eqn.primitive.name} has no rule", eqn)
+        return self.frozen(eqn, why, *values)
+
+    def frozen(self, eqn: Any, why: int, *values: Value) -> list[Value]:
+        """Pins all axes of the operands and results of an equation."""
+        for value in values:
+            for axis in value.axes:
+                self.ledger.freeze(axis, why)
+        shapes = [getattr(v.aval, "shape", ()) for v in eqn.outvars]
+        return [Value(shape, (why,) * len(shape)) for shape in shapes]
+
+    def _label(self, eqn: Any, values: list[Value]) -> Step:
+        """The equation on these operands: what it sees of them, and its results."""
+        known = [value.data for value in values]
+        if False not in known:
+            operands = tuple(values)
+            return Step(eqn, operands, data.derive(eqn, operands))
+        rule = RULES.get(eqn.primitive.name, _NO_RULE)
+        if True in known:
+            for k in range(rule.whole(eqn), len(values)):
+                values[k] = self.view(values[k])
+        results = rule.label(self, eqn, *values)
+        outs = (results,) if type(results) is Value else tuple(results)
+        return Step(eqn, tuple(values), outs, tuple(self._subs))
+
+
+_NO_RULE = Rule(Walk.unknown)
+
+
+def walk_program(
+    program: Program, count: int, known: Mapping[int, Value] = MappingProxyType({})
+) -> tuple[Ledger, Walked]:
+    """Walks a program whose first `count` inputs may be cut anywhere, others nowhere.
+
+    Inputs that are data of an outer program are `known`, by their number.
+
+    A program is walked once, however often it is asked for (by `trace`, by `narrow`);
+    the ledger is the caller's own.
+    """
+    if known or not program.lasting:
+        return _walk_program(program, count, known)
+    ledger, walked = _remembered(program, count, tuple(RULES.items()))
+    return ledger.copy(), walked
+
+
+def _walk_program(
+    program: Program, count: int, known: Mapping[int, Value]
+) -> tuple[Ledger, Walked]:
+    ledger = Ledger()
+    ledger.reason(PINNED)  # of several reasons the first is told
+    ins = []
+    for k, (path, var) in enumerate(
+        zip(program.paths, program.jaxpr.invars, strict=True)
+    ):
+        shape = var.aval.shape
+        if k in known:
+            ins.append(known[k])
+            continue
+        if k < count:  # what is cut from a variable is zero in the masked program
+            axes = tuple([ledger.fresh_axis(n, zero=True) for n in shape])
+        else:
+            why = ledger.reason(f"coupled to the input {input_name(path)}")
+            axes = (why,) * len(shape)
+        ins.append(Value(shape, axes))
+    return ledger, Walk(ledger).run(program.closed, ins)
+
+
+@functools.lru_cache(maxsize=4)
+def _remembered(program: Program, count: int, rules: Any) -> tuple[Ledger, Walked]:
+    # `rules`: what was registered since makes it another walk.
+    return _walk_program(program, count, {})
+
+
+def unused(var: Any) -> Value:
+    """A result that nothing needs."""
+    shape = getattr(var.aval, "shape", ())
+    return Value(shape, (0,) * len(shape))

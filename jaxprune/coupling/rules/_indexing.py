@@ -1,0 +1,203 @@
+"""Gather, scatter and dynamic slices: exact where the indices are constants.
+
+An axis that the operation takes whole keeps its labels. An axis indexed by constants
+is a map of positions. An axis indexed by data cannot be cut.
+"""
+
+from typing import Any
+
+import numpy as np
+from jax.lax import GatherScatterMode
+
+from jaxprune.coupling._data import concrete
+from jaxprune.coupling._labels import Axis, Value, all_zero, take, with_zero
+from jaxprune.coupling._registry import rule
+from jaxprune.coupling.rules._pieces import narrow_take
+
+# --- dynamic_slice, dynamic_update_slice ----------------------------------------------
+
+
+def _start(value: Value, n: int, size: int) -> int | None:
+    """The start of a window if it is a constant, clamped as the primitive does."""
+    start = concrete(value)
+    return None if start is None else int(np.clip(start, 0, n - size))
+
+
+def _narrow_dynamic_slice(kept: Any, step: Any, x: Any, *operands: Any) -> Any:
+    before, after = step.ins[0], step.outs[0]
+    sizes = list(step.eqn.params["slice_sizes"])
+    starts = list(operands)
+    for d, size in enumerate(sizes):
+        alive = kept.positions(after.axes[d])
+        if kept.positions(before.axes[d]) is None and alive is None:
+            continue
+        if size != before.shape[d]:
+            first = _start(step.ins[1 + d], before.shape[d], size)
+            chosen = first + np.arange(size)
+            chosen = chosen if alive is None else chosen[alive]
+            x = narrow_take(kept, x, d, before.axes[d], chosen)
+        sizes[d] = x.shape[d]
+        starts[d] = np.zeros((), starts[d].dtype)
+    return step.eqn.primitive.bind(x, *starts, slice_sizes=tuple(sizes))
+
+
+@rule("dynamic_slice", narrow=_narrow_dynamic_slice)
+def _dynamic_slice(walk: Any, eqn: Any, value: Value, *starts: Value) -> Value:
+    axes = []
+    sizes = eqn.params["slice_sizes"]
+    for axis, n, size, start in zip(
+        value.axes, value.shape, sizes, starts, strict=False
+    ):
+        first = _start(start, n, size)
+        if size == n or isinstance(axis, int):
+            axes.append(axis)
+        elif first is not None:
+            axes.append(take(axis, slice(first, first + size)))
+        else:
+            why = walk.ledger.reason("a slice starts where the data says", eqn)
+            walk.ledger.freeze(axis, why)
+            axes.append(why)
+    return Value(tuple(sizes), tuple(axes), value.is_zero)
+
+
+def _narrow_update(kept: Any, step: Any, x: Any, update: Any, *operands: Any) -> Any:
+    whole, part = step.ins[0], step.ins[1]
+    starts = list(operands)
+    for d, (n, size) in enumerate(zip(whole.shape, part.shape, strict=True)):
+        alive = kept.positions(whole.axes[d])
+        if alive is None:
+            continue
+        first = 0 if size == n else int(_start(step.ins[2 + d], n, size) or 0)
+        starts[d] = np.asarray(np.searchsorted(alive, first), starts[d].dtype)
+    return step.eqn.primitive.bind(x, update, *starts, **step.eqn.params)
+
+
+@rule("dynamic_update_slice", narrow=_narrow_update)
+def _dynamic_update_slice(
+    walk: Any, eqn: Any, value: Value, update: Value, *starts: Value
+) -> Value:
+    ledger, axes = walk.ledger, []
+    for d, (n, size) in enumerate(zip(value.shape, update.shape, strict=True)):
+        whole, part = value.axes[d], update.axes[d]
+        first = 0 if size == n else _start(starts[d], n, size)
+        if first is None:
+            why = ledger.reason("an update starts where the data says", eqn)
+            ledger.freeze(whole, why)
+            ledger.freeze(part, why)
+            axes.append(whole if isinstance(whole, int) else why)
+            continue
+        span = slice(first, first + size)
+        ledger.tie(take(whole, span), part)
+        axes.append(_updated(whole, part))
+    return Value(value.shape, tuple(axes))
+
+
+def _updated(whole: Axis, part: Axis) -> Axis:
+    """Labels of an updated axis: 0 at dead positions only if both were."""
+    same = all_zero(whole) and all_zero(part)
+    return whole if same else with_zero(whole, False)
+
+
+# --- gather ---------------------------------------------------------------------------
+
+
+def _indices(value: Value, dims: int) -> np.ndarray | None:
+    """Constant indices ``[m, dims]`` if there are any, else None."""
+    array = concrete(value)
+    if array is None:
+        return None
+    return array.reshape(int(np.prod(array.shape[:-1])), dims)
+
+
+def _offsets(numbers: Any, ndim: int) -> list[int]:
+    """The operand dimensions that a gather takes as windows, in offset order."""
+    gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
+    return [d for d in range(ndim) if d not in gone]
+
+
+def _picked(eqn: Any, values: tuple[Value, ...]) -> tuple[int, np.ndarray] | None:
+    """(axis, positions) when a gather is ``take(x, constants, axis)``, else None."""
+    numbers = eqn.params["dimension_numbers"]
+    operand, index = values
+    if len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
+        return None
+    (d,) = numbers.start_index_map
+    found = _indices(index, 1)
+    batch = len(eqn.outvars[0].aval.shape) - len(numbers.offset_dims)
+    if d not in numbers.collapsed_slice_dims or found is None or batch != 1:
+        return None
+    positions = found[:, 0]
+    if eqn.params["mode"] == GatherScatterMode.CLIP:
+        positions = np.clip(positions, 0, operand.shape[d] - 1)
+    inside = (positions >= 0) & (positions < operand.shape[d])
+    return (d, positions) if inside.all() else None
+
+
+def _narrow_gather(kept: Any, step: Any, x: Any, index: Any) -> Any:
+    picked = _picked(step.eqn, step.ins)
+    out = step.outs[0]
+    before = step.ins[0]
+    if picked is not None and _touched(kept, before, out):
+        d, positions = picked
+        numbers = step.eqn.params["dimension_numbers"]
+        (batch,) = (k for k in range(len(out.shape)) if k not in numbers.offset_dims)
+        alive = kept.positions(out.axes[batch])
+        chosen = positions if alive is None else positions[alive]
+        taken = narrow_take(kept, x, d, before.axes[d], chosen)
+        return _move_axis(taken, d, batch)
+    params = dict(step.eqn.params)
+    params["slice_sizes"] = tuple(
+        x.shape[d] if size == before.shape[d] else size
+        for d, size in enumerate(params["slice_sizes"])
+    )
+    return step.eqn.primitive.bind(x, index, **params)
+
+
+def _touched(kept: Any, *values: Value) -> bool:
+    return any(kept.positions(a) is not None for v in values for a in v.axes)
+
+
+def _move_axis(x: Any, source: int, target: int) -> Any:
+    """Moves one axis."""
+    order = [d for d in range(x.ndim) if d != source]
+    order.insert(target, source)
+    return x if order == list(range(x.ndim)) else x.transpose(order)
+
+
+@rule("gather", narrow=_narrow_gather)
+def _gather(walk: Any, eqn: Any, operand: Value, index: Value) -> Value:
+    ledger, numbers = walk.ledger, eqn.params["dimension_numbers"]
+    shape = eqn.outvars[0].aval.shape
+    batch = [k for k in range(len(shape)) if k not in numbers.offset_dims]
+    axes: list[Axis] = [0] * len(shape)
+    windows = _offsets(numbers, len(operand.shape))
+    for k, d in zip(numbers.offset_dims, windows, strict=True):
+        axes[k] = _window_axis(walk, eqn, operand, index, d)
+    picked = _picked(eqn, (operand, index))
+    for d in numbers.collapsed_slice_dims:
+        if picked is None:
+            known = concrete(index) is not None
+            what = "constants that are no list of its positions" if known else "data"
+            why = ledger.reason(f"it is indexed by {what}", eqn)
+            ledger.freeze(operand.axes[d], why)
+    for k, axis in zip(batch, index.axes[:-1], strict=True):
+        axes[k] = with_zero(axis, False)
+    for d, i in zip(
+        numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True
+    ):
+        ledger.tie(operand.axes[d], index.axes[i])
+    ledger.freeze(index.axes[-1], ledger.reason("it holds indices", eqn))
+    if picked is not None:
+        d, positions = picked
+        ledger.tie(take(operand.axes[d], positions), axes[batch[0]])
+        axes[batch[0]] = take(operand.axes[d], positions)
+    return Value(shape, tuple(axes), operand.is_zero)
+
+
+def _window_axis(walk: Any, eqn: Any, operand: Value, index: Value, d: int) -> Axis:
+    axis, size = operand.axes[d], eqn.params["slice_sizes"][d]
+    if size == operand.shape[d] or isinstance(axis, int):
+        return axis
+    why = walk.ledger.reason("a window of it is taken where the data says", eqn)
+    walk.ledger.freeze(axis, why)
+    return why

@@ -1,0 +1,125 @@
+"""mnist, cifar10, cifar100: the stock TFDS data sets, prepared without TensorFlow.
+
+Name, version, features and example keys are those of the stock builders, so the
+files are interchangeable: what either prepares (as array_record), the other reads.
+The stock builders open archives through ``tf.io.gfile`` and encode images through
+``tf.image``; here the archive is read by the standard library and PIL encodes.
+"""
+
+import gzip
+import os
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tensorflow_datasets.image_classification import cifar, mnist
+
+from jaxprune.data._specs import DATASETS
+
+_Examples = Iterator[tuple[int, dict[str, Any]]]
+
+
+def read_tar(path: str | os.PathLike[str]) -> dict[str, bytes]:
+    """Reads every file of an archive, by base name; writes nothing to disk."""
+    files = {}
+    with tarfile.open(path) as archive:
+        for member in archive:
+            if (content := archive.extractfile(member)) is not None:
+                files[Path(member.name).name] = content.read()
+    return files
+
+
+def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
+    """Reads the gzipped IDX format of MNIST.
+
+    Two zero bytes, a type code (8 = uint8), the rank, each dimension as a
+    big-endian uint32, then the values in C order.
+
+    Args:
+        path: the gzipped file.
+
+    Returns:
+        uint8 array of the shape that the header names.
+
+    Raises:
+        ValueError: if the file is not an IDX file of bytes.
+
+    References:
+        LeCun, Cortes and Burges, `The MNIST database of handwritten digits
+        <https://yann.lecun.com/exdb/mnist>`_, 2010
+    """
+    with gzip.open(path) as file:
+        content = file.read()
+    if content[:3] != b"\0\0\x08":
+        raise ValueError(
+            f"{path} starts with {content[:3]!r}, an IDX file of bytes with "
+            r"b'\x00\x00\x08'; is it another file?"
+        )
+    rank = content[3]
+    shape = np.frombuffer(content, ">u4", count=rank, offset=4)
+    return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
+
+
+def _mnist_examples(images: np.ndarray, labels: np.ndarray) -> _Examples:
+    for key, (image, label) in enumerate(zip(images, labels, strict=True)):
+        yield key, {"image": Image.fromarray(image), "label": int(label)}
+
+
+def _cifar_examples(
+    prefix: str, contents: Sequence[bytes], label_keys: Sequence[str]
+) -> _Examples:
+    # A record is its labels, one byte each, then three planes of 32x32 bytes.
+    records = np.frombuffer(b"".join(contents), np.uint8)
+    records = records.reshape(-1, len(label_keys) + 3 * 32 * 32)
+    labels, pixels = np.split(records, [len(label_keys)], axis=1)
+    images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    for key, (image, row) in enumerate(zip(images, labels, strict=True)):
+        example: dict[str, Any] = dict(zip(label_keys, row.tolist(), strict=True))
+        example["id"] = f"{prefix}{key:05d}"
+        example["image"] = Image.fromarray(np.ascontiguousarray(image))
+        yield key, example
+
+
+class Mnist(mnist.MNIST, skip_registration=True):
+    """MNIST, 60 000 + 10 000 grey images of 28x28 pixels."""
+
+    SOURCES: tuple[str, ...] = DATASETS["mnist"].sources
+
+    def _split_generators(self, dl_manager: Any) -> Any:  # the base says list
+        train_images, train_labels, test_images, test_labels = (
+            read_idx(path) for path in dl_manager.download(list(self.SOURCES))
+        )
+        return {
+            "train": _mnist_examples(train_images, train_labels),
+            "test": _mnist_examples(test_images, test_labels),
+        }
+
+
+class Cifar10(cifar.Cifar10, skip_registration=True):
+    """CIFAR-10, 50 000 + 10 000 colour images of 32x32 pixels, 10 classes."""
+
+    SOURCES: tuple[str, ...] = DATASETS["cifar10"].sources
+
+    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+        (archive,) = dl_manager.download(list(self.SOURCES))
+        files = read_tar(archive)
+        layout = self._cifar_info
+        features: Any = self.info.features
+        for key, file in zip(layout.label_keys, layout.label_files, strict=True):
+            features[key].names = files[file].decode().split()
+        splits = ("train", layout.train_files), ("test", layout.test_files)
+        return {
+            split: _cifar_examples(
+                f"{split}_", [files[name] for name in names], layout.label_keys
+            )
+            for split, names in splits
+        }
+
+
+class Cifar100(Cifar10, cifar.Cifar100, skip_registration=True):
+    """CIFAR-100, as CIFAR-10 with 100 classes in 20 superclasses."""
+
+    SOURCES: tuple[str, ...] = DATASETS["cifar100"].sources

@@ -1,0 +1,251 @@
+"""NNX modules: as a pure function to prune, and as a smaller module afterwards."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxprune.core._leaves import named_leaves
+from jaxprune.core._masks import PyTree, concrete
+from jaxprune.core._positions import axis_keep
+from jaxprune.integrations._nnx_layers import Kept, fit_sizes, refusal
+from jaxprune.narrowing._narrow import narrow
+from jaxprune.program._jaxprs import is_array
+from jaxprune.surgery._slicing import slice_params
+
+TOLERANCE = 2e-5  # of the largest output, in float32; coarser types round coarser
+
+_COLLECTIONS = {  # the first that fits; named as in Linen
+    "params": nnx.Param,
+    "batch_stats": nnx.BatchStat,
+    "cache": nnx.Cache,
+    "rngs": nnx.RngState,
+    "state": ...,
+}
+
+
+def nnx_apply(
+    model: nnx.Module, *, train: bool = False
+) -> tuple[Callable[..., Any], PyTree]:
+    """An NNX module as a pure function and its variables.
+
+    Everything the module holds is in the variables: statistics are cut along with the
+    parameters, random streams are carried, and only ``variables["params"]`` is scored.
+    The module is read once and never changed.
+
+    Args:
+        model: the module; its arrays may be abstract (`nnx.eval_shape`).
+        train: False calls it in evaluation mode, and the function returns its output.
+            True calls it in training mode, and the function returns the output and
+            the new values of everything but the parameters.
+
+    Returns:
+        ``apply_fn(variables, *args, **kwargs)`` and the variables: nested dicts of
+        arrays under "params", "batch_stats", "cache", "rngs" and "state".
+
+    Example:
+        >>> import jax.numpy as jnp, jaxprune
+        >>> from flax import nnx
+        >>> from jaxprune import modules
+        >>> class Net(nnx.Module):
+        ...     def __init__(self, rngs):
+        ...         self.hidden = nnx.Linear(3, 8, rngs=rngs)
+        ...         self.head = nnx.Linear(8, 2, rngs=rngs)
+        ...     def __call__(self, x):
+        ...         return self.head(nnx.relu(self.hidden(x)))
+        >>> model, x = Net(nnx.Rngs(0)), jnp.ones((1, 3))
+        >>> pruned = jaxprune.prune(*modules.nnx_apply(model), x, sparsity=0.5)
+        >>> small = modules.nnx_module(model, pruned.masks, x)
+        >>> small.hidden.out_features, small(x).shape
+        (4, (1, 2))
+    """
+    copy = nnx.merge(*nnx.split(model))
+    copy.train() if train else copy.eval()
+    graphdef, states, variables = _split(copy)
+
+    def apply_fn(variables: PyTree, *args: Any, **kwargs: Any) -> Any:
+        called = _merge(graphdef, states, variables)
+        out = called(*args, **kwargs)
+        if not train:
+            return out
+        new = _split(called)[2]
+        return out, {name: new[name] for name in new if name != "params"}
+
+    return apply_fn, variables
+
+
+def nnx_module(
+    model: nnx.Module, masks: PyTree, *args: Any, **kwargs: Any
+) -> nnx.Module:
+    """A smaller NNX module: same class, sliced variables, right feature counts.
+
+    Nothing remains of the pruning: the result trains, splits, merges and saves like a
+    module that was built small. It is called once on random numbers and compared with
+    `narrow`, because not everything that can be cut can be built: a LayerNorm divides
+    by its own number of features, the masked one by the original number. Such a cut
+    is refused; `narrow` carries it.
+
+    Args:
+        model: the module; it is not changed.
+        masks: tree like the variables of `nnx_apply`, or like ``nnx.split(model)[1]``;
+            bool, True = kept; concrete.
+        *args: example arguments for the comparison, arrays or shapes: floating-point
+            values are replaced by random ones, integers keep theirs (0 for a shape).
+        **kwargs: further example arguments.
+
+    Returns:
+        A new module in the mode of `model`, with its random streams.
+
+    Raises:
+        ValueError: if the masks are for another module, cut what `narrow` refuses to
+            cut, or no module of these layers computes the pruned function; the text
+            names the layers that stand in the way.
+        TypeError: if a mask is traced or not boolean.
+
+    Example:
+        >>> import jax.numpy as jnp, jaxprune
+        >>> from flax import nnx
+        >>> from jaxprune import modules
+        >>> model = nnx.Sequential(
+        ...     nnx.Linear(3, 8, rngs=nnx.Rngs(0)), nnx.relu,
+        ...     nnx.Linear(8, 2, rngs=nnx.Rngs(1)))
+        >>> graphdef, state = nnx.split(model)
+        >>> apply = lambda state, x: nnx.merge(graphdef, state)(x)
+        >>> pruned = jaxprune.prune(apply, state, jnp.ones((1, 3)), sparsity=0.5)
+        >>> small = modules.nnx_module(model, pruned.masks, jnp.ones((1, 3)))
+        >>> small.layers[0].kernel.shape
+        (3, 4)
+    """
+    graphdef, states, variables = _split(model)
+    masks = _like_variables(variables, masks)
+    small = _merge(graphdef, states, slice_params(variables, masks))
+    kept = {
+        path.split("/", 1)[1]: axis_keep(concrete(path, mask), np.shape(leaf))
+        for (path, mask), leaf in zip(
+            named_leaves(masks).items(), jax.tree.leaves(variables), strict=True
+        )
+    }
+    _fit_all(small, kept)
+    _compare(model, small, masks, args, kwargs)
+    return small
+
+
+def _split(model: nnx.Module) -> tuple[Any, dict[str, Any], PyTree]:
+    """Graph definition, states and plain arrays, both by collection."""
+    graphdef, *parts = nnx.split(model, *_COLLECTIONS.values())
+    states = {
+        name: state for name, state in zip(_COLLECTIONS, parts, strict=True) if state
+    }
+    return graphdef, states, {n: nnx.to_pure_dict(s) for n, s in states.items()}
+
+
+def _merge(graphdef: Any, states: Mapping[str, Any], variables: PyTree) -> Any:
+    """A new module with these arrays."""
+    filled = []
+    for name in _COLLECTIONS:
+        state = jax.tree.map(lambda leaf: leaf, states.get(name, nnx.State({})))
+        nnx.replace_by_pure_dict(state, variables[name] if name in states else {})
+        filled.append(state)
+    return nnx.merge(graphdef, *filled)
+
+
+def _like_variables(variables: PyTree, masks: PyTree) -> PyTree:
+    """The masks by collection, whichever way the module was split."""
+    given = named_leaves(masks)
+    chosen = []
+    for path in named_leaves(variables):
+        stem = path.split("/", 1)[1]
+        names = [name for name in (path, stem, f"{stem}/value") if name in given]
+        if not names:
+            raise ValueError(
+                f"masks have no leaf for {path}; they need one for every variable of "
+                "the model, as from nnx_apply(model) or nnx.split(model)"
+            )
+        chosen.append(names[0])
+    unknown = [name for name in given if name not in set(chosen)]
+    if unknown:
+        raise ValueError(
+            f"masks have a leaf {unknown[0]}, which the model does not have; were they "
+            "made for another model?"
+        )
+    treedef = jax.tree.structure(variables)
+    return treedef.unflatten(given[name] for name in chosen)
+
+
+def _fit_all(small: nnx.Module, kept: Kept) -> None:
+    """Fits every layer to its sliced variables, those it shares included."""
+    paths = {
+        id(node): "/".join(map(str, path))
+        for path, node in nnx.iter_graph(small)
+        if isinstance(node, nnx.Variable)
+    }
+    for _, layer in nnx.iter_modules(small):
+        own = {n: paths[id(v)] for n, v in vars(layer).items() if id(v) in paths}
+        fit_sizes(layer, {name: kept[path] for name, path in own.items()})
+
+
+def _compare(
+    model: nnx.Module,
+    small: nnx.Module,
+    masks: PyTree,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> None:
+    """Raises unless the module computes what `narrow` computes, on random numbers."""
+    apply_fn, _ = nnx_apply(model)
+    small_fn, variables = nnx_apply(small)
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(lambda leaf: _random_variable(leaf, rng), variables)
+    args, kwargs = jax.tree.map(lambda leaf: _random_input(leaf, rng), (args, kwargs))
+    narrowed = narrow(apply_fn, masks)
+    expected = jax.jit(lambda v: narrowed(v, *args, **kwargs))(variables)
+    try:
+        got = jax.jit(lambda v: small_fn(v, *args, **kwargs))(variables)
+    except Exception as error:  # whatever the user's code raises at other shapes
+        text = str(error).splitlines()[:1]
+        cause = f"it raises {type(error).__name__}: {''.join(text)}"
+        raise ValueError(refusal(cause, model, small)) from error
+    difference, allowed = _difference(got, expected)
+    if not difference <= allowed:
+        cause = f"it differs from narrow by {difference:.1e}, allowed {allowed:.1e}"
+        raise ValueError(refusal(cause, model, small))
+
+
+def _random_variable(leaf: Any, rng: np.random.Generator) -> Any:
+    """Keeps activations near 1; vectors are positive: a variance must be."""
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return leaf
+    if leaf.ndim < 2:
+        return jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape), leaf.dtype)
+    fan_in = max(1, math.prod(leaf.shape[:-1]))
+    return jnp.asarray(rng.normal(size=leaf.shape) / np.sqrt(fan_in), leaf.dtype)
+
+
+def _random_input(leaf: Any, rng: np.random.Generator) -> Any:
+    if not is_array(leaf):
+        return leaf
+    if jnp.issubdtype(leaf.dtype, jnp.floating):
+        return jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)
+    abstract = isinstance(leaf, jax.ShapeDtypeStruct)
+    return jnp.zeros(leaf.shape, leaf.dtype) if abstract else leaf
+
+
+def _difference(got: PyTree, expected: PyTree) -> tuple[float, float]:
+    """Largest difference relative to the largest entry of a leaf, and the allowed."""
+    pairs = list(zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=False))
+    same = jax.tree.structure(got) == jax.tree.structure(expected)
+    if not same or any(a.shape != b.shape for a, b in pairs):
+        return float("inf"), TOLERANCE
+    worst, allowed = 0.0, TOLERANCE
+    for a, b in pairs:
+        if jnp.issubdtype(b.dtype, jnp.inexact):
+            allowed = max(allowed, 8 * float(jnp.finfo(b.dtype).eps))
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        if b.size:  # np.maximum keeps a nan
+            scale = max(np.abs(b).max(), np.finfo(np.float32).tiny)
+            worst = np.maximum(worst, np.abs(a - b).max() / scale)
+    return float(worst), allowed

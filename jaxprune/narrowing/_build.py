@@ -1,0 +1,173 @@
+"""Writes down what remains of a walked program, as a program of its own.
+
+An equation whose operands and results shrink is mostly the same equation, with other
+sizes among its parameters (`Rule.resize`). It is copied: nothing is traced, the types
+of its results are known from the walk, and it keeps its source line, name stack and
+context. Where parameters are not enough, the `narrow` half of the rule is traced and
+its equations are copied in.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+from jax.extend.core import JaxprEqn, Literal, Var
+
+from jaxprune.coupling._labels import Value
+from jaxprune.coupling._registry import RULES
+from jaxprune.coupling._walk import Step, Walked
+from jaxprune.program._jaxprs import abstract, bind, closed, opened
+
+
+def build(kept: Any, walked: Walked) -> Any:
+    """A closed jaxpr that computes `walked` on operands without dead positions.
+
+    Args:
+        kept: what stays of every value (`jaxprune.narrowing._replay.Kept`).
+        walked: the program; all of its results are computed.
+    """
+    page = _Page(kept)
+    ins = [
+        page.resized(var, kept.shape(value))
+        for var, value in zip(walked.jaxpr.invars, walked.ins, strict=True)
+    ]
+    outs = page.write(walked, ins)
+    consts = list(page.consts.items())
+    return closed(walked.jaxpr, consts, ins, outs, page.eqns, page.effects)
+
+
+class _Page:
+    """The equations written so far.
+
+    Attributes:
+        eqns: the equations.
+        consts: variable -> its value.
+        effects: of equations that the walked program did not have.
+    """
+
+    def __init__(self, kept: Any) -> None:
+        self.kept = kept
+        self.eqns: list[Any] = []
+        self.consts: dict[Any, Any] = {}
+        self.effects: set[Any] = set()
+        self._types: dict[Any, Any] = {}  # (id of the full type, shape) -> type
+        self._variables: dict[int, Any] = {}  # id of a constant -> its variable
+
+    def resized(self, var: Any, shape: tuple[int, ...]) -> Any:
+        """A new variable like `var`, of this shape."""
+        aval = var.aval
+        if shape != getattr(aval, "shape", shape):
+            key = id(aval), shape
+            if key not in self._types:
+                self._types[key] = aval.update(shape=shape)
+            aval = self._types[key]
+        return type(var)(aval)
+
+    def constant(self, array: Any, aval: Any) -> Any:
+        """The variable that holds an array of this type."""
+        var = self._variables.get(id(array))
+        if var is None:
+            var = self._variables[id(array)] = Var(aval)
+            self.consts[var] = array
+        return var
+
+    def write(self, walked: Walked, operands: Sequence[Any]) -> list[Any]:
+        """Writes all steps of a program; returns its results, None if not computed."""
+        env: dict[Any, Any] = dict(zip(walked.jaxpr.invars, operands, strict=True))
+        for var, array in zip(walked.jaxpr.constvars, walked.consts, strict=True):
+            env[var] = self.constant(array, var.aval)
+        for step in walked.steps:
+            operands = [
+                var if isinstance(var, Literal) else env[var] for var in step.eqn.invars
+            ]
+            for k, value in enumerate(step.ins):
+                if value.data:
+                    operands[k] = self._cut(operands[k], value)
+            env.update(zip(step.eqn.outvars, self._step(step, operands), strict=True))
+        outs = [
+            var if isinstance(var, Literal) else env.get(var)
+            for var in walked.jaxpr.outvars
+        ]
+        return [
+            self._cut(out, value) if value.data and out is not None else out
+            for out, value in zip(outs, walked.outs, strict=True)
+        ]
+
+    def _cut(self, operand: Any, value: Value) -> Any:
+        """Data at the positions that one use keeps."""
+        if not self.kept.touches(value):
+            return operand
+        array = self._known(operand)
+        if array is None or isinstance(array, Tracer):
+            [cut] = self._traced(lambda x: [self.kept.cut(x, value)], [operand])
+            return cut
+        with jax.ensure_compile_time_eval():  # a constant stays one
+            cut = self.kept.cut(array, value)
+        return self.constant(cut, jax.typeof(cut))
+
+    def _step(self, step: Step, operands: list[Any]) -> list[Any]:
+        """Writes a step; returns its results."""
+        eqn, kept = step.eqn, self.kept
+        shapes = [kept.shape(value) for value in step.outs]
+        if not (kept.touches(*step.ins, *step.outs) or kept.cuts_inside(step)):
+            if isinstance(eqn, JaxprEqn):
+                return self._copied(eqn, operands, shapes, eqn.params)
+            return self._traced(lambda *xs: bind(eqn, *xs), operands)
+        if shapes and all(0 in shape for shape in shapes):
+            types = [var.aval.dtype for var in eqn.outvars]
+            return self._traced(lambda: list(map(jnp.zeros, shapes, types)), [])
+        rule = RULES[eqn.primitive.name]
+        if rule.inline:
+            return self.write(step.subs[0], operands)
+        resize, narrow = rule.resize, rule.narrow
+        changed = resize(kept, step) if resize else None
+        if changed is not None:
+            return self._copied(eqn, operands, shapes, {**eqn.params, **changed})
+        if narrow is None:
+            return self._copied(eqn, operands, shapes, eqn.params)
+        with eqn.ctx.manager:
+            outs = self._traced(lambda *xs: narrow(kept, step, *xs), operands)
+        made = [out.aval.shape for out in outs]
+        if made != shapes:
+            raise ValueError(
+                f"the rule of {eqn.primitive.name} narrows its results to {made}, but "
+                f"their labels keep {shapes}: its halves do not agree"
+            )
+        return outs
+
+    def _copied(
+        self, eqn: Any, operands: list[Any], shapes: list[Any], params: Any
+    ) -> list[Any]:
+        """The same equation on these operands, for results of these shapes."""
+        outs = list(map(self.resized, eqn.outvars, shapes))
+        self.eqns.append(eqn.replace(invars=operands, outvars=outs, params=params))
+        return outs
+
+    def _traced(self, fn: Callable[..., Any], operands: list[Any]) -> list[Any]:
+        """The equations of a function of these operands."""
+        known = list(map(self._known, operands))
+        free = [operand for operand in operands if self._known(operand) is None]
+
+        def call(*xs: Any) -> Any:
+            rest = iter(xs)
+            outs = fn(*[next(rest) if array is None else array for array in known])
+            return list(outs) if isinstance(outs, (list, tuple)) else [outs]
+
+        make = jax.make_jaxpr(call)
+        jaxpr, consts = opened(make(*[abstract(operand.aval) for operand in free]))
+        env = dict(zip(jaxpr.invars, free, strict=True))
+        for var, array in zip(jaxpr.constvars, consts, strict=True):
+            env[var] = self.constant(array, var.aval)
+        for eqn in jaxpr.eqns:
+            invars = [v if isinstance(v, Literal) else env[v] for v in eqn.invars]
+            outs = [type(v)(v.aval) for v in eqn.outvars]
+            env.update(zip(eqn.outvars, outs, strict=True))
+            self.eqns.append(eqn.replace(invars=invars, outvars=outs))
+        self.effects |= jaxpr.effects
+        return [v if isinstance(v, Literal) else env[v] for v in jaxpr.outvars]
+
+    def _known(self, operand: Any) -> Any:
+        """The value of an operand, if it has one already."""
+        return operand.val if isinstance(operand, Literal) else self.consts.get(operand)

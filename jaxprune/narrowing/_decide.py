@@ -1,0 +1,208 @@
+"""From masks to units: what the masks say about every unit, and whether they agree."""
+
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+import numpy as np
+
+from jaxprune.coupling._balance import Balance
+from jaxprune.coupling._collect import find_groups
+from jaxprune.coupling._ledger import Ledger
+from jaxprune.coupling._lines import explain
+from jaxprune.coupling._solution import FROZEN, INNER, NEVER, NONE, Solution, pieces
+from jaxprune.coupling._walk import Walked
+
+Alive: TypeAlias = np.ndarray | None  # bool[n] of one axis; None = every position lives
+Place: TypeAlias = tuple[int, int]  # number of an input and its axis
+SILENT = np.zeros(0, bool)  # in place of a mask: follow the axes it is coupled to
+
+
+def decide(
+    ledger: Ledger,
+    solution: Solution,
+    walked: Walked,
+    names: Sequence[str],
+    masks: Sequence[Sequence[Alive]],
+) -> np.ndarray:
+    """Which units of a program live, given the masks of its inputs.
+
+    Args:
+        ledger: what the walk found.
+        solution: the ledger, solved.
+        walked: the program.
+        names: what to call its inputs in error messages.
+        masks: for the first inputs, which positions of each axis live.
+
+    Returns:
+        bool ``[units]``.
+
+    Raises:
+        ValueError: if two coupled axes disagree, or a pinned position is cut.
+    """
+    keep = {
+        (k, d): mask
+        for k, (_, each) in enumerate(zip(walked.ins, masks, strict=False))
+        for d, mask in enumerate(each)
+        if mask is not SILENT
+    }
+    told = _Told(ledger, solution, walked, names, keep)
+    told.refuse_frozen()
+    wrong = told.wrong()
+    if wrong is not None:
+        # Perhaps every block of a group loses units of its own, but as many as others.
+        inputs = dict(zip(names, walked.ins, strict=False))
+        balance = Balance(solution, walked, find_groups(ledger, solution, inputs))
+        every = {
+            (k, d): np.ones(walked.ins[k].shape[d], bool) if mask is None else mask
+            for (k, d), mask in keep.items()
+        }
+        same = balance.canonical(walked.ins, every)
+        again = _Told(ledger, solution, walked, names, same)
+        if again.wrong() is not None:
+            told.explain(*wrong, balance)
+        told = again
+    return told.units()
+
+
+class _Told:
+    """What all masks say about every class.
+
+    A position that is kept keeps every class that it needs; one that is cut only says
+    that some class is dead, which may be another than the one in question. So a class
+    lives if any kept position needs it, and dies if only cut positions do.
+
+    Axes that are tied throughout and have one mask are told once, by the first of them;
+    all axes told stand one after the other in arrays of positions.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        solution: Solution,
+        walked: Walked,
+        names: Sequence[str],
+        keep: Mapping[Place, Alive],
+    ) -> None:
+        self.ledger, self.solution, self.walked = ledger, solution, walked
+        self.names, self.given = names, keep
+        self.places: list[Place] = []
+        classes, masks = [np.zeros(0, np.int32)], [np.zeros(0, bool)]
+        same: dict[int, Alive] = {}  # block of units -> the mask it was told
+        for (k, d), mask in keep.items():
+            axis = walked.ins[k].axes[d]
+            if isinstance(axis, int):
+                continue
+            block = ledger.block(axis[0].units)
+            if block >= 0 and block in same and _equal(same[block], mask):
+                continue  # it says what another axis has said
+            same.setdefault(block, mask)
+            found = solution.classes[axis[0].units]
+            if mask is None and (solution.kinds[found] == FROZEN).all():
+                continue  # it goes without saying
+            self.places.append((k, d))
+            classes.append(found)
+            masks.append(np.ones(len(found), bool) if mask is None else mask)
+        self.ends = np.cumsum([len(mask) for mask in masks[1:]])
+        self.keep = np.concatenate(masks)
+        self.classes = np.concatenate(classes)
+        self.columns = solution.atoms_of(self.classes)
+        # Lives what no axis speaks of, and `NONE`, of which the last entry speaks.
+        self.alive = np.ones(len(solution.why) + 1, bool)
+        for column in self.columns:
+            self.alive[column] = False
+        for column in self.columns:
+            self.alive[column[self.keep]] = True
+        self.alive[NONE] = True
+
+    def wrong(self) -> tuple[int, np.ndarray] | None:
+        """An axis told whose mask is not what its units say, and where it is not."""
+        implied = np.ones(len(self.keep), bool)
+        for column in self.columns:
+            implied &= self.alive[column]
+        wrong = implied != self.keep
+        if not wrong.any():
+            return None
+        number = self._number(int(wrong.argmax()))
+        return number, np.flatnonzero(wrong[self._span(number)])
+
+    def units(self) -> np.ndarray:
+        """From classes to units; a conjunction lives if all of its factors do."""
+        alive = self.alive
+        rows = np.flatnonzero(self.solution.kinds == INNER)
+        factors = [column[rows] for column in self.solution.factors.T]
+        before = None
+        while before is None or (alive[rows] != before).any():
+            before = alive[rows]
+            alive[rows] = np.logical_and.reduce([alive[factor] for factor in factors])
+        return np.concatenate([alive[each] for each in pieces(self.solution.classes)])
+
+    def refuse_frozen(self) -> None:
+        """Raises if a mask cuts what nothing can cut, naming the first."""
+        refused = {
+            (k, d): axis
+            for (k, d), mask in self.given.items()
+            if mask is not None
+            and isinstance(axis := self.walked.ins[k].axes[d], int)
+            and not mask.all()
+        }
+        cut = np.flatnonzero(~self.keep)
+        why = self.solution.why[self.classes[cut]]
+        if (why != NEVER).any():
+            first = int((why != NEVER).argmax())
+            refused[self.places[self._number(cut[first])]] = int(why[first])
+        if not refused:
+            return
+        place = min(refused)
+        mask = self.given[place]
+        assert mask is not None
+        raise ValueError(
+            f"{self._name(place)}: the mask cuts {int((~mask).sum())} of {len(mask)} "
+            "positions, but this axis cannot be cut: "
+            f"{explain(self.ledger, refused[place])}"
+        )
+
+    def explain(self, number: int, wrong: np.ndarray, balance: Balance) -> None:
+        """Raises, naming the axes that do not agree."""
+        (k, d), span = self.places[number], self._span(number)
+        name, keep = self._name((k, d)), self.keep[span]
+        columns = self.solution.atoms_of(self.classes[span])
+        trouble = balance.trouble(self.walked.ins[k], d, keep)
+        if len(columns) == 1 and not trouble:
+            atoms = columns[0][wrong]
+            other = self._keeper(atoms[0])
+            raise ValueError(
+                f"{name} and {self._name(self.places[other])} are coupled but the "
+                f"masks keep {int(keep.sum())} positions of one and "
+                f"{int(self.keep[self._span(other)].sum())} of the other (or not the "
+                f"same ones): {len(np.unique(atoms))} units are kept in one and cut in "
+                "the other; build masks with expand_masks"
+            )
+        raise ValueError(
+            f"{name}: the kept positions {np.flatnonzero(keep)[:8].tolist()}... "
+            "do not form a product of its factors (heads x features, groups x "
+            "channels), so no smaller program computes them"
+            + (f" ({trouble})" if trouble else "")
+            + "; cut whole units of its groups"
+        )
+
+    def _keeper(self, atom: int) -> int:
+        """The last axis told that keeps an atom."""
+        kept = [np.flatnonzero((c == atom) & self.keep) for c in self.columns]
+        return self._number(max(int(found[-1]) for found in kept if len(found)))
+
+    def _number(self, position: int) -> int:
+        """Which axis told holds a position."""
+        return int(np.searchsorted(self.ends, position, side="right"))
+
+    def _span(self, number: int) -> slice:
+        """The positions of an axis told."""
+        return slice(self.ends[number - 1] if number else 0, self.ends[number])
+
+    def _name(self, place: Place) -> str:
+        return f"{self.names[place[0]]} axis {place[1]}"
+
+
+def _equal(one: Alive, other: Alive) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one is other or np.array_equal(one, other)

@@ -1,0 +1,150 @@
+"""`narrow`: any JAX function, as if it had been written for the smaller shapes."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+from jaxprune.core._leaves import leaf_names
+from jaxprune.core._positions import axis_keep
+from jaxprune.narrowing._decide import SILENT, Alive
+from jaxprune.narrowing._replay import Restricted, restrict
+from jaxprune.program._collector import collector_paused
+from jaxprune.program._jaxprs import Program, abstract, is_array, trace_program
+
+
+def narrow(apply_fn: Callable[..., Any], masks: Any) -> Callable[..., Any]:
+    """Transforms a function of full-size variables into one of sliced variables.
+
+    The contract::
+
+        small = slice_params(variables, masks)
+        narrow(apply_fn, masks)(small, *args) == apply_fn(
+            apply_masks(variables, masks), *args)          # to float rounding
+
+    whenever the groups that `masks` cuts are exact (`Group.exact`). Like `jax.vmap`
+    it is a transformation: same signature, same static arguments, usable under jit,
+    grad, vmap, scan and export. The program is traced at its original shapes, which
+    the masks know, and written down at the smaller ones, with the source lines and
+    scopes of its equations; it runs as one call of a jitted function, or equation by
+    equation under `jax.disable_jit`. Random draws keep the numbers of the original
+    program.
+
+    Args:
+        apply_fn: the function; its first argument is the variables.
+        masks: tree like the variables, bool, True = kept, broadcastable, concrete.
+
+    Returns:
+        A function with the signature of `apply_fn` that takes sliced variables. New
+        values of variables (mutated Flax collections) come out sliced too.
+
+    Raises:
+        TypeError: if the masks are tracers.
+        ValueError: when called, if the variables do not have the sliced shapes, if
+            the masks cut a unit in one axis and keep it in a coupled one, or if they
+            cut an axis that cannot be cut. The text names the axes.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxprune
+        >>> def mlp(params, x):
+        ...     return jax.nn.relu(x @ params["w1"]) @ params["w2"]
+        >>> params = {"w1": jnp.ones((3, 8)), "w2": jnp.ones((8, 2))}
+        >>> groups = jaxprune.trace(mlp, params, jnp.ones((1, 3)))
+        >>> keep = {"w1:1": jnp.arange(8) < 5}
+        >>> masks = jaxprune.expand_masks(groups, keep)
+        >>> small = jaxprune.slice_params(params, masks)
+        >>> small["w1"].shape, small["w2"].shape
+        ((3, 5), (5, 2))
+        >>> jaxprune.narrow(mlp, masks)(small, jnp.ones((1, 3)))
+        Array([[15., 15.]], dtype=float32)
+    """
+    leaves, treedef = jax.tree.flatten(masks)
+    names = leaf_names(masks, treedef)
+    flat = list(zip(names, map(_concrete, names, leaves), strict=True))
+    restricted: dict[Program, Restricted] = {}
+
+    @functools.wraps(apply_fn)
+    @collector_paused()
+    def small_apply(variables: Any, *args: Any, **kwargs: Any) -> Any:
+        full, alive = _full_shapes(variables, flat, treedef)
+        program = trace_program(apply_fn, full, *args, **kwargs)
+        ready = restricted.get(program)
+        if ready is None:
+            names = [path.split("/", 2)[-1] for path in program.paths[: len(alive)]]
+            ready = restrict(program, alive, names)
+        if program.lasting:
+            restricted[program] = ready
+        arrays = jax.tree.leaves(((variables, *args), kwargs))
+        return ready.flat([x for x in arrays if is_array(x)])
+
+    return small_apply
+
+
+def _concrete(name: str, mask: Any) -> np.ndarray:
+    if isinstance(mask, Tracer):
+        raise TypeError(
+            f"masks[{name!r}] is a tracer, but narrow changes shapes and needs to know "
+            "them while tracing; build the masks outside of jit"
+        )
+    array = np.asarray(mask)
+    if array.dtype != bool:
+        raise TypeError(f"masks[{name!r}] has dtype {array.dtype}, expected bool")
+    return array
+
+
+def _full_shapes(
+    variables: Any, masks: Sequence[tuple[str, np.ndarray]], treedef: Any
+) -> tuple[Any, list[list[Alive]]]:
+    """The variables at their original shapes, and which positions of each live."""
+    leaves, tree = jax.tree.flatten(variables)
+    if tree != treedef:
+        raise ValueError(
+            f"variables have the tree structure {tree}, but the masks were made for "
+            f"{treedef}; were they made for the same model?"
+        )
+    full: list[Any] = []
+    alive: list[list[Alive]] = []
+    for leaf, (name, mask) in zip(leaves, masks, strict=True):
+        if not is_array(leaf):
+            full.append(leaf)
+            continue
+        shape = _full_shape(name, np.shape(leaf), mask)
+        keep: list[Alive] = list(axis_keep(mask, shape))
+        _check_sliced(name, np.shape(leaf), shape, keep)
+        if mask.ndim and not mask.any():
+            # An emptied leaf: its other axes follow whatever they are coupled to.
+            keep = [SILENT if mask is None else mask for mask in keep]
+        full.append(abstract(leaf, shape))
+        alive.append(keep)
+    return jax.tree.unflatten(tree, full), alive
+
+
+def _full_shape(name: str, small: tuple[int, ...], mask: np.ndarray) -> tuple[int, ...]:
+    if mask.ndim == 0:
+        return small
+    if mask.ndim != len(small):
+        raise ValueError(
+            f"variables[{name!r}] has shape {small} but its mask has shape "
+            f"{mask.shape}; a mask has the rank of its leaf, or is a scalar"
+        )
+    return tuple(n if m == 1 else m for n, m in zip(small, mask.shape, strict=True))
+
+
+def _check_sliced(
+    name: str, small: tuple[int, ...], full: tuple[int, ...], keep: list
+) -> None:
+    for d, (got, mask) in enumerate(zip(small, keep, strict=True)):
+        expected = full[d] if mask is None else int(np.count_nonzero(mask))
+        if got != expected:
+            cause = (
+                "they have not been sliced with these masks (see slice_params)"
+                if got == full[d]
+                else "were they sliced with other masks?"
+            )
+            raise ValueError(
+                f"variables[{name!r}] axis {d} has size {got}, expected {expected} "
+                f"after slicing {full[d]}; {cause}"
+            )

@@ -1,0 +1,200 @@
+"""What stays of a walked program when dead units are gone, and how it runs."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.core import Tracer
+from jax.extend.core import jaxpr_as_fun
+
+from jaxprune.coupling._labels import Axis, Column, Value
+from jaxprune.coupling._solve import solve
+from jaxprune.coupling._walk import Step, Walked, walk_program
+from jaxprune.narrowing._build import build
+from jaxprune.narrowing._decide import Alive, decide
+from jaxprune.program._jaxprs import Program, abstract, call, trace_program
+
+# Of an input: which positions of every axis live; or, if it is data, its value.
+Given: TypeAlias = list[Alive] | Value
+
+
+class Kept:
+    """What stays of every value of a walked program.
+
+    The rules' `narrow` halves see the program through this object alone.
+    """
+
+    def __init__(self, alive_units: np.ndarray) -> None:
+        self._alive = alive_units
+        # By id, together with what has this id, so that it stays its own.
+        self._lines: dict[int, tuple[Any, Alive, int]] = {}
+        self._shapes: dict[Any, tuple[Any, tuple[int, ...]]] = {}
+        self._programs: dict[int, tuple[Walked, Any]] = {}
+
+    def mask(self, axis: Axis) -> Alive:
+        """Which positions of an axis live; None if all do."""
+        return None if isinstance(axis, int) else self._line(axis)[0]
+
+    def _line(self, axis: tuple[Column, ...]) -> tuple[Alive, int]:
+        """`mask` of an axis that may be cut, and how many of its positions live."""
+        labels = axis[0].units if len(axis) == 1 else axis
+        found = self._lines.get(id(labels))
+        if found is None:
+            alive = np.logical_and.reduce([self._alive[c.units] for c in axis])
+            count = int(np.count_nonzero(alive))
+            mask = None if count == len(alive) else alive
+            found = self._lines[id(labels)] = labels, mask, count
+        return found[1:]
+
+    def positions(self, axis: Axis) -> np.ndarray | None:
+        """The living positions of an axis; None if all are."""
+        alive = self.mask(axis)
+        return None if alive is None else np.flatnonzero(alive)
+
+    def given(self, value: Value) -> Given:
+        """What a program that takes this value is told of it."""
+        return value if value.data else [self.mask(axis) for axis in value.axes]
+
+    def shape(self, value: Value) -> tuple[int, ...]:
+        """The size of a value when dead positions are gone."""
+        key = id(value.axes), value.shape
+        found = self._shapes.get(key)
+        if found is None:
+            axes = zip(value.shape, value.axes, strict=True)
+            sizes = [n if isinstance(a, int) else self._line(a)[1] for n, a in axes]
+            found = self._shapes[key] = value.axes, tuple(sizes)
+        return found[1]
+
+    def cut(self, x: Any, value: Value) -> Any:
+        """Drops the dead positions of an array of full size."""
+        for d, axis in enumerate(value.axes):
+            positions = self.positions(axis)
+            if positions is None:
+                continue
+            if d in value.uniform:
+                x = lax.slice_in_dim(x, 0, len(positions), axis=d)
+            else:
+                x = take_positions(x, positions, d)
+        return x
+
+    def take(self, x: Any, positions: np.ndarray, d: int) -> Any:
+        """``x`` at these positions of axis `d`; a slice wherever that does it."""
+        return take_positions(x, positions, d)
+
+    def touches(self, *values: Value) -> bool:
+        """Is any axis of these values cut?"""
+        for value in values:  # noqa: SIM110, the innermost loop of all
+            if self.shape(value) != value.shape:
+                return True
+        return False
+
+    def cuts_inside(self, step: Step) -> bool:
+        """Is anything cut in the inner programs of a step?"""
+        return any(
+            self.touches(*inner.ins, *inner.outs) or self.cuts_inside(inner)
+            for sub in step.subs
+            for inner in sub.steps
+        )
+
+    def program(self, walked: Walked) -> Any:
+        """What remains of a program, as a closed jaxpr."""
+        found = self._programs.get(id(walked))
+        if found is None:
+            found = self._programs[id(walked)] = walked, build(self, walked)
+        return found[1]
+
+    def replay(self, walked: Walked, args: Sequence[Any]) -> list[Any]:
+        """Evaluates what remains of a program, one equation after another."""
+        return jaxpr_as_fun(self.program(walked))(*args)
+
+    def narrow_jaxpr(self, jaxpr: Any, given: Sequence[Given]) -> Any:
+        """What remains of a closed jaxpr of whose inputs this is `given`."""
+        paths = [f"input {k}" for k in range(len(given))]
+        run = restrict(Program(jaxpr, paths, [], None), given)
+        return run.kept.program(run.walked)
+
+    def narrow_call(
+        self, fn: Callable[..., Any], avals: Any, given: Sequence[Given]
+    ) -> "Restricted":
+        """`fn(*avals)`, traced at full size, for inputs of which this is `given`."""
+        return restrict(trace_program(fn, *avals), given)
+
+
+def take_positions(x: Any, positions: np.ndarray, d: int) -> Any:
+    """``x`` at some positions of axis `d`; a slice where they are evenly spaced."""
+    steps = np.unique(np.diff(positions))
+    if len(positions) == 0:
+        return lax.slice_in_dim(x, 0, 0, axis=d)
+    if len(steps) == 0 or (len(steps) == 1 and steps[0] > 0):
+        stride = int(steps[0]) if len(steps) else 1
+        stop = int(positions[-1]) + 1
+        return lax.slice_in_dim(x, int(positions[0]), stop, stride, axis=d)
+    if isinstance(x, Tracer):
+        return jnp.take(x, positions, axis=d, mode="clip")
+    with jax.ensure_compile_time_eval():  # a constant stays one
+        return jnp.take(x, positions, axis=d, mode="clip")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Restricted:
+    """A program ready to run on smaller inputs; call it like the function traced."""
+
+    program: Program
+    walked: Walked
+    kept: Kept
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs on arguments of the structure that was traced."""
+        return self.flat(jax.tree.leaves((args, kwargs)))
+
+    def flat(self, arrays: Sequence[Any]) -> Any:
+        """Runs on the array leaves of the arguments."""
+        pairs = zip(arrays, self.walked.ins, strict=True)
+        operands = [self._operand(x, value) for x, value in pairs]
+        if self.program.lasting:
+            outs = call(self.kept.program(self.walked), operands)
+        else:  # what holds tracers is no program that jit may keep
+            outs = self.kept.replay(self.walked, operands)
+        return jax.tree.unflatten(self.program.out_tree, outs)
+
+    def _operand(self, x: Any, value: Value) -> Any:
+        if 0 in x.shape:  # its other axes follow whatever they are coupled to
+            return jnp.zeros(self.kept.shape(value), x.dtype)
+        return x if isinstance(x, jax.Array) else jnp.asarray(x)
+
+    @property
+    def out_given(self) -> list[Given]:
+        """What a program that takes the output leaves is told of them."""
+        return [self.kept.given(value) for value in self.walked.outs]
+
+    @property
+    def out_shapes(self) -> Any:
+        """Full shapes of the outputs, as a tree."""
+        leaves = [abstract(v.aval) for v in self.program.jaxpr.outvars]
+        return jax.tree.unflatten(self.program.out_tree, leaves)
+
+
+def restrict(
+    program: Program, given: Sequence[Given], names: Sequence[str] | None = None
+) -> Restricted:
+    """Decides every unit of a program from the living positions of its inputs.
+
+    Args:
+        program: the traced program.
+        given: for the first input leaves, which positions of each axis live, or the
+            value itself if it is data; nothing of the others is cut.
+        names: how to call the input leaves in error messages.
+
+    Raises:
+        ValueError: if two coupled axes disagree, or a pinned position is cut.
+    """
+    known = {k: each for k, each in enumerate(given) if isinstance(each, Value)}
+    ledger, walked = walk_program(program, len(given), known)
+    names = names or [f"input {k}" for k in range(len(given))]
+    masks = [[] if isinstance(each, Value) else each for each in given]
+    alive_units = decide(ledger, solve(ledger), walked, names, masks)
+    return Restricted(program, walked, Kept(alive_units))

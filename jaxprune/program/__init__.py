@@ -1,0 +1,1 @@
+"""A JAX program without pruning in it: jaxprs of every supported JAX."""

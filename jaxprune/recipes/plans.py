@@ -1,0 +1,265 @@
+"""Plans: the decision which units stay, as data that can be saved, replayed and proven.
+
+A plan is the ``keep`` mapping that `select` returns. It names groups, not arrays, so it
+replays on any checkpoint of the same model.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.core._groups import Group, Groups
+from jaxprune.core._masks import PyTree, apply_masks, expand_masks
+from jaxprune.coupling._trace import trace
+from jaxprune.narrowing._narrow import narrow
+from jaxprune.program._jaxprs import is_array
+from jaxprune.surgery._slicing import slice_params
+
+FORMAT = 1
+
+
+def save(path: str | os.PathLike[str], groups: Groups, keep: Mapping[str, Any]) -> None:
+    """Writes a plan as JSON.
+
+    Args:
+        path: the file to write.
+        groups: what `trace` returned.
+        keep: group name -> bool ``[size]``, True = kept; concrete.
+
+    Raises:
+        ValueError: if a name is no group or a length is not the group's size.
+
+    Example:
+        >>> import tempfile, numpy as np, jax.numpy as jnp, jaxprune
+        >>> def mlp(params, x):
+        ...     return jnp.tanh(x @ params["w1"]) @ params["w2"]
+        >>> params = {"w1": jnp.ones((3, 4)), "w2": jnp.ones((4, 2))}
+        >>> groups = jaxprune.trace(mlp, params, jnp.ones((1, 3)))
+        >>> plan = {"w1:1": np.array([True, False, True, True])}
+        >>> file = tempfile.NamedTemporaryFile(suffix=".json")
+        >>> jaxprune.plans.save(file.name, groups, plan)
+        >>> jaxprune.plans.load(file.name, groups)
+        {'w1:1': array([ True, False,  True,  True])}
+    """
+    expand_masks(groups, keep)  # names and sizes are checked there
+    plan = {
+        name: {
+            "size": groups[name].size,
+            "members": _members(groups[name]),
+            "removed": np.flatnonzero(~np.asarray(units)).tolist(),
+        }
+        for name, units in keep.items()
+    }
+    text = json.dumps({"format": FORMAT, "groups": plan}, indent=1)
+    pathlib.Path(path).write_text(text + "\n")
+
+
+def load(path: str | os.PathLike[str], groups: Groups) -> dict[str, np.ndarray]:
+    """Reads a plan back, for the same model.
+
+    Args:
+        path: a file that `save` wrote.
+        groups: what `trace` returns for the model at hand.
+
+    Returns:
+        Group name -> bool ``[size]``, True = kept.
+
+    Raises:
+        ValueError: if the file is no plan, or was made for another model: the text
+            names the first group that differs and how.
+    """
+    data = json.loads(pathlib.Path(path).read_text())
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise ValueError(f"{path} is no plan of format {FORMAT}")
+    return {
+        name: _replay(path, groups, name, entry)
+        for name, entry in data["groups"].items()
+    }
+
+
+def _replay(path: Any, groups: Groups, name: str, entry: dict) -> np.ndarray:
+    if name not in groups:
+        raise ValueError(
+            f"{path} cuts the group {name}, which this model does not have"
+        )
+    group = groups[name]
+    if entry["size"] != group.size or entry["members"] != _members(group):
+        raise ValueError(
+            f"{path} was made for another model: its group {name} has {entry['size']} "
+            f"units on {sorted(entry['members'])}, here it has {group.size} units on "
+            f"{sorted(_members(group))}"
+        )
+    keep = np.ones(group.size, bool)
+    keep[entry["removed"]] = False
+    return keep
+
+
+def _members(group: Group) -> dict[str, int]:
+    """``path:axis`` -> positions per unit: what makes two groups the same."""
+    return {f"{m.path}:{m.axis}": m.repeats for m in group.members}
+
+
+@dataclasses.dataclass(frozen=True)
+class Proof:
+    """What `verify` measured; differences are relative to the largest output.
+
+    Attributes:
+        narrowed: between the masked and the narrowed model.
+        permuted: group name -> between the model and itself with the units of that
+            group reordered; groups whose units have a place of their own are left out.
+        tolerance: what was allowed.
+    """
+
+    narrowed: float
+    permuted: Mapping[str, float]
+    tolerance: float
+
+
+def verify(
+    apply_fn: Callable[..., Any],
+    variables: PyTree,
+    *args: Any,
+    keep: Mapping[str, Any],
+    key: jax.Array,
+    tolerance: float = 2e-5,
+    balanced: Sequence[str] = (),
+    **kwargs: Any,
+) -> Proof:
+    """Proves a plan on random numbers before it is committed.
+
+    Draws random variables and floating-point arguments of the given shapes (so that
+    zeros and ones in a fresh initialisation hide nothing) and checks that the
+    narrowed model equals the masked one, and that reordering the units of each cut
+    group changes nothing.
+
+    Args:
+        apply_fn: the function; its first argument is the variables.
+        variables: arrays or shapes; only shapes and dtypes are used.
+        *args: example arguments; integer arrays keep their values.
+        keep: group name -> bool ``[size]``, True = kept.
+        key: random key, consumed.
+        tolerance: largest relative difference allowed.
+        balanced: the groups that the plan cuts block by block, see `trace`.
+        **kwargs: further example arguments.
+
+    Returns:
+        The measured differences.
+
+    Raises:
+        ValueError: if a difference exceeds the tolerance; the text names the group,
+            and why it is not exact where that is known.
+
+    Example:
+        >>> import jax, numpy as np, jax.numpy as jnp, jaxprune
+        >>> def mlp(params, x):
+        ...     return jnp.tanh(x @ params["w1"]) @ params["w2"]
+        >>> params = {"w1": jnp.ones((3, 4)), "w2": jnp.ones((4, 2))}
+        >>> plan = {"w1:1": np.array([True, False, True, True])}
+        >>> proof = jaxprune.plans.verify(
+        ...     mlp, params, jnp.ones((5, 3)), keep=plan, key=jax.random.key(0))
+        >>> proof.narrowed < 1e-6, proof.permuted["w1:1"] < 1e-6
+        (True, True)
+    """
+    groups = trace(apply_fn, variables, *args, balanced=balanced, **kwargs)
+    masks = expand_masks(groups, keep)
+    key, variables_key, order_key = jax.random.split(key, 3)
+    variables = _random_like(variables, variables_key)
+    args = tuple(
+        _random_like(arg, jax.random.fold_in(key, k)) for k, arg in enumerate(args)
+    )
+
+    def run(tree: PyTree) -> Any:
+        return apply_fn(tree, *args, **kwargs)
+
+    full = run(variables)
+    small = narrow(apply_fn, masks)(slice_params(variables, masks), *args, **kwargs)
+    narrowed = _difference(run(apply_masks(variables, masks)), small)
+    permuted = {
+        name: _difference(full, run(_permuted(groups, name, variables, order_key)))
+        for name in keep
+        if _can_permute(groups[name])
+    }
+    proof = Proof(narrowed, permuted, tolerance)
+    _check(groups, keep, proof)
+    return proof
+
+
+def _check(groups: Groups, keep: Mapping[str, Any], proof: Proof) -> None:
+    if not proof.narrowed <= proof.tolerance:
+        inexact = [f"{n}: {groups[n].why}" for n in keep if not groups[n].exact]
+        raise ValueError(
+            f"the narrowed model differs from the masked one by {proof.narrowed:.1e}, "
+            f"allowed {proof.tolerance:.1e}; "
+            + ("not exact: " + "; ".join(inexact) if inexact else "no cause is known")
+        )
+    for name, difference in proof.permuted.items():
+        if not difference <= proof.tolerance:
+            raise ValueError(
+                f"reordering the units of {name} changes the output by "
+                f"{difference:.1e}, allowed {proof.tolerance:.1e}; its units are not "
+                "interchangeable, or its coupling is wrong"
+            )
+
+
+def _random_like(tree: PyTree, key: jax.Array) -> PyTree:
+    """Random numbers for every floating leaf, scaled to keep activations near 1.
+
+    Vectors are positive: a variance must be.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    keys = jax.random.split(key, len(leaves) + 1)
+    drawn = [_draw(leaf, k) for leaf, k in zip(leaves, keys, strict=False)]
+    return jax.tree.unflatten(treedef, drawn)
+
+
+def _draw(leaf: Any, key: jax.Array) -> Any:
+    if not (is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)):
+        return leaf
+    if leaf.ndim < 2:
+        noise = jax.random.uniform(key, leaf.shape, minval=0.5, maxval=1.5)
+    else:
+        fan_in = leaf.size // leaf.shape[-1]
+        noise = jax.random.normal(key, leaf.shape) / np.sqrt(fan_in)
+    return noise.astype(leaf.dtype)
+
+
+def _difference(a: PyTree, b: PyTree) -> float:
+    """Largest difference of two outputs relative to the largest entry of `a`."""
+    worst = 0.0
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        if x.shape != y.shape:  # a new value of a variable, sliced along with it
+            continue
+        if jnp.issubdtype(x.dtype, jnp.inexact):
+            x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+            scale = jnp.max(jnp.abs(x), initial=1e-30)
+            gap = jnp.max(jnp.abs(x - y), initial=0.0) / scale
+            worst = float(np.maximum(worst, gap))  # unlike max, keeps a nan
+    return worst
+
+
+def _can_permute(group: Group) -> bool:
+    """Not where units share positions (a Gram matrix) or have a place of their own."""
+    apart = all(len(np.unique(m.index)) == m.index.size for m in group.members)
+    return apart and not group.ordered
+
+
+def _permuted(groups: Groups, name: str, variables: PyTree, key: jax.Array) -> PyTree:
+    """The variables with the units of one group, block by block, in another order."""
+    group = groups[name]
+    grid = jnp.arange(group.size).reshape(group.blocks, -1)
+    order = np.asarray(
+        jax.random.permutation(key, grid, axis=1, independent=True)
+    ).ravel()
+    leaves = dict(zip(groups.shapes, jax.tree.leaves(variables), strict=True))
+    for member in group.members:
+        source = np.arange(groups.shapes[member.path][member.axis])
+        source[member.index.ravel()] = member.index[order].ravel()
+        leaves[member.path] = jnp.take(leaves[member.path], source, axis=member.axis)
+    return groups.treedef.unflatten(leaves.values())

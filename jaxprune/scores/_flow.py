@@ -1,0 +1,121 @@
+"""Synaptic flow: what a network's weights let through, without any data."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.core import Tracer
+
+from jaxprune.core._leafwise import is_float, widened
+from jaxprune.core._leaves import keystr, named_leaves, parameter_paths
+from jaxprune.core._masks import PyTree
+from jaxprune.program._jaxprs import is_array
+from jaxprune.statistics._streaming import joined
+
+
+def synflow(
+    apply_fn: Callable[..., Any], variables: PyTree, *args: Any, **kwargs: Any
+) -> PyTree:
+    """The share of the synaptic flow that runs through every weight.
+
+    R is the sum of the outputs of the network with ``|w|`` for every variable and ones
+    for every input; the score is ``|w| dR/d|w|``, divided by R. With ReLU and no
+    biases R is linear in every layer, so the scores of a layer sum to 1, and those of
+    the weights into a unit to those of the weights out of it.
+
+    Flow grows by orders of magnitude from layer to layer, so outside of jit it is
+    computed in float64.
+
+    Args:
+        apply_fn: the function; its first argument is the variables. BatchNorm must be
+            in inference mode.
+        variables: its variables; statistics count with their absolute values too, as
+            in the paper's code.
+        *args: example arguments, arrays or shapes (a batch of one is enough). Their
+            floating leaves are replaced by ones.
+        **kwargs: further example arguments, treated alike.
+
+    Returns:
+        Tree like `variables` of float32 or wider, None for leaves that are not
+        floating point or not trained.
+
+    Raises:
+        ValueError: if the flow overflows or is 0 (outside of jit).
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> def mlp(params, x):
+        ...     return jax.nn.relu(x @ params["w1"]) @ params["w2"]
+        >>> params = {"w1": jnp.array([[1.0, -3.0]]), "w2": jnp.array([[-1.0], [1.0]])}
+        >>> synflow(mlp, params, jnp.ones((1, 1)))
+        {'w1': Array([[0.25, 0.75]], dtype=float32), 'w2': Array([[0.25],
+               [0.75]], dtype=float32)}
+
+    References:
+        Tanaka et al., `Pruning neural networks without any data by iteratively
+        conserving synaptic flow <https://arxiv.org/abs/2006.05467>`_, 2020
+    """
+    inputs = (args, kwargs)
+    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((variables, inputs))):
+        return _flow(apply_fn, variables, inputs)[1]
+    with jax.enable_x64(True):
+        doubled = jax.tree.map(_double, variables)
+        total, scores = _flow(apply_fn, doubled, jax.tree.map(_double, inputs))
+        if not jnp.isfinite(total) or total == 0:
+            raise ValueError(
+                f"the synaptic flow is {float(total)}: the network "
+                + ("lets nothing through" if total == 0 else "overflows its dtype")
+            )
+        return jax.tree.map(_like, scores, _parameters(variables))
+
+
+def _flow(
+    apply_fn: Callable[..., Any], variables: PyTree, inputs: Any
+) -> tuple[jax.Array, PyTree]:
+    """R, and the share of every floating leaf."""
+    args, kwargs = jax.tree.map(_ones, inputs)
+    absolute = jax.tree.map(_absolute, variables)
+
+    def flow(floats: PyTree) -> jax.Array:
+        out = apply_fn(joined(floats, absolute), *args, **kwargs)
+        smooth = [leaf for leaf in jax.tree.leaves(out) if is_float(leaf)]
+        wide = jnp.result_type(float)
+        return sum((leaf.astype(wide).sum() for leaf in smooth), jnp.zeros((), wide))
+
+    sizes = _parameters(absolute)
+    total, slopes = jax.jit(jax.value_and_grad(flow))(sizes)
+    share = lambda w, slope: (w * slope).astype(total.dtype) / total  # noqa: E731
+    return total, jax.tree.map(share, sizes, slopes)
+
+
+def _parameters(variables: PyTree) -> PyTree:
+    """The floating leaves that are trained; None for the others."""
+    chosen = parameter_paths(named_leaves(variables))
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf if keystr(path) in chosen and is_float(leaf) else None,
+        variables,
+    )
+
+
+def _absolute(leaf: Any) -> Any:
+    return jnp.abs(leaf) if is_float(leaf) else leaf
+
+
+def _ones(leaf: Any) -> Any:
+    if not is_array(leaf):
+        return leaf
+    one = jnp.ones if is_float(leaf) else jnp.zeros
+    return one(leaf.shape, leaf.dtype)
+
+
+def _double(leaf: Any) -> Any:
+    if not is_array(leaf) or not is_float(leaf):
+        return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.float64)
+    return jnp.asarray(leaf, jnp.float64)
+
+
+def _like(score: jax.Array, leaf: Any) -> jax.Array:
+    return score.astype(widened(leaf).dtype)

@@ -1,0 +1,271 @@
+"""Budgets: as much score as a cost allows."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from jaxprune.core._groups import Groups
+from jaxprune.core._limits import Each
+from jaxprune.costing import Cost
+from jaxprune.select._bisection import ends
+from jaxprune.select._knapsack import solve_exactly
+from jaxprune.select._queue import State, queues
+
+Method = Literal["greedy", "global", "uniform", "exact"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Selection(Mapping[str, np.ndarray]):
+    """A decision, as a mapping group name -> bool ``[size]``, and what it costs.
+
+    Attributes:
+        keep: group name -> bool ``[size]``, True = kept.
+        budget: the cost asked for.
+        cost: the cost reached, at most the budget.
+        one_more: the cost if the unit (or block) that would come back next were kept
+            too: above the budget. None if nothing is gone.
+        full: the cost of the whole program.
+        score: sum of the scores kept.
+        bound: no decision within the budget keeps more score than this, if known.
+    """
+
+    keep: Mapping[str, np.ndarray]
+    budget: float
+    cost: float
+    one_more: float | None
+    full: float
+    score: float
+    bound: float | None = None
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.keep[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keep)
+
+    def __len__(self) -> int:
+        return len(self.keep)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """How many units of every group stay."""
+        return {name: int(units.sum()) for name, units in self.keep.items()}
+
+    def __str__(self) -> str:
+        more = "nothing is gone"
+        if self.one_more is not None:
+            more = f"one unit more {self.one_more:.6g}"
+        return (
+            f"asked {self.budget:.6g}, reached {self.cost:.6g} of {self.full:.6g} "
+            f"({self.cost / self.full:.1%}), {more}"
+        )
+
+
+def to_budget(
+    groups: Groups,
+    scores: Mapping[str, Any],
+    cost: Cost,
+    *,
+    budget: float,
+    method: Method = "greedy",
+    min_keep: Each[int] = 1,
+    multiple_of: Each[int] = 1,
+    max_sparsity: Each[float] = 1.0,
+    only: str | Sequence[str] | None = None,
+    time_limit: float = 60.0,
+) -> Selection:
+    """Removes units until a cost is within a budget, keeping as much score as it can.
+
+    Within a group the lowest scores go first; the methods differ in how groups compete.
+
+    * "greedy": the block with the least score per cost that it saves goes next. What a
+      block saves is computed anew after every step, in the layers that make the group
+      and in those that read it. At the end what still fits comes back, the highest
+      score first, until nothing does.
+    * "global": the lowest score goes next, whatever it saves.
+    * "uniform": every group keeps the same fraction.
+    * "exact": the most score that the budget allows, as a mixed-integer programme.
+      Every allowed width of a group is a binary variable, and a product of sizes is
+      linearised exactly, so the optimum is one for the true, coupled cost. Solved by
+      HiGHS; for up to some hundred widths in all, so raise `multiple_of` first.
+
+    The budget is never exceeded, and is met to one unit: what the method would keep
+    next is more than it allows (`Selection.one_more`).
+
+    Args:
+        groups: what `trace` returned.
+        scores: group name -> float ``[size]``, larger matters more (`group_scores`);
+            concrete.
+        cost: what is to be spent: ``cost_model(...).multiply_adds`` and the like.
+        budget: the highest cost allowed, in the unit of the cost
+            (``0.5 * cost.full``).
+        method: see above.
+        min_keep: how many units every group keeps at least; 1 or more. This and the
+            next two may also be given by name or pattern, ``{"conv*": 8}``.
+        multiple_of: kept counts are multiples; a group that loses nothing may keep any
+            count.
+        max_sparsity: no group loses more than this fraction.
+        only: names or patterns (as `fnmatch`) of the groups to prune; None for all.
+        time_limit: seconds after which "exact" returns the best it has found.
+
+    Returns:
+        The decision, a mapping group name -> bool ``[size]``, True = kept, for the
+        selected groups, which also reports the cost asked for and reached.
+
+    Raises:
+        ValueError: if the limits do not allow the budget, the cost is of other groups,
+            a pattern matches no group, or scores are missing or NaN.
+        TypeError: if scores are traced.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpy as np, jaxprune
+        >>> def mlp(params, x):
+        ...     x = jax.nn.relu(x @ params["a"])
+        ...     return jax.nn.relu(x @ params["b"]) @ params["c"]
+        >>> shapes = {"a": (4, 8), "b": (8, 8), "c": (8, 2)}
+        >>> params = {name: jnp.ones(shape) for name, shape in shapes.items()}
+        >>> groups = jaxprune.trace(mlp, params, jnp.ones((1, 4)))
+        >>> model = jaxprune.cost_model(mlp, params, jnp.ones((1, 4)), groups=groups)
+        >>> scores = {name: np.arange(8.0) for name in groups}
+        >>> keep = to_budget(groups, scores, model.multiply_adds, budget=60)
+        >>> print(keep, keep.sizes)
+        asked 60, reached 55 of 112 (49.1%), one unit more 62 {'a:1': 5, 'b:1': 5}
+
+    References:
+        Aflalo et al., `Knapsack Pruning with Inner Distillation
+        <https://arxiv.org/abs/2002.08258>`_, 2020
+    """
+    if method not in _METHODS and method != "exact":
+        raise ValueError(
+            f"method must be one of {[*_METHODS, 'exact']}, got {method!r}"
+        )
+    found = queues(groups, scores, cost, only, min_keep, multiple_of, max_sparsity)
+    state = State(found, cost)
+    least = {name: int(q.widths[-1]) for name, q in found.items()}
+    if cost.value(least) > budget:
+        raise ValueError(
+            f"budget={budget:g} cannot be met: with as few units as the limits allow "
+            f"the cost is {cost.value(least):g} of {cost.full:g}"
+        )
+    if method == "exact":
+        after = _exact(state, budget, time_limit)
+    else:
+        after = _METHODS[method](state, budget)
+    keep = {name: q.keep(state.sizes[name]) for name, q in found.items()}
+    score = sum(float(q.scores[keep[name]].sum()) for name, q in found.items())
+    reached, more = state.value(), None
+    if after.next is not None:
+        state.gone[after.next] -= 1
+        more = state.value()
+    return Selection(keep, budget, reached, more, cost.full, score, after.bound)
+
+
+class _After(NamedTuple):
+    """What a method says of its decision.
+
+    Attributes:
+        next: number of the group of which one more block would be kept next.
+        bound: no decision keeps more score than this, if known.
+    """
+
+    next: int | None = None
+    bound: float | None = None
+
+
+# --- greedy --------------------------------------------------------------------------
+
+
+def _greedy(state: State, budget: float) -> _After:
+    spent = float(state.value())
+    while spent > budget * (1 + 1e-9) or state.value() > budget:
+        saved, loss = state.changes(1), state.next_losses()
+        with np.errstate(divide="ignore", invalid="ignore"):
+            price = np.where(saved > 0, loss / saved, np.inf)
+        # What saves nothing goes last: a step of a measured cost may lie beyond it.
+        best = price.argmin() if np.isfinite(price).any() else loss.argmin()
+        state.gone[best] += 1
+        spent -= saved[best]
+    return _fill(state, budget)
+
+
+def _fill(state: State, budget: float) -> _After:
+    """Takes back what fits, the highest score first, until nothing does."""
+    spent = state.value()
+    while state.gone.any():
+        back = np.where(state.gone > 0, -state.changes(-1), np.inf)
+        fits = spent + back <= budget
+        if not fits.any():
+            return _After(int(back.argmin()))
+        best = np.where(fits, state.last_losses(), -np.inf).argmax()
+        state.gone[best] -= 1
+        spent = state.value()
+        if spent > budget:  # by rounding alone: `changes` is a float
+            state.gone[best] += 1
+            return _After(int(best))
+    return _After()
+
+
+# --- global and uniform --------------------------------------------------------------
+
+
+def _places(state: State) -> list[np.ndarray]:
+    """Where every block of every queue stands in one order of all."""
+    each = list(state.queues.values())
+    best = np.concatenate([q.best for q in each] or [np.zeros(0)])
+    # Equal scores leave in proportion: next is the group that will have lost least.
+    lost = np.concatenate([1 - q.widths[1:] / len(q.order) for q in each] or [best])
+    places = np.empty(len(best), int)
+    places[np.lexsort((lost, best))] = np.arange(len(best))
+    return np.split(places, np.cumsum([len(q.best) for q in each])[:-1])
+
+
+def _global(state: State, budget: float) -> _After:
+    places = _places(state)
+    low, high = 0, sum(len(own) for own in places)
+    while low < high:  # the fewest blocks that must go
+        middle = (low + high) // 2
+        state.gone[:] = [int((own < middle).sum()) for own in places]
+        low, high = (low, middle) if state.value() <= budget else (middle + 1, high)
+    state.gone[:] = [int((own < low).sum()) for own in places]
+    return _After(next((k for k, own in enumerate(places) if low - 1 in own), None))
+
+
+def _uniform(state: State, budget: float) -> _After:
+    def widths(share: float) -> dict[str, int]:
+        return {
+            name: int(q.widths[np.abs(q.widths - share * len(q.order)).argmin()])
+            for name, q in state.queues.items()
+        }
+
+    sizes, wider = ends(widths, state.cost, budget, 0.0, 1.0)
+    state.gone[:] = [
+        int(np.flatnonzero(q.widths == sizes[name])[0])
+        for name, q in state.queues.items()
+    ]
+    waiting = (k for k, name in enumerate(sizes) if sizes[name] < wider[name])
+    return _After(next(waiting, None))
+
+
+# --- exact ---------------------------------------------------------------------------
+
+
+def _exact(state: State, budget: float, time_limit: float) -> _After:
+    kept = {
+        name: q.scores.sum() - np.concatenate([[0.0], np.cumsum(q.losses)])
+        for name, q in state.queues.items()
+    }
+    widths = {name: q.widths for name, q in state.queues.items()}
+    gone, bound = solve_exactly(widths, kept, state.cost, budget, time_limit)
+    if gone is None:  # no time to find any: the greedy one, with the bound
+        return _greedy(state, budget)._replace(bound=bound)
+    state.gone[:] = gone
+    return _fill(state, budget)._replace(bound=bound)
+
+
+_METHODS: Mapping[str, Callable[[State, float], _After]] = {
+    "greedy": _greedy,
+    "global": _global,
+    "uniform": _uniform,
+}

@@ -1,0 +1,59 @@
+"""Trees of scores: which leaves have any, what they may lose, masks like them."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from jaxprune.core._leaves import named_leaves
+from jaxprune.core._limits import Each, limits_of
+from jaxprune.core._masks import PyTree
+from jaxprune.core._placement import readable
+from jaxprune.select._lowest import count_nan
+
+
+def _is_none(leaf: Any) -> bool:
+    return leaf is None
+
+
+def scored(scores: PyTree) -> dict[str, Any]:
+    """Path -> scores, for the leaves that have any."""
+    return named_leaves(scores)
+
+
+def checked(path: str, leaf: Any, nan: bool = True) -> Any:
+    """The scores of a leaf as floats; without NaN, where that is known and wanted."""
+    leaf = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        leaf = leaf.astype(np.float32)
+    if isinstance(leaf, Tracer) or not nan:
+        return leaf
+    found = count_nan(leaf) if readable(leaf) else int(jnp.isnan(leaf).sum())
+    if found:
+        raise ValueError(f"scores[{path}] is NaN for {found} entries")
+    return leaf
+
+
+def caps(
+    leaves: Mapping[str, Any], min_keep: Each[int], max_sparsity: Each[float]
+) -> dict[str, int]:
+    """How many entries every leaf may lose."""
+    limits = limits_of(leaves, min_keep, 1, max_sparsity)
+    return {
+        path: np.size(leaf) - limits[path].least(np.size(leaf))
+        for path, leaf in leaves.items()
+    }
+
+
+def masks_like(scores: PyTree, removed: Mapping[str, Any]) -> PyTree:
+    """Masks like the scores, None included: what is not named is kept whole."""
+    paths, treedef = jax.tree.flatten(scores, is_leaf=_is_none)
+    named = iter(named_leaves(scores))
+    masks = []
+    for leaf in paths:
+        gone = None if leaf is None else removed.get(next(named))
+        masks.append(np.array(True) if gone is None else ~gone)
+    return treedef.unflatten(masks)

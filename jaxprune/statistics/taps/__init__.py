@@ -1,0 +1,12 @@
+"""Taps: read or change the activations inside any function, without editing it.
+
+`names` lists what can be tapped, `read` returns activations beside the result,
+`modify` changes them on their way, `gate` multiplies the units of groups. All are
+transformations of the function, like `jax.vmap`: they work under jit, grad and vmap,
+on Linen, NNX, Equinox and plain code.
+"""
+
+from jaxprune.statistics.taps._gates import gate as gate
+from jaxprune.statistics.taps._named import modify as modify
+from jaxprune.statistics.taps._named import names as names
+from jaxprune.statistics.taps._named import read as read

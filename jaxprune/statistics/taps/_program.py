@@ -1,0 +1,150 @@
+"""Runs a traced program with taps: values read or changed on their way."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax import lax
+from jax.extend.core import Literal
+
+from jaxprune.program._jaxprs import bind, opened, scan_counts
+
+CALLS = ("jit", "pjit", "closed_call", "core_call")
+REMATS = ("remat2", "checkpoint", "remat")
+
+
+class Site(NamedTuple):
+    """Where a value is met in a program.
+
+    Attributes:
+        path: the number of an equation; inside calls and scans one number for every
+            program around it, outermost first.
+        position: which operand or result of the equation.
+        operand: an operand (changed for this equation alone) or a result (changed for
+            all that use it)?
+    """
+
+    path: tuple[int, ...]
+    position: int
+    operand: bool = False
+
+
+class Tap(NamedTuple):
+    """What to do at a site.
+
+    Attributes:
+        site: where.
+        act: ``(value, eqn, operands) -> (value, note)``; a note of None is dropped.
+        key: under which the note is returned; a scan stacks the notes of its steps.
+    """
+
+    site: Site
+    act: Callable[[Any, Any, Sequence[Any]], tuple[Any, Any]]
+    key: Any = None
+
+
+Notes = dict[Any, Any]
+
+
+def inner_program(eqn: Any) -> Any:
+    """The program that taps may enter through this equation, or None.
+
+    Not those of loops with a traced number of steps and of branches, which hand no
+    notes out, nor functions with a derivative of their own, which would lose it.
+    """
+    if eqn.primitive.name in (*CALLS, *REMATS, "scan"):
+        return eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+    return None
+
+
+def run(
+    jaxpr: Any, args: Sequence[Any], taps: Iterable[Tap]
+) -> tuple[list[Any], Notes]:
+    """Evaluates a program (closed or open) under taps.
+
+    Returns:
+        Its results, and the notes of the taps.
+    """
+    jaxpr, consts = opened(jaxpr)
+    env: dict[Any, Any] = dict(zip(jaxpr.invars, args, strict=True))
+    env.update(zip(jaxpr.constvars, consts, strict=True))
+    at: dict[int, list[Tap]] = {}
+    for tap in taps:
+        at.setdefault(tap.site.path[0], []).append(tap)
+    notes: Notes = {}
+
+    def read(var: Any) -> Any:
+        return var.val if isinstance(var, Literal) else env[var]
+
+    for k, eqn in enumerate(jaxpr.eqns):
+        operands = [read(v) for v in eqn.invars]
+        outs = _tapped(eqn, operands, at.get(k, []), notes)
+        env.update(zip(eqn.outvars, outs, strict=True))
+    return [read(v) for v in jaxpr.outvars], notes
+
+
+def _tapped(eqn: Any, operands: list[Any], taps: list[Tap], notes: Notes) -> list[Any]:
+    here = [tap for tap in taps if len(tap.site.path) == 1]
+    inside = [_inner(tap) for tap in taps if len(tap.site.path) > 1]
+    for tap in here:
+        if tap.site.operand:
+            _act(tap, operands, eqn, operands, notes)
+    if inside:
+        outs, inner = _enter(eqn, operands, inside)
+        notes.update(inner)
+    else:
+        outs = bind(eqn, *operands)
+    for tap in here:
+        if not tap.site.operand:
+            _act(tap, outs, eqn, operands, notes)
+    return outs
+
+
+def _act(
+    tap: Tap, values: list[Any], eqn: Any, operands: list[Any], notes: Notes
+) -> None:
+    k = tap.site.position
+    values[k], note = tap.act(values[k], eqn, operands)
+    if note is not None:
+        notes[tap.key] = note
+
+
+def _inner(tap: Tap) -> Tap:
+    return tap._replace(site=tap.site._replace(path=tap.site.path[1:]))
+
+
+def _enter(eqn: Any, operands: list[Any], taps: list[Tap]) -> tuple[list[Any], Notes]:
+    """Runs an equation that holds a program, with taps in that program."""
+    name, program = eqn.primitive.name, inner_program(eqn)
+    if name in CALLS:
+        return run(program, operands, taps)
+    if name == "scan":
+        return _scan(eqn, program, operands, taps)
+    p = eqn.params
+    body = jax.checkpoint(
+        lambda *args: run(program, args, taps),
+        prevent_cse=p["prevent_cse"],
+        policy=p["policy"],
+    )
+    return body(*operands)
+
+
+def _scan(
+    eqn: Any, program: Any, operands: list[Any], taps: list[Tap]
+) -> tuple[list[Any], Notes]:
+    p = eqn.params
+    consts, carries = scan_counts(p)
+    fixed, init, xs = (
+        operands[:consts],
+        operands[consts : consts + carries],
+        operands[consts + carries :],
+    )
+
+    def body(carry: list[Any], x: list[Any]) -> Any:
+        outs, notes = run(program, [*fixed, *carry, *x], taps)
+        return outs[:carries], (outs[carries:], notes)
+
+    final, (ys, notes) = lax.scan(
+        body, init, xs, p["length"], reverse=p["reverse"], unroll=p["unroll"]
+    )
+    return [*final, *ys], notes

@@ -1,0 +1,11 @@
+"""Edits of parameters: slice, unslice, merge."""
+
+from jaxprune.surgery._merging import Merged as Merged
+from jaxprune.surgery._merging import MergeError as MergeError
+from jaxprune.surgery._merging import averaging_matrix as averaging_matrix
+from jaxprune.surgery._merging import deviation as deviation
+from jaxprune.surgery._merging import merge as merge
+from jaxprune.surgery._merging import merge_error as merge_error
+from jaxprune.surgery._slicing import slice_opt_state as slice_opt_state
+from jaxprune.surgery._slicing import slice_params as slice_params
+from jaxprune.surgery._slicing import unslice_params as unslice_params

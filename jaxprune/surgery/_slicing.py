@@ -1,0 +1,286 @@
+"""Slicing: drop what masks remove throughout, and put it back.
+
+Shapes change here, so masks must be concrete. Everything else may be traced or
+abstract: a ShapeDtypeStruct is sliced to a smaller ShapeDtypeStruct.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxprune.core._leaves import named_leaves
+from jaxprune.core._masks import (
+    PyTree,
+    check_broadcast,
+    concrete,
+    pair_masks,
+    zero_removed,
+)
+from jaxprune.core._packing import PackedMasks, slice_bits
+from jaxprune.core._placement import all_placed_like, empty, on_all_cores, on_host
+from jaxprune.core._positions import axis_keep, keeps_whole_positions
+
+
+def slice_params(params: PyTree, masks: PyTree) -> PyTree:
+    """Drops every index of an axis whose mask is False throughout.
+
+    What a mask removes inside the surviving part is set to zero, so the result is
+    ``apply_masks(params, masks)`` without its dead rows, columns and channels.
+
+    Args:
+        params: tree of jax or numpy arrays or ShapeDtypeStructs; also variables.
+        masks: tree of bools like `params`, True = kept, broadcastable to it; concrete.
+
+    Returns:
+        Tree like `params`, smaller; dtypes, weak types and numpy leaves stay what
+        they are. Leaves that lose nothing are returned as they are.
+
+    Raises:
+        ValueError: if the trees have different leaves or a mask does not broadcast.
+        TypeError: if a mask is traced or not boolean.
+
+    Example:
+        >>> import numpy as np
+        >>> params = {"w": np.arange(6.0).reshape(2, 3)}
+        >>> slice_params(params, {"w": np.array([[True, False, True]])})
+        {'w': array([[0., 2.], [3., 5.]])}
+    """
+    return jax.tree.structure(params).unflatten(
+        _slice_leaves(pair_masks(params, masks))
+    )
+
+
+def unslice_params(small: PyTree, masks: PyTree) -> PyTree:
+    """Puts sliced parameters back where they came from, zeros elsewhere.
+
+    The inverse of `slice_params` on every kept entry:
+    ``unslice_params(slice_params(params, masks), masks)`` equals
+    ``apply_masks(params, masks)``.
+
+    Args:
+        small: what ``slice_params(params, masks)`` returned, perhaps trained further.
+        masks: the masks it was sliced with, True = kept; concrete.
+
+    Returns:
+        Tree like `small` with the shapes before slicing.
+
+    Raises:
+        ValueError: if the trees have different leaves, a leaf is not the size its
+            mask leaves, or a mask that is all False on a singleton axis hides how
+            large that axis was.
+        TypeError: if a mask is traced or not boolean.
+
+    Example:
+        >>> import numpy as np
+        >>> unslice_params({"b": np.ones(2)}, {"b": np.array([True, False, True])})
+        {'b': array([1., 0., 1.])}
+    """
+    return jax.tree.structure(small).unflatten(
+        _unslice_leaf(path, leaf, mask) for path, leaf, mask in pair_masks(small, masks)
+    )
+
+
+def slice_opt_state(tx: Any, opt_state: PyTree, masks: PyTree) -> PyTree:
+    """Slices every copy of the parameters inside an optimiser state.
+
+    Momentum survives a round of pruning: one more step of `tx` on sliced parameters
+    with the sliced state equals the step of the masked model, sliced. `optax` itself
+    says which parts of the state look like the parameters; counters, schedules and
+    keys stay. Where `optax.masked` keeps nothing for a leaf, nothing is sliced. The
+    packed masks of sparse training are sliced as masks.
+
+    The steps agree for transformations that treat entries alone or through sums in
+    which a zero does not count (momentum, Adam, Lion, weight decay, global norm
+    clipping). A statistic that mixes entries of one leaf is refused where its shape
+    shows it, as in Adafactor.
+
+    Args:
+        tx: the `optax.GradientTransformation` that made the state.
+        opt_state: its state for the parameters before slicing.
+        masks: tree of bools like the parameters `tx` was initialised with,
+            True = kept; concrete.
+
+    Returns:
+        The state for ``slice_params(params, masks)``.
+
+    Raises:
+        ValueError: if optax cannot tell the parameter-like parts of the state, the
+            masks are for another tree, or a part does not have its parameter's axes.
+        TypeError: if a mask is traced or not boolean.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> params, tx = {"b": jnp.zeros(3)}, optax.sgd(0.1, momentum=0.9)
+        >>> masks = {"b": jnp.array([True, False, True])}
+        >>> slice_opt_state(tx, tx.init(params), masks)[0].trace
+        {'b': Array([0., 0.], dtype=float32)}
+    """
+    paths = jax.tree.structure(masks).unflatten(named_leaves(masks))
+    try:
+        marked = optax.tree.map_params(
+            tx, _ParamLike, opt_state, paths, masks, is_leaf=_is_masked_node
+        )
+    except Exception as error:  # tx.init on optax's placeholder may raise anything.
+        raise ValueError(
+            "optax.tree.map_params cannot match opt_state with masks: either the masks "
+            "are for another tree than tx.init got (variables instead of "
+            "variables['params']?) or tx keeps parameters in a form optax does not "
+            "know; then start again with tx.init(slice_params(params, masks))"
+        ) from error
+    return jax.tree.map(
+        _sliced,
+        marked,
+        is_leaf=lambda part: isinstance(part, _ParamLike | PackedMasks),
+    )
+
+
+def _sliced(part: Any) -> Any:
+    if isinstance(part, PackedMasks):
+        return jax.tree.map(
+            lambda leaf: leaf.sliced_bits(),
+            part,
+            is_leaf=lambda leaf: isinstance(leaf, _ParamLike),
+        )
+    return part.sliced() if isinstance(part, _ParamLike) else part
+
+
+@dataclasses.dataclass(frozen=True)
+class _ParamLike:
+    """A part of an optimiser state that belongs to one parameter."""
+
+    state: Any
+    path: str
+    mask: Any
+
+    def sliced(self) -> Any:
+        # One number per parameter (a norm, a scale) has no axis to cut.
+        if _is_masked_node(self.state) or np.ndim(self.state) == 0:
+            return self.state
+        (_, _, mask), *_ = pair_masks({self.path: self.state}, {self.path: self.mask})
+        try:
+            return _slice_leaves([(self.path, self.state, mask)])[0]
+        except ValueError as error:
+            raise ValueError(
+                f"opt_state keeps {np.shape(self.state)} numbers for {self.path}, "
+                f"which its mask of shape {mask.shape} cannot slice (a factored or "
+                "stacked statistic?); start again with tx.init(slice_params(params, "
+                "masks))"
+            ) from error
+
+    def sliced_bits(self) -> Any:
+        """The state is a mask, packed."""
+        if _is_masked_node(self.state):
+            return self.state
+        return slice_bits(self.path, self.state, concrete(self.path, self.mask))
+
+
+def _is_masked_node(part: Any) -> bool:
+    return isinstance(part, optax.MaskedNode)
+
+
+def _slice_leaves(paired: Sequence[tuple[str, Any, np.ndarray]]) -> list[Any]:
+    """Slices every leaf of some ``(path, leaf, mask)``."""
+    here = [on_host(leaf) for _, leaf, _ in paired]
+    items = [(*each, read) for each, read in zip(paired, here, strict=True)]
+    sizes = [np.size(leaf) if read else 0 for _, leaf, _, read in items]
+    small = on_all_cores(lambda item: _slice_leaf(*item), items, sizes)
+    moved = [
+        k
+        for k, (_, leaf, _) in enumerate(paired)
+        if isinstance(leaf, jax.Array) and isinstance(small[k], np.ndarray)
+    ]
+    placed = all_placed_like([small[k] for k in moved], [paired[k][1] for k in moved])
+    for k, array in zip(moved, placed, strict=True):
+        small[k] = array
+    return small
+
+
+def _slice_leaf(path: str, leaf: Any, mask: Any, here: bool) -> Any:
+    """The sliced leaf; as a numpy array, not yet placed, if it is read on the host."""
+    mask = concrete(path, check_broadcast(path, np.shape(leaf), mask))
+    kept = axis_keep(mask, np.shape(leaf))
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        sizes = zip(leaf.shape, kept, strict=True)
+        return leaf.update(
+            shape=tuple(n if k is None else int(k.sum()) for n, k in sizes)
+        )
+    cut = [(axis, keep) for axis, keep in enumerate(kept) if keep is not None]
+    if here and cut:
+        leaf = np.asarray(leaf)
+    take = _take_on_host if here else _take
+    for axis, positions in cut:
+        leaf = take(leaf, np.flatnonzero(positions), axis)
+    if keeps_whole_positions(mask, kept):
+        return leaf
+    for axis, positions in cut:
+        if mask.ndim and mask.shape[axis] > 1:
+            mask = np.compress(positions, mask, axis)
+    return zero_removed(leaf, mask)
+
+
+def _take(whole: Any, where: np.ndarray, axis: int) -> Any:
+    return jnp.take(
+        whole,
+        where,
+        axis=axis,
+        unique_indices=True,
+        indices_are_sorted=True,
+        mode="clip",
+    )
+
+
+def _take_on_host(whole: np.ndarray, where: np.ndarray, axis: int) -> np.ndarray:
+    shape = (*whole.shape[:axis], len(where), *whole.shape[axis + 1 :])
+    # In range by construction; "clip" spares numpy a copy of what it writes.
+    return whole.take(where, axis, empty(shape, whole.dtype), mode="clip")
+
+
+def _unslice_leaf(path: str, leaf: Any, mask: Any) -> Any:
+    mask = concrete(path, mask)
+    shape = _shape_before(path, np.shape(leaf), mask)
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf.update(shape=shape)
+    for axis, positions in enumerate(axis_keep(mask, shape)):
+        if positions is not None:
+            leaf = _spread(leaf, positions, axis)
+    return zero_removed(leaf, mask)
+
+
+def _shape_before(path: str, shape: tuple[int, ...], mask: np.ndarray) -> tuple:
+    if mask.ndim and mask.ndim != len(shape):
+        raise ValueError(
+            f"masks[{path}] has shape {mask.shape}, but the sliced leaf has shape "
+            f"{shape}; they need the same axes"
+        )
+    if mask.ndim == 0 and len(shape) and not mask:
+        raise ValueError(
+            f"masks[{path}] of shape {mask.shape} removes the whole leaf; a mask of "
+            "the full shape is needed to know how large the leaf was"
+        )
+    sizes = mask.shape if mask.ndim else (1,) * len(shape)
+    before = tuple(
+        small if size == 1 else size for small, size in zip(shape, sizes, strict=True)
+    )
+    for axis, positions in enumerate(axis_keep(mask, before)):
+        expected = before[axis] if positions is None else int(positions.sum())
+        if shape[axis] != expected:
+            raise ValueError(
+                f"{path} axis {axis} has size {shape[axis]}, but masks[{path}] keeps "
+                f"{expected} of {before[axis]}; was it sliced with other masks?"
+            )
+    return before
+
+
+def _spread(leaf: Any, positions: np.ndarray, axis: int) -> Any:
+    shape = (*leaf.shape[:axis], positions.size, *leaf.shape[axis + 1 :])
+    where = (slice(None),) * axis + (np.flatnonzero(positions),)
+    if isinstance(leaf, np.ndarray):
+        spread = np.zeros(shape, leaf.dtype)
+        spread[where] = leaf
+        return spread
+    return jax.lax.full_like(leaf, 0, shape=shape).at[where].set(leaf)

@@ -1,0 +1,46 @@
+"""Methods that act during training: optax transformations, losses and schedules."""
+
+from jaxprune.training import schedules as schedules
+from jaxprune.training._centripetal import CentripetalState as CentripetalState
+from jaxprune.training._centripetal import centripetal as centripetal
+from jaxprune.training._global_sparse_momentum import (
+    GlobalSparseMomentumState as GlobalSparseMomentumState,
+)
+from jaxprune.training._global_sparse_momentum import Ticket as Ticket
+from jaxprune.training._global_sparse_momentum import (
+    global_sparse_momentum as global_sparse_momentum,
+)
+from jaxprune.training._global_sparse_momentum import winning_ticket as winning_ticket
+from jaxprune.training._penalties import PenaltyState as PenaltyState
+from jaxprune.training._penalties import bridge_penalty as bridge_penalty
+from jaxprune.training._penalties import group_lasso as group_lasso
+from jaxprune.training.noise import BridgeoutState as BridgeoutState
+from jaxprune.training.noise import DropConnectState as DropConnectState
+from jaxprune.training.noise import GroupBridgeoutState as GroupBridgeoutState
+from jaxprune.training.noise import bridgeout as bridgeout
+from jaxprune.training.noise import dropconnect as dropconnect
+from jaxprune.training.noise import group_bridgeout as group_bridgeout
+from jaxprune.training.noise import noisy_params as noisy_params
+from jaxprune.training.sparse import Budget as Budget
+from jaxprune.training.sparse import Moment as Moment
+from jaxprune.training.sparse import Rule as Rule
+from jaxprune.training.sparse import SparseState as SparseState
+from jaxprune.training.sparse import current_masks as current_masks
+from jaxprune.training.sparse import dynamic_network_surgery as dynamic_network_surgery
+from jaxprune.training.sparse import gradual_pruning as gradual_pruning
+from jaxprune.training.sparse import grow_and_prune as grow_and_prune
+from jaxprune.training.sparse import hold_masks as hold_masks
+from jaxprune.training.sparse import (
+    iterative_hard_thresholding as iterative_hard_thresholding,
+)
+from jaxprune.training.sparse import (
+    iterative_soft_shrinkage as iterative_soft_shrinkage,
+)
+from jaxprune.training.sparse import masked_params as masked_params
+from jaxprune.training.sparse import rigl as rigl
+from jaxprune.training.sparse import (
+    sparse_evolutionary_training as sparse_evolutionary_training,
+)
+from jaxprune.training.sparse import sparse_training as sparse_training
+from jaxprune.training.sparse import straight_through as straight_through
+from jaxprune.training.sparse import threshold_pruning as threshold_pruning

@@ -1,0 +1,285 @@
+"""Rules that renew masks, for `sparse_training`.
+
+Each is a function of weights, gradients and masks; none knows an optimiser. What stays
+is decided by a function of `jaxprune.select`, whose ties and rounding hold: of equal
+scores the earlier stays, and a leaf of n weights loses ``round(sparsity * n)``.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune import scores as scoring
+from jaxprune import select
+from jaxprune.training._leaves import named_leaves, select_leaves
+from jaxprune.training.sparse._state import Arrays, Moment
+
+# Scores by path -> masks by path; takes a sparsity, unless the pattern says it all.
+Selection = Callable[..., Any]
+Score = str | Callable[[Arrays, Arrays], Arrays]
+
+
+class Budget(NamedTuple):
+    """How much goes, where, and in which shape: what most methods have in common.
+
+    Attributes:
+        sparsity: fraction of weights to remove or a schedule of it; or path -> such
+            (`select.erk`, `select.uniform`, `select.lamp`), for leaves named in full;
+            or None, if `selection` takes no sparsity.
+        selection: (scores by path, sparsity) -> masks by path: `select.per_leaf`,
+            `select.across_leaves`, `select.n_of_m` or `select.blocks`, their options
+            fixed by `functools.partial`, or a function like them that works under jit.
+        prunable: tree of bool like the parameters or a prefix of it, or a function from
+            the parameters to one; None for the leaves that `sparsity` names, or for
+            every floating leaf of two axes or more that is not named bias, b, scale or
+            offset.
+    """
+
+    sparsity: Any
+    selection: Selection
+    prunable: Any = None
+
+
+def budget_of(sparsity: Any, selection: Selection, prunable: Any) -> Budget:
+    """A budget that makes sense by itself.
+
+    Raises:
+        ValueError: if a sparsity is no fraction, or both `sparsity` and `prunable`
+            name leaves.
+    """
+    by_path = isinstance(sparsity, Mapping)
+    for value in sparsity.values() if by_path else [sparsity]:
+        if value is not None and not callable(value) and not 0 <= float(value) <= 1:
+            raise ValueError(f"sparsity must be a fraction in [0, 1], got {value}")
+    if by_path and prunable is not None:
+        raise ValueError("a sparsity by path says itself what is prunable: give one")
+    return Budget(sparsity, selection, prunable)
+
+
+def prunable_leaves(budget: Budget, params: Any) -> dict[str, Any]:
+    """Path -> weights that may go.
+
+    Raises:
+        ValueError: if there are none, or sparsities are for leaves that do not exist.
+        TypeError: if one is not floating.
+    """
+    leaves = named_leaves(params)
+    if not isinstance(budget.sparsity, Mapping):
+        chosen = select_leaves(params, budget.prunable, gets="pruned")
+        return {path: leaves[path] for path in chosen}
+    if unknown := sorted(set(budget.sparsity) - set(leaves)):
+        raise ValueError(
+            f"sparsity names {unknown[0]!r}, which params lack: {', '.join(leaves)}; "
+            "was it made for another tree?"
+        )
+    return {path: leaves[path] for path in leaves if path in budget.sparsity}
+
+
+def kept(
+    budget: Budget, scores: Arrays, count: Any, among: Arrays | None = None
+) -> dict[str, jax.Array]:
+    """The masks that a budget leaves at a step.
+
+    Args:
+        budget: how much goes.
+        scores: path -> floats like the weights, larger matters more.
+        count: the step, for schedules.
+        among: path -> mask; only what it keeps may stay.
+    """
+    if among is not None:
+        scores = {p: jnp.where(among[p], x, -jnp.inf) for p, x in scores.items()}
+    now = budget.sparsity
+    if isinstance(now, Mapping):
+        now = {path: at(now[path], count) for path in scores}
+    masks = budget.selection(
+        dict(scores), **({} if now is None else {"sparsity": at(now, count)})
+    )
+    masks = {path: jnp.asarray(masks[path]) for path in scores}
+    return masks if among is None else {p: m & among[p] for p, m in masks.items()}
+
+
+def at(value: Any, count: Any) -> Any:
+    """The value of a number or a schedule at a step."""
+    return value(count) if callable(value) else value
+
+
+# --- when ----------------------------------------------------------------------------
+
+
+def every_so_often(every: int, start: int, until: int | None) -> Callable[..., Any]:
+    """Due at `start`, `start` + `every`, ..., and at `until`, the last time."""
+    if every < 1 or start < 0 or (until is not None and until < start):
+        raise ValueError(
+            f"need every >= 1 and 0 <= start <= until: {every=}, {start=}, {until=}"
+        )
+
+    def due(count: jax.Array, key: jax.Array) -> Any:
+        del key
+        if every == 1 and start == 0 and until is None:
+            return True
+        regular = (count >= start) & ((count - start) % every == 0)
+        if until is None:
+            return regular
+        return (regular & (count <= until)) | (count == until)
+
+    return due
+
+
+# --- scores --------------------------------------------------------------------------
+
+
+def scorer(score: Score) -> Callable[[Moment], Arrays]:
+    """What weights are ranked by: a name, or a function (params, grads) -> scores.
+
+    Raises:
+        ValueError: if the name is unknown.
+    """
+    if callable(score):
+        return lambda moment: score(moment.params, moment.grads)
+    known = {"magnitude": _magnitude, "saliency": _saliency, "random": _random}
+    if score not in known:
+        raise ValueError(
+            f"score must be one of {list(known)} or a function, got {score!r}"
+        )
+    return known[score]
+
+
+def gradient_size(moment: Moment) -> Arrays:
+    """``|g|`` of the dense gradient: also of weights that are removed."""
+    return {path: jnp.abs(grad) for path, grad in moment.grads.items()}
+
+
+def _magnitude(moment: Moment) -> Arrays:
+    return scoring.magnitude(dict(moment.params))
+
+
+def _saliency(moment: Moment) -> Arrays:
+    return {
+        path: jnp.abs(w * moment.grads[path].astype(w.dtype))
+        for path, w in moment.params.items()
+    }
+
+
+def _random(moment: Moment) -> Arrays:
+    return scoring.random(dict(moment.params), moment.key)
+
+
+# --- first masks ---------------------------------------------------------------------
+
+
+def dense_start(budget: Budget) -> Callable[[Any, jax.Array], Arrays]:
+    """Nothing is removed yet, in masks of the shape that the selection gives."""
+
+    def start(params: Any, key: jax.Array) -> Arrays:
+        del key
+        shapes = jax.eval_shape(
+            lambda leaves: kept(budget, scoring.magnitude(leaves), jnp.int32(0)),
+            prunable_leaves(budget, params),
+        )
+        # A leaf whose mask is a scalar is left alone by the selection.
+        return {path: jnp.ones(s.shape, bool) for path, s in shapes.items() if s.shape}
+
+    return start
+
+
+def scored_start(budget: Budget, score: str) -> Callable[[Any, jax.Array], Arrays]:
+    """Already at the budget of step 0, by a score that needs no gradient."""
+
+    def start(params: Any, key: jax.Array) -> Arrays:
+        leaves, count = prunable_leaves(budget, params), jnp.int32(0)
+        key = jax.random.fold_in(key, count)
+        scores = scorer(score)(Moment(leaves, {}, {}, {}, count, key))
+        return {p: m for p, m in kept(budget, scores, count).items() if m.ndim}
+
+    return start
+
+
+# --- next masks ----------------------------------------------------------------------
+
+
+def keep_best(
+    budget: Budget, score: Score, *, regrow: bool
+) -> Callable[[Moment], Arrays]:
+    """Keeps what scores highest; without `regrow`, only of what is still there."""
+    scores = scorer(score)
+    return lambda moment: kept(
+        budget, scores(moment), moment.count, None if regrow else moment.masks
+    )
+
+
+def above_threshold(
+    limit: Callable[[Any], Any], *, in_deviations: bool
+) -> Callable[[Moment], Arrays]:
+    """Removes for good what is below a limit; the largest weight always stays."""
+
+    def masks(moment: Moment) -> Arrays:
+        least = jnp.asarray(limit(moment.count), jnp.float32)
+        new = {}
+        for path, w in moment.params.items():
+            old = moment.masks[path]
+            size = jnp.where(old, jnp.abs(w.astype(jnp.float32)), 0)
+            unit = jnp.std(w.astype(jnp.float32), where=old) if in_deviations else 1.0
+            new[path] = old & (size >= jnp.minimum(least * unit, jnp.max(size)))
+        return new
+
+    return masks
+
+
+def hysteresis(low: float, high: float) -> Callable[[Moment], Arrays]:
+    """Weights below `low` times a remembered scale go, from `high` on they return.
+
+    The largest weight of a leaf always stays.
+    """
+
+    def masks(moment: Moment) -> Arrays:
+        new = {}
+        for path, w in moment.params.items():
+            size, scale = jnp.abs(w.astype(jnp.float32)), moment.memory[path]
+            stays = moment.masks[path] & (size >= low * scale)
+            new[path] = stays | (size >= jnp.minimum(high * scale, jnp.max(size)))
+        return new
+
+    return masks
+
+
+def drop_and_grow(
+    budget: Budget, drop: Any, grow: Callable[[Moment], Arrays]
+) -> Callable[[Moment], Arrays]:
+    """Drops the smallest of what is there, adds as many of the rest as score best.
+
+    A leaf with n connections keeps ``max(1, round(n * (1 - drop)))``. A weight that was
+    dropped may be chosen again, as in the published code.
+    """
+    # N of M is no budget for what is dropped: that is ranked by leaf.
+    alone = select.per_leaf if budget.sparsity is None else budget.selection
+
+    def masks(moment: Moment) -> Arrays:
+        share = 1 - jnp.asarray(at(drop, moment.count), jnp.float32)
+        gone = {}
+        for path, mask in moment.masks.items():
+            there = jnp.sum(mask, dtype=jnp.uint32).astype(jnp.float32)
+            left = jnp.maximum(jnp.round(there * share), jnp.minimum(there, 1))
+            gone[path] = 1 - left / mask.size
+        stay = kept(Budget(gone, alone), _magnitude(moment), 0, moment.masks)
+        scores = {
+            path: jnp.where(stay[path], jnp.inf, score)
+            for path, score in grow(moment).items()
+        }
+        return kept(budget, scores, moment.count)
+
+    return masks
+
+
+def in_turns(
+    budget: Budget, turn: Callable[[Any], Any], parts: Callable[[Arrays], Arrays]
+) -> Callable[[Moment], Arrays]:
+    """One part is dense, the others are pruned back to the budget by magnitude."""
+
+    def masks(moment: Moment) -> Arrays:
+        index, part = turn(moment.count), parts(moment.params)
+        sparse = kept(budget, _magnitude(moment), moment.count, moment.masks)
+        return {p: mask | (index == part[p]) for p, mask in sparse.items()}
+
+    return masks

@@ -1,0 +1,199 @@
+"""Masks in the state of an optimiser: what they are, and what the network sees."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxprune.core._packing import PackedMasks, unpack_masks
+from jaxprune.training._leaves import name_of, named_leaves
+
+Arrays = Mapping[str, Any]  # path -> array, of the leaves that may lose weights
+
+
+class SparseState(NamedTuple):
+    """The state of sparse training around the state of an optimiser.
+
+    Attributes:
+        count: int32 scalar, how many steps are behind.
+        key: typed key; what a rule draws depends on it and on `count`.
+        masks: `PackedMasks` like the parameters, True = kept.
+        memory: path -> what a rule fixed at the start; empty if it needs nothing.
+        forward: float32 scalar, what a removed weight counts in the forward pass; None
+            for 1.
+        inner: state of the optimiser inside.
+    """
+
+    # Every optax state calls it so, over tuple.count.
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    key: jax.Array
+    masks: PackedMasks
+    memory: Any
+    forward: jax.Array | None
+    inner: Any
+
+
+class Moment(NamedTuple):
+    """What a rule sees when masks are due; arrays by path, of prunable leaves only.
+
+    Attributes:
+        params: path -> weights.
+        grads: path -> their gradients, as they came in: dense.
+        masks: path -> the masks so far, broadcastable.
+        memory: what the rule fixed at the start.
+        count: number of the step that the new masks are for.
+        key: typed key for what the rule draws now.
+    """
+
+    params: Arrays
+    grads: Arrays
+    masks: Arrays
+    memory: Any
+    # As above.
+    count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
+    key: jax.Array
+
+
+class Rule(NamedTuple):
+    """How masks come about.
+
+    Attributes:
+        start: (params, key) -> path -> the first masks, broadcastable; leaves that are
+            not named are never pruned.
+        renew: `Moment` -> path -> the next masks; None if they stay.
+        due: (count, key) -> whether masks are renewed for this step; True for always.
+        replaces_step: a refresh takes the place of the optimiser's step.
+        remember: path -> weights of prunable leaves -> what `Moment.memory` holds.
+    """
+
+    start: Callable[[Any, jax.Array], Arrays]
+    renew: Callable[[Moment], Arrays] | None = None
+    due: Callable[[jax.Array, jax.Array], Any] = lambda count, key: True
+    replaces_step: bool = False
+    remember: Callable[[Arrays], Any] = lambda params: {}
+
+
+def masked_params(params: Any, opt_state: Any) -> Any:
+    """Where the gradient is taken: removed weights count what their method says.
+
+    Pure: the same arguments give the same weights. The gradient is the same number
+    inside (with respect to the masked weights) and outside (with respect to `params`):
+    it passes straight through, and the optimiser's ``update`` applies the method's
+    gradient multiplier.
+
+    Args:
+        params: parameters, as given to ``tx.init``.
+        opt_state: the optimiser's state; `SparseState` is found in it wherever it lies
+            (`optax.chain`, `optax.MultiSteps`, `optax.inject_hyperparams`,
+            `optax.partition`, ...). Several are used together.
+
+    Returns:
+        Tree like `params`, same dtypes.
+
+    Raises:
+        ValueError: if there are no masks in `opt_state`, or they are for other
+            parameters.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> from jaxprune.training import masked_params, straight_through
+        >>> params = {"kernel": jnp.array([[1.0, -3.0], [2.0, 0.5]])}
+        >>> opt_state = straight_through(optax.sgd(0.1), 0.5).init(params)
+        >>> masked_params(params, opt_state)["kernel"]
+        Array([[ 0., -3.],
+               [ 2.,  0.]], dtype=float32)
+    """
+    leaves = named_leaves(params)
+    for state in _sparse_states(opt_state):
+        if state.forward is None:
+            continue
+        factor = jax.tree.leaves(state.forward)[0]
+        for path, mask in unpacked(state.masks, params).items():
+            leaves[path] = _forward(leaves[path], mask, factor)
+    return jax.tree.structure(params).unflatten(leaves.values())
+
+
+def current_masks(params: Any, opt_state: Any) -> Any:
+    """The masks that an optimiser's state holds.
+
+    Args:
+        params: parameters, as given to ``tx.init``; arrays or ShapeDtypeStructs.
+        opt_state: the optimiser's state, see `masked_params`.
+
+    Returns:
+        Tree of bools like `params`, True = kept, broadcastable to it: what
+        `jaxprune.apply_masks`, `slice_params` and `hold_masks` take.
+
+    Raises:
+        ValueError: if there are no masks in `opt_state`, or they are for other
+            parameters.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> from jaxprune.training import current_masks, hold_masks
+        >>> params = {"w": jnp.ones(3)}
+        >>> tx = hold_masks(optax.sgd(0.1), {"w": jnp.array([True, False, True])})
+        >>> current_masks(params, tx.init(params))
+        {'w': Array([ True, False,  True], dtype=bool)}
+    """
+    masks: dict[str, Any] = {}
+    for state in _sparse_states(opt_state):
+        for path, mask in unpacked(state.masks, params).items():
+            masks[path] = masks[path] & mask if path in masks else mask
+    return like_params(masks, params, True)
+
+
+def unpacked(packed: PackedMasks, params: Any) -> dict[str, jax.Array]:
+    """Path -> mask, of the leaves that may lose weights.
+
+    Raises:
+        ValueError: if the masks are for other parameters.
+    """
+    leaves, bits = named_leaves(params), named_leaves(packed.bits)
+    if missing := sorted(bits.keys() - leaves.keys()):
+        raise ValueError(
+            f"the optimiser's state has a mask for {missing[0]!r}, which params lack "
+            f"({len(missing)} such of {len(bits)}); was it made by tx.init for another "
+            "tree?"
+        )
+    prunable = {path: b for path, b in bits.items() if jnp.ndim(b)}
+    return unpack_masks(PackedMasks(prunable), {p: leaves[p] for p in prunable})
+
+
+def like_params(found: Arrays, params: Any, other: Any) -> Any:
+    """Tree like the parameters of what is found by path, and a scalar elsewhere."""
+    return jax.tree.map_with_path(
+        lambda path, _: jnp.asarray(found.get(name_of(path), other)), params
+    )
+
+
+def _sparse_states(opt_state: Any) -> list[SparseState]:
+    found = optax.tree.get_all_with_path(opt_state, SparseState.__name__)
+    states = [state for _, state in found if isinstance(state, SparseState)]
+    if not states:
+        raise ValueError(
+            "opt_state holds no SparseState; was it made by a method of sparse "
+            "training such as jaxprune.hold_masks, and are the arguments (params, "
+            "opt_state)?"
+        )
+    return states
+
+
+def _forward(w: jax.Array, mask: jax.Array, factor: jax.Array) -> jax.Array:
+    # Not by multiplication alone: 0 * inf is nan.
+    zero = jax.lax.full_like(w, 0, shape=())
+    rest = jnp.where(factor == 0, zero, factor.astype(w.dtype) * w)
+    return _straight_through(w, jnp.where(mask, w, rest))
+
+
+@jax.custom_jvp
+def _straight_through(w: jax.Array, value: jax.Array) -> jax.Array:
+    del w
+    return value
+
+
+@_straight_through.defjvp
+def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return primals[1], tangents[0]
