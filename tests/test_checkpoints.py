@@ -1,17 +1,24 @@
 import json
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxprune
 from jaxprune.io import checkpoints
+from jaxprune.io._checksums import _block_checksum, local_checksum
 
 
 @pytest.fixture
@@ -178,19 +185,237 @@ def test_a_wrong_like_is_no_damage(tmp_path, like, text):
         checkpoints.restore_latest(tmp_path, like)
 
 
-def test_bad_numbers_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="step must be 0 or more"):
-        checkpoints.save(tmp_path, -1, {"w": jnp.ones(1)})
-    with pytest.raises(ValueError, match="keep=0"):
-        checkpoints.save(tmp_path, 1, {"w": jnp.ones(1)}, keep=0)
+REFUSED = [
+    ({"step": -1}, ValueError, "step must be 0 or more, got step=-1"),
+    ({"step": 1.5}, TypeError, "step must be an int, got 1.5 of type float"),
+    ({"step": True}, TypeError, "step must be an int, got True of type bool"),
+    ({"step": "2"}, TypeError, "step must be an int, got '2'"),
+    ({"step": None}, TypeError, "step must be an int, got None"),
+    ({"keep": 0}, ValueError, "keep=0"),
+    ({"keep": 1.0}, TypeError, "keep must be an int"),
+    ({"meta": object()}, TypeError, "meta must be what JSON can hold: .*object"),
+    ({"meta": {"a": {1, 2}}}, TypeError, "meta must be what JSON can hold: .*set"),
+    ({"meta": {(1, 2): 3}}, TypeError, "meta must be what JSON can hold"),
+    ({"state": {"w": "text"}}, TypeError, "w is of type str; a checkpoint holds"),
+    ({"state": {"w": np.array([None])}}, TypeError, "w has dtype object"),
+    ({"state": {"w": np.array(["a"])}}, TypeError, "w has dtype <U1"),
+    ({"state": {"w": 1j}}, TypeError, "w is of type complex"),
+    ({"state": {"a/b": 1, "a": {"b": 2}}}, ValueError, "two leaves are named a/b"),
+]
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two steps")
+    for step in (1, 2):
+        checkpoints.save(folder, step, {"w": jnp.full(2, float(step))})
+    return folder
+
+
+@pytest.mark.parametrize(("wrong", "kind", "text"), REFUSED, ids=range(len(REFUSED)))
+def test_what_is_refused_deletes_nothing(two_steps, wrong, kind, text):
+    right = {"step": 1, "state": {"w": jnp.zeros(2)}, "meta": None, "keep": 1}
+    with pytest.raises(kind, match=text):
+        checkpoints.save(two_steps, **{**right, **wrong})
+    assert steps(two_steps) == [1, 2]
+    assert checkpoints.restore_latest(two_steps, {"w": jnp.zeros(2)}).state["w"][0] == 2
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        {"n": 2**70, "rate": float("inf"), "flag": True},
+        {"w": jnp.zeros((0, 3), jnp.bfloat16), "m": np.zeros((2, 0), np.int8)},
+        {"w": jnp.zeros((0, 3)), "b": jnp.ones(2), "scalar": np.float32(3)},
+        [
+            jnp.array([1, 2], jnp.int4),
+            jnp.array([1 + 2j]),
+            np.array([1, 2], np.float64),
+        ],
+    ],
+    ids=["nothing", "numbers", "emptied", "half emptied", "rare dtypes"],
+)
+def test_states_that_orbax_alone_does_not_hold(tmp_path, state):
+    checkpoints.save(tmp_path, 1, state)
+    found = checkpoints.restore_latest(tmp_path, state).state
+    assert_same(found, state)
+    for leaf, other in zip(jax.tree.leaves(state), jax.tree.leaves(found), strict=True):
+        on_host = isinstance(leaf, np.ndarray | np.generic)
+        assert isinstance(other, np.ndarray) == on_host
+
+
+class Killed(BaseException):
+    """Nothing catches it, as nothing catches a kill."""
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_at_every_point_the_newest_is_the_old_one_or_the_new_one(
+    tmp_path, monkeypatch, step
+):
+    like, lives = {"w": jnp.zeros(2)}, 0
+
+    def mortal(act):
+        def wrapped(*args, **kwargs):
+            nonlocal lives
+            lives -= 1
+            if lives == 0:
+                raise Killed
+            return act(*args, **kwargs)
+
+        return wrapped
+
+    for moment in range(1, 100):
+        folder = tmp_path / str(moment)
+        for before in (1, 2, 3):
+            checkpoints.save(folder, before, {"w": jnp.full(2, float(before))})
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "replace", mortal(Path.replace))
+            patch.setattr(checkpoints.shutil, "rmtree", mortal(shutil.rmtree))
+            lives = moment
+            try:
+                checkpoints.save(folder, step, {"w": jnp.full(2, 9.0)}, keep=2)
+                done = True
+            except Killed:
+                done = False
+        found = checkpoints.restore_latest(folder, like)
+        state = (found.step, float(found.state["w"][0]))
+        assert state == (step, 9) if done else state in {(3, 3.0), (step, 9.0)}
+        checkpoints.save(folder, 7, {"w": jnp.full(2, 7.0)}, keep=1)
+        assert sorted(path.name for path in folder.iterdir()) == [".lock", "7"]
+        if done:
+            break
+    assert done and moment > 1
+
+
+CANNOT_WRITE = """
+import resource, signal, sys, numpy as np
+from jaxprune import checkpoints
+theirs, own = sys.argv[1:]
+try:
+    checkpoints.save(theirs, 1, {"w": np.ones(1)})
+except OSError as error:
+    print(error)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+tree = {"w": np.random.default_rng(0).standard_normal(100_000)}
+for step in (1, 2):
+    checkpoints.save(own, step, tree)
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+for step in (1, 2, 3):
+    try:
+        checkpoints.save(own, step, tree)
+    except OSError as error:
+        print(error)
+found = checkpoints.restore_latest(own, tree)
+print(found.step, (found.state["w"] == tree["w"]).all())
+"""
+
+
+def test_second_writers_and_full_disks_lose_nothing(two_steps, tmp_path):
+    words = [sys.executable, "-c", CANNOT_WRITE, two_steps, tmp_path]
+    done = subprocess.run(words, check=True, capture_output=True, text=True)
+    lines = [
+        line for line in done.stdout.splitlines() if "Errno" in line or "2" in line
+    ]
+    assert f"another process writes to {two_steps}" in lines[0]
+    for step, line in enumerate(lines[1:4], 1):
+        assert f"checkpoint {step} could not be written to {tmp_path}" in line
+    assert lines[4:] == ["2 True"]
+    assert steps(two_steps) == steps(tmp_path) == [1, 2]
+    assert not list(tmp_path.glob("*.*-*")) and not list(tmp_path.glob("*.new"))
+
+
+def test_a_released_folder_has_another_writer(tmp_path):
+    checkpoints.save(tmp_path, 1, {"w": jnp.ones(2)})
+    other = filelock.FileLock(tmp_path / ".lock", blocking=False)
+    with pytest.raises(filelock.Timeout):
+        other.acquire()
+    checkpoints.release(tmp_path)
+    with other, pytest.raises(OSError, match="another process writes to"):
+        checkpoints.save(tmp_path, 2, {"w": jnp.ones(2)})
+    checkpoints.save(tmp_path, 2, {"w": jnp.ones(2)})
+    assert steps(tmp_path) == [1, 2]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "complex64", "bool"])
+@pytest.mark.parametrize("spec", [P("a", "b"), P("b"), P(None, "a"), P()])
+def test_checksums_do_not_depend_on_the_sharding(dtype, spec):
+    mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+    values = np.random.default_rng(0).normal(size=(8, 12, 3)).astype(jnp.dtype(dtype))
+    whole = local_checksum(values)
+    assert whole == local_checksum(jax.device_put(values, NamedSharding(mesh, spec)))
+    pieces = [
+        _block_checksum(values[rows, cols], (rows.start, cols.start, 0), values.shape)
+        for rows in (slice(0, 3), slice(3, 8))
+        for cols in (slice(0, 5), slice(5, 12))
+    ]
+    assert whole == sum(pieces) % 2**64
+
+
+def test_checksums_see_every_bit_and_every_swap():
+    values = np.arange(70_000, dtype=np.uint16)
+    whole = local_checksum(values)
+    rng = np.random.default_rng(0)
+    for at, bit in rng.integers(0, (70_000, 16), (64, 2)):
+        other = values.copy()
+        other[at] ^= np.uint16(1 << bit)
+        assert local_checksum(other) != whole
+        other = values.copy()
+        other[[at, at - 1]] = other[[at - 1, at]]
+        assert local_checksum(other) != whole
+
+
+SPANS_PROCESSES = """
+import sys, jax, numpy as np
+port, index, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=index)
+from jax.experimental.multihost_utils import process_allgather
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from jaxprune import checkpoints
+
+mesh = jax.make_mesh((2, 2), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+values = np.arange(48, dtype=np.float32).reshape(8, 6)
+
+def spread(spec, scale=1):
+    sharding = NamedSharding(mesh, spec)
+    get = lambda index: scale * values[index]
+    return jax.make_array_from_callback(values.shape, sharding, get)
+
+state = {"w": spread(P("a", "b")), "same": spread(P()), "count": 3, "host": values}
+for step in (1, 2, 2):
+    checkpoints.save(folder, step, state, {"step": step})
+found = checkpoints.restore_latest(folder, {**state, "w": spread(P("b", None), 0)})
+assert (found.step, found.meta) == (2, {"step": 2})
+np.testing.assert_array_equal(process_allgather(found.state["w"], tiled=True), values)
+"""
+
+
+def test_arrays_may_span_processes(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    words = [sys.executable, "-c", SPANS_PROCESSES, port]
+    both = [subprocess.Popen([*words, str(i), tmp_path]) for i in range(2)]
+    assert [process.wait(timeout=200) for process in both] == [0, 0]
+    values = np.arange(48, dtype=np.float32).reshape(8, 6)
+    zeros = np.zeros_like(values)
+    like = {"w": zeros, "same": zeros, "count": 0, "host": zeros}
+    found = checkpoints.restore_latest(tmp_path, like)  # here there is one process
+    assert_same(found.state, {"w": values, "same": values, "count": 3, "host": values})
+    shapeless = {**like, "w": jax.ShapeDtypeStruct((8, 6), np.float32)}
+    with pytest.raises(ValueError, match="was saved on other devices: give like"):
+        checkpoints.restore_latest(tmp_path, shapeless)
 
 
 SAVES_FOR_EVER = """
 import sys, itertools, numpy as np
 from jaxprune.io import checkpoints
 for step in itertools.count():
-    tree = {str(i): np.full(300_000, step, np.float32) for i in range(8)}
-    checkpoints.save(sys.argv[1], step, tree, keep=2)
+    for value in (2 * step, 2 * step + 1):  # the second replaces the first
+        tree = {str(i): np.full(300_000, value, np.float32) for i in range(8)}
+        checkpoints.save(sys.argv[1], step, tree, keep=2)
 """
 
 
@@ -207,7 +432,9 @@ def test_survives_a_kill_at_any_moment(tmp_path):
         saver.wait()
         found = checkpoints.restore_latest(tmp_path, like)
         assert found.step >= 0
+        value = found.state["0"][0]
+        assert value // 2 == found.step
         for leaf in found.state.values():
-            np.testing.assert_array_equal(leaf, np.float32(found.step))
+            np.testing.assert_array_equal(leaf, value)
         last = max(last, found.step)
     assert last >= 1

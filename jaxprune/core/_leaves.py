@@ -1,6 +1,6 @@
 """Leaves of a tree by name: the paths that groups, masks and messages use."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,9 @@ def leaf_names(tree: Any, treedef: Any) -> tuple[str, ...]:
     """`keystr` of every leaf of a tree, whose structure is `treedef`.
 
     Remembered: a model's thousands of leaves are named at every step of pruning it.
+
+    Raises:
+        ValueError: if two leaves have the same name.
     """
     try:
         names = _NAMES.get(treedef)
@@ -32,7 +35,33 @@ _MOST_NAMES = 64
 
 
 def _leaf_names(tree: Any) -> tuple[str, ...]:
-    return tuple([keystr(path) for path, _ in jax.tree.leaves_with_path(tree)])
+    paths = [path for path, _ in jax.tree.leaves_with_path(tree)]
+    return unique_names(paths, [keystr(path) for path in paths])
+
+
+def unique_names(paths: Sequence[Any], names: Sequence[str]) -> tuple[str, ...]:
+    """The names of the leaves at these paths.
+
+    Raises:
+        ValueError: if two are the same; the text has both paths.
+
+    Example:
+        >>> leaf_names(tree := {"a/b": 1, "a": {"b": 2}}, jax.tree.structure(tree))
+        Traceback (most recent call last):
+            ...
+        ValueError: two leaves are named a/b: ['a']['b'] and ['a/b']; rename one ...
+    """
+    if len(set(names)) < len(names):
+        first: dict[str, Any] = {}
+        for path, name in zip(paths, names, strict=True):
+            if name in first:
+                one, other = map(jax.tree_util.keystr, (first[name], path))
+                raise ValueError(
+                    f"two leaves are named {name}: {one} and {other}; rename one of "
+                    "the keys"
+                )
+            first[name] = path
+    return tuple(names)
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:

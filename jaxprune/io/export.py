@@ -7,22 +7,34 @@ and nothing of the model's source; the pruned program is part of the function.
 
 import dataclasses
 import importlib.metadata
-import json
-import zlib
+import math
+import zipfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.export
+import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.core._leaves import named_leaves
-from jaxprune.core._masks import PyTree
+from jaxprune.core import PyTree, named_leaves
+from jaxprune.io._folders import naming_damage, read_folder, write_folder
+from jaxprune.io._programs import (
+    batch_size,
+    check_agreement,
+    each_example,
+    random_batch,
+    shapes_of,
+    with_batch,
+)
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 
 _FUNCTION, _PARAMETERS, _FACTS = "function.jaxexport", "parameters.npz", "model.json"
 _VERSIONS = ("jaxprune", "jax", "numpy")
+_LONGEST_HEADER = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,26 +62,35 @@ def save_exported(
     variables: PyTree,
     *args: Any,
     facts: Mapping[str, Any] | None = None,
+    tolerance: float | None = None,
 ) -> None:
     """Writes a model that computes every example of a batch by itself.
 
     `apply_fn` is traced for a batch of one and mapped over the batch, so whatever it
     does (`jaxprune.narrow` included) meets concrete shapes only, and the exported
-    function takes any batch size.
+    function takes any batch size. Before anything is written, it is compared with
+    `apply_fn` on random inputs of two batch sizes.
 
     Args:
-        path: the folder; made if missing, files in it are replaced.
+        path: the folder; made if missing. What was exported to it before is replaced
+            once the new files are complete.
         apply_fn: ``(variables, *args) -> outputs``; every array in `args` and in the
             outputs has the batch as its leading axis, and no example's output may
             depend on the others (evaluation mode).
         variables: tree of arrays that the function keeps separate, so that they can
             be read, replaced or quantised.
         *args: example arguments, arrays or ShapeDtypeStructs; only the shapes behind
-            the leading axis and the dtypes matter.
+            the leading axis and the dtypes matter, and the values of integers, from
+            which the random inputs are drawn.
         facts: JSON-like facts to keep with the model, such as its accuracy.
+        tolerance: largest difference allowed, relative to the largest entry of an
+            output; by default 2e-5, for 16-bit floats 3e-2.
 
     Raises:
-        ValueError: if an argument has no leading axis.
+        ValueError: if an argument has no leading axis, the exported function computes
+            something else, or the folder holds something else.
+        OSError: if the folder cannot be written; what it held is then still there.
+        ModuleNotFoundError: if flatbuffers is missing.
 
     Example:
         >>> import tempfile, jax.numpy as jnp
@@ -83,28 +104,23 @@ def save_exported(
         `Exporting and serializing staged-out computations
         <https://docs.jax.dev/en/latest/export/export.html>`_
     """
-    exported = jax.export.export(jax.jit(_each_example(apply_fn)), platforms=PLATFORMS)(
-        _abstract(variables), *_symbolic(args)
-    )
-    folder = Path(path)
-    folder.mkdir(parents=True, exist_ok=True)
-    # The facts come last: a folder that has them is complete.
-    (folder / _FACTS).unlink(missing_ok=True)
-    (folder / _FUNCTION).write_bytes(exported.serialize())
     leaves = named_leaves(variables)
-    stored: dict[str, Any] = {path: _storable(leaf) for path, leaf in leaves.items()}
-    with (folder / _PARAMETERS).open("wb") as file:
-        np.savez(file, **stored)
+    program = any_batch(apply_fn, variables, *args)
+    verify_program(program, apply_fn, variables, *args, tolerance=tolerance)
     about = {
         "versions": {name: importlib.metadata.version(name) for name in _VERSIONS},
         "platforms": list(PLATFORMS),
-        "inputs": [str(aval) for aval in exported.in_avals[len(leaves) :]],
-        "outputs": [str(aval) for aval in exported.out_avals],
+        "inputs": [str(aval) for aval in program.in_avals[len(leaves) :]],
+        "outputs": [str(aval) for aval in program.out_avals],
         "parameters": {path: str(leaf.dtype) for path, leaf in leaves.items()},
-        "crc32": {name: _crc32(folder / name) for name in (_FUNCTION, _PARAMETERS)},
         "facts": dict(facts or {}),
     }
-    (folder / _FACTS).write_text(json.dumps(about, indent=1) + "\n")
+    blob = serialized(program)
+    writers = {
+        _FUNCTION: lambda path: _write_bytes(path, blob),
+        _PARAMETERS: partial(_write_npz, leaves=leaves),
+    }
+    write_folder(Path(path), _FACTS, about, writers)
 
 
 def load_exported(path: str | Path) -> Exported:
@@ -117,52 +133,96 @@ def load_exported(path: str | Path) -> Exported:
         The model; ``model(*args)`` computes its outputs.
 
     Raises:
-        ValueError: if the folder is not complete, or a file in it is damaged.
+        ValueError: if the folder is not complete, or a file in it is damaged: the
+            text names it. Nothing but these files is read, and of them not more than
+            the function's own shapes need.
     """
     folder = Path(path)
-    if not (folder / _FACTS).is_file():
-        raise ValueError(f"{folder} holds no exported model: {_FACTS} is missing")
-    try:
-        about = json.loads((folder / _FACTS).read_text())
-        for name, expected in about["crc32"].items():
-            if _crc32(folder / name) != expected:
-                raise ValueError(f"{name} is not what was saved")
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"the exported model in {folder} is damaged: {error}"
-        ) from error
-    # Made by a newer JAX, it may be refused here; JAX says so itself.
-    exported = jax.export.deserialize(bytearray((folder / _FUNCTION).read_bytes()))
-    variables = _read_variables(folder / _PARAMETERS, about["parameters"], exported)
-    return Exported(jax.jit(exported.call), variables, about["facts"])
+    needed = {_FUNCTION: True, _PARAMETERS: True}
+    about, files = read_folder(folder, "exported model", _FACTS, needed)
+    with naming_damage(folder, "exported model"):
+        # Made by a newer JAX, it may be refused here; JAX says so itself.
+        program = deserialized(files[_FUNCTION])
+        variables = _read_variables(files[_PARAMETERS], about["parameters"], program)
+        return Exported(jax.jit(program.call), variables, about["facts"])
 
 
-def _each_example(apply_fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
-    def mapped(variables: PyTree, *args: Any) -> PyTree:
-        def one(*example: Any) -> PyTree:
-            batch_of_one = jax.tree.map(lambda x: x[None], example)
-            return jax.tree.map(lambda y: y[0], apply_fn(variables, *batch_of_one))
+def any_batch(
+    apply_fn: Callable[..., PyTree], variables: PyTree, *args: Any
+) -> jax.export.Exported:
+    """`apply_fn` as StableHLO, for a batch of any size on any platform.
 
-        return jax.vmap(one)(*args)
+    Args:
+        apply_fn: ``(variables, *args) -> outputs``.
+        variables: arrays or shapes.
+        *args: arrays or shapes, with the batch as leading axis.
 
-    return mapped
-
-
-def _symbolic(args: tuple[Any, ...]) -> Any:
+    Returns:
+        The exported function of all arguments.
+    """
+    batch_size(args)
     (batch,) = jax.export.symbolic_shape("batch")
-    for name, leaf in named_leaves(args).items():
-        if np.ndim(leaf) == 0:
-            raise ValueError(
-                f"args/{name} has no axes, but its leading one must be the batch; "
-                "close over what is not batched"
-            )
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype), args
-    )
+    exporting = jax.export.export(jax.jit(each_example(apply_fn)), platforms=PLATFORMS)
+    return exporting(shapes_of(variables), *with_batch(args, batch))
 
 
-def _abstract(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+def verify_program(
+    program: jax.export.Exported,
+    apply_fn: Callable[..., PyTree],
+    variables: PyTree,
+    *args: Any,
+    tolerance: float | None = None,
+) -> float:
+    """Compares an exported function with the one it was made from.
+
+    Returns:
+        The largest difference on random inputs of two batch sizes, relative to the
+        largest entry of each output.
+
+    Raises:
+        ValueError: if it is larger than `tolerance`.
+    """
+    size = batch_size(args)
+    worst, call, own = 0.0, jax.jit(program.call), jax.jit(apply_fn)
+    for batch in (max(size, 1), max(size, 1) + 1):
+        inputs = random_batch(args, batch, seed=batch)
+        expected, found = own(variables, *inputs), call(variables, *inputs)
+        leaves = jax.tree.leaves(found)
+        gap = check_agreement("the exported program", expected, leaves, tolerance)
+        worst = max(worst, gap)
+    return worst
+
+
+def serialized(program: jax.export.Exported) -> bytes:
+    """The program as bytes.
+
+    Raises:
+        ModuleNotFoundError: if flatbuffers is missing.
+    """
+    try:
+        return bytes(program.serialize())
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            "StableHLO export needs flatbuffers: pip install 'jaxprune[export]'",
+            name="flatbuffers",
+        ) from error
+
+
+def deserialized(path: Path) -> jax.export.Exported:
+    """The program that a file holds; its checksum is known to be right."""
+    return jax.export.deserialize(bytearray(path.read_bytes()))
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def _write_npz(path: Path, leaves: Mapping[str, Any]) -> None:
+    """As `numpy.savez`, which takes no leaf named ``file`` or ``allow_pickle``."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, leaf in leaves.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, _storable(leaf), allow_pickle=False)
 
 
 def _storable(leaf: Any) -> np.ndarray:
@@ -171,14 +231,30 @@ def _storable(leaf: Any) -> np.ndarray:
     return array.view(f"u{array.itemsize}") if array.dtype.kind == "V" else array
 
 
-def _read_variables(path: Path, dtypes: Mapping[str, str], exported: Any) -> PyTree:
-    with np.load(path) as stored:
+def _read_variables(
+    path: Path, dtypes: Mapping[str, str], program: jax.export.Exported
+) -> PyTree:
+    """The parameters, each of the shape and dtype that the program asks for."""
+    inputs = jax.tree.unflatten(program.in_tree, program.in_avals)
+    wanted = jax.tree.leaves(inputs[0][0])
+    if len(dtypes) != len(wanted):
+        raise ValueError(f"it names {len(dtypes)} parameters, not {len(wanted)}")
+    with zipfile.ZipFile(path) as archive:
         leaves = [
-            stored[name].view(jax.numpy.dtype(dtype)) for name, dtype in dtypes.items()
+            _read_npy(archive, name, aval)
+            for name, aval in zip(dtypes, wanted, strict=True)
         ]
-    tree = jax.tree.unflatten(exported.in_tree, exported.in_avals)[0][0]
-    return jax.tree.unflatten(jax.tree.structure(tree), leaves)
+    return jax.tree.unflatten(jax.tree.structure(inputs[0][0]), leaves)
 
 
-def _crc32(path: Path) -> int:
-    return zlib.crc32(path.read_bytes())
+def _read_npy(archive: zipfile.ZipFile, name: str, aval: Any) -> np.ndarray:
+    stored = archive.getinfo(f"{name}.npy")
+    nbytes = math.prod(aval.shape) * np.dtype(aval.dtype).itemsize
+    if stored.file_size > nbytes + _LONGEST_HEADER:
+        raise ValueError(f"{name} has {stored.file_size} bytes, not {nbytes}")
+    with archive.open(stored) as file:
+        array = np.lib.format.read_array(file, allow_pickle=False)
+    array = array.view(jnp.dtype(aval.dtype))
+    if array.shape != aval.shape:
+        raise ValueError(f"{name} has shape {array.shape}, not {aval.shape}")
+    return array

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.core._leaves import unique_names
+
 
 def select_leaves(
     params: Any, mask: Any = None, min_ndim: int = 0, gets: str = "noise"
@@ -86,5 +88,8 @@ def name_of(path: Any) -> str:
 
 
 def named_leaves(tree: Any) -> dict[str, Any]:
-    """Path -> leaf, in tree order."""
-    return {name_of(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+    """Path -> leaf, in tree order; two leaves of one path are refused."""
+    found = jax.tree.leaves_with_path(tree)
+    paths = [path for path, _ in found]
+    names = unique_names(paths, [name_of(path) for path in paths])
+    return dict(zip(names, [leaf for _, leaf in found], strict=True))
