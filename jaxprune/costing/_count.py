@@ -7,6 +7,7 @@ their own (jit, scan, cond, ...) are walked into.
 
 import dataclasses
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -18,7 +19,16 @@ from jax.interpreters import partial_eval
 from jaxprune.core._leaves import named_leaves, parameter_paths
 from jaxprune.core._masks import PyTree
 from jaxprune.costing._polynomial import Product, bit_operations
-from jaxprune.program._jaxprs import Program, opened, scan_counts, trace_program
+from jaxprune.program._interpret import (
+    HOLDERS,
+    Passage,
+    inner_jaxprs,
+    interpret,
+    through,
+)
+from jaxprune.program._jaxprs import Program, opened, trace_program
+from jaxprune.program.primitives import declaration
+from jaxprune.program.primitives import signature as signature_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,20 +165,18 @@ class Count(NamedTuple):
 
 def count_program(jaxpr: Any, varies: Sequence[bool]) -> tuple[Count, list[bool]]:
     """Counts the equations that depend on an input; says which outputs do."""
-    known = {v for v, free in zip(jaxpr.invars, varies, strict=True) if free}
-
-    def depends(var: Any) -> bool:
-        return not isinstance(var, core.Literal) and var in known
-
     total = Count()
-    for eqn in jaxpr.eqns:
-        flags = [depends(var) for var in eqn.invars]
+
+    def step(number: int, eqn: Any, flags: list[bool]) -> list[bool]:
+        nonlocal total
         if not any(flags):
-            continue
+            return [False] * len(eqn.outvars)
         found, outs = count_equation(eqn, flags)
         total = total.then(found)
-        known.update(v for v, free in zip(eqn.outvars, outs, strict=True) if free)
-    return total, [depends(var) for var in jaxpr.outvars]
+        return outs
+
+    outs = interpret(opened(jaxpr)[0], varies, step, lambda var: False)
+    return total, outs
 
 
 def count_equation(eqn: Any, varies: Sequence[bool]) -> tuple[Count, list[bool]]:
@@ -176,25 +184,22 @@ def count_equation(eqn: Any, varies: Sequence[bool]) -> tuple[Count, list[bool]]
     name = eqn.primitive.name
     sizes = [size_in_bytes(var.aval) for var in eqn.outvars]
     own, all_vary = Count(sum(sizes), max(sizes, default=0)), [True] * len(sizes)
-    if name in PRODUCTS:
-        multiply_adds, inputs = PRODUCTS[name](eqn)
+    known, signature = declaration(eqn), signature_of(eqn)
+    if known is not None and signature is not None and known.is_product:
+        inputs = math.prod(_size(eqn, *axis) for axis in signature.summed())
+        multiply_adds = math.prod(_size(eqn, *axis) for axis in signature.loops())
         return own._replace(products={inputs: multiply_adds}), all_vary
     bodies = list(core.jaxprs_in_params(eqn.params))
     if name.startswith(_COMBINERS) or not bodies:
         return own, all_vary
-    flags = _inner_flags(eqn, varies)
-    found = [
-        count_program(body, flags[k] if k < len(flags) else [True] * len(body.invars))
-        for k, body in enumerate(bodies)
-    ]
+    found, outs = _inside(eqn, varies, bodies)
     if name == "cond":
-        return _dearest([count for count, _ in found]), all_vary
+        return _dearest(found), all_vary
     inside = Count()
-    for count, _ in found:
+    for count in found:
         inside = inside.then(count, repeats(eqn))
     if name == "pallas_call":
         return own._replace(products=inside.products), all_vary
-    outs = found[0][1] if name in CALLS else all_vary
     # The outputs of a call are those of its last equations; scans also stack them.
     largest = max(
         inside.largest_bytes,
@@ -204,6 +209,33 @@ def count_equation(eqn: Any, varies: Sequence[bool]) -> tuple[Count, list[bool]]
     return inside._replace(largest_bytes=largest), outs
 
 
+def _inside(
+    eqn: Any, varies: Sequence[bool], bodies: Sequence[Any]
+) -> tuple[list[Count], list[bool]]:
+    """What the inner programs of an equation cost, and which results vary."""
+    if eqn.primitive.name not in HOLDERS:
+        counted = [count_program(body, [True] * len(body.invars)) for body in bodies]
+        return [count for count, _ in counted], [True] * len(eqn.outvars)
+    programs, found = inner_jaxprs(eqn), {}
+
+    def run(number: int, flags: list[bool]) -> list[bool]:
+        found[number], outs = count_program(programs[number], flags)
+        return outs
+
+    def always(flag: bool) -> bool:  # what differs from turn to turn
+        return True
+
+    loop = Passage(run, operator.or_, carried=always, unstacked=always, stacked=always)
+    outs = through(eqn, varies, loop)
+    return [found[number] for number in range(len(programs))], outs
+
+
+def _size(eqn: Any, operand: int, axis: int) -> int:
+    """The size of an axis of an operand; of the result, for operand -1."""
+    var = eqn.outvars[0] if operand < 0 else eqn.invars[operand]
+    return var.aval.shape[axis]
+
+
 def _dearest(branches: Sequence[Count]) -> Count:
     dearest = max(branches, key=lambda count: count.multiply_adds)
     return Count(
@@ -211,26 +243,6 @@ def _dearest(branches: Sequence[Count]) -> Count:
         max(count.largest_bytes for count in branches),
         dearest.products,
     )
-
-
-# Calls of one program with the operands of the equation.
-CALLS = frozenset(
-    "jit pjit closed_call core_call remat2 checkpoint remat custom_jvp_call "
-    "custom_vjp_call".split()
-)
-
-
-def _inner_flags(eqn: Any, varies: Sequence[bool]) -> list[list[bool]]:
-    """For the inner programs of an equation: which inputs depend on one outside."""
-    name, flags = eqn.primitive.name, list(varies)
-    if name in CALLS:
-        return [flags]
-    if name == "cond":
-        return [flags[1:]] * len(eqn.params["branches"])
-    if name == "scan":
-        consts, _ = scan_counts(eqn.params)
-        return [[*flags[:consts], *([True] * (len(flags) - consts))]]
-    return []
 
 
 # Their programs say how two numbers combine, not what is computed.
@@ -253,46 +265,3 @@ def size_in_bytes(aval: Any) -> int:
     """Size of a value; tokens and references have none."""
     dtype = getattr(aval, "dtype", None)
     return 0 if dtype is None else math.prod(aval.shape) * dtype.itemsize
-
-
-def _dot_general(eqn: Any) -> tuple[int, int]:
-    (contracted, _), _ = eqn.params["dimension_numbers"]
-    lhs, out = eqn.invars[0].aval, eqn.outvars[0].aval
-    inputs = math.prod(lhs.shape[axis] for axis in contracted)
-    return math.prod(out.shape) * inputs, inputs
-
-
-def _ragged_dot_general(eqn: Any) -> tuple[int, int]:
-    numbers = eqn.params["ragged_dot_dimension_numbers"]
-    (contracted, _), _ = numbers.dot_dimension_numbers
-    lhs, out = eqn.invars[0].aval, eqn.outvars[0].aval
-    inputs = math.prod(lhs.shape[axis] for axis in contracted)
-    # With a ragged contraction each group contracts its own part of the axis.
-    shared = set(numbers.lhs_ragged_dimensions) & set(contracted)
-    groups = eqn.invars[2].aval.shape[-1] if shared else 1
-    return math.prod(out.shape) * inputs // groups, inputs // groups
-
-
-def _conv_general_dilated(eqn: Any) -> tuple[int, int]:
-    lhs, kernel = (var.aval.shape for var in eqn.invars[:2])
-    out, numbers = eqn.outvars[0].aval.shape, eqn.params["dimension_numbers"]
-    window = math.prod(kernel[axis] for axis in numbers.rhs_spec[2:])
-    inputs = window * kernel[numbers.rhs_spec[1]]
-    if not is_transposed(eqn):
-        return math.prod(out) * inputs, inputs
-    # Every input position meets the whole window, and the output channels of its group.
-    positions = math.prod(lhs[axis] for axis in numbers.lhs_spec[2:])
-    batch, channels = (out[axis] for axis in numbers.out_spec[:2])
-    return positions * batch * channels * inputs, inputs
-
-
-def is_transposed(eqn: Any) -> bool:
-    """Is this the transpose of a strided convolution?"""
-    return any(step > 1 for step in eqn.params["lhs_dilation"])
-
-
-PRODUCTS: Mapping[str, Callable[[Any], tuple[int, int]]] = {
-    "conv_general_dilated": _conv_general_dilated,
-    "dot_general": _dot_general,
-    "ragged_dot_general": _ragged_dot_general,
-}

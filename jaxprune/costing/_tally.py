@@ -1,13 +1,12 @@
 """What every equation of a walked program costs, as polynomials of group sizes."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple, TypeAlias
 
 from jaxprune.costing._count import (
     Count,
     count_equation,
-    is_transposed,
     repeats,
 )
 from jaxprune.costing._lengths import (
@@ -20,9 +19,10 @@ from jaxprune.costing._lengths import (
     times,
     value_at,
 )
-from jaxprune.coupling._labels import Value
 from jaxprune.coupling._registry import RULES
 from jaxprune.coupling._walk import Step, Walked
+from jaxprune.program.primitives import declaration
+from jaxprune.program.primitives import signature as signature_of
 
 Key: TypeAlias = frozenset[tuple[Monomial, Number]]  # a `Sum` that can be looked up
 
@@ -84,10 +84,10 @@ class Tally:
             if not value.data
         ]
         own = Spent(plus(*sizes), frozenset(_key(size) for size in sizes))
-        if name in _PRODUCTS:
-            summed, all_axes = _PRODUCTS[name](step)
-            inputs = self._length(summed)
-            products = {_key(inputs): times(inputs, self._length(all_axes))}
+        known, signature = declaration(eqn), signature_of(eqn)
+        if known is not None and signature is not None and known.is_product:
+            inputs = self._lengths(step, signature.summed())
+            products = {_key(inputs): self._lengths(step, signature.loops())}
             return own._replace(products=products)
         if name == "permute":  # a reshape, a transpose and a reshape
             return _together([own], 3)
@@ -114,8 +114,10 @@ class Tally:
         self.unsure |= not all(_dominates(sums[most], other) for other in sums)
         return most
 
-    def _length(self, axes: Sequence[tuple[Value, int]]) -> Sum:
-        return times(*(self.lengths.of(v.axes[d], v.shape[d]) for v, d in axes))
+    def _lengths(self, step: Step, axes: Sequence[tuple[int, int]]) -> Sum:
+        """The product of the lengths of axes, as `Signature.loops` lists them."""
+        values = [(step.outs[0] if k < 0 else step.ins[k], d) for k, d in axes]
+        return times(*(self.lengths.of(v.axes[d], v.shape[d]) for v, d in values))
 
 
 def _fixed(count: Count) -> Spent:
@@ -153,44 +155,3 @@ def _undominated(keys: frozenset[Key]) -> frozenset[Key]:
 def _itemsize(var: Any) -> int:
     dtype = getattr(var.aval, "dtype", None)
     return 0 if dtype is None else dtype.itemsize
-
-
-# --- products: the axes summed over, and all axes of the result ----------------------
-
-_Axes: TypeAlias = list[tuple[Value, int]]
-
-
-def _every(value: Value) -> _Axes:
-    return [(value, d) for d in range(len(value.shape))]
-
-
-def _dot_general(step: Step) -> tuple[_Axes, _Axes]:
-    (contracted, _), _ = step.eqn.params["dimension_numbers"]
-    return [(step.ins[0], d) for d in contracted], _every(step.outs[0])
-
-
-def _ragged_dot_general(step: Step) -> tuple[_Axes, _Axes]:
-    numbers = step.eqn.params["ragged_dot_dimension_numbers"]
-    (contracted, _), _ = numbers.dot_dimension_numbers
-    # With a ragged contraction each group contracts its own part: one row of the axis
-    # of groups that the result has.
-    shared = set(numbers.lhs_ragged_dimensions) & set(contracted)
-    out = _every(step.outs[0])
-    return [(step.ins[0], d) for d in contracted], out[1:] if shared else out
-
-
-def _conv_general_dilated(step: Step) -> tuple[_Axes, _Axes]:
-    lhs, kernel = step.ins[:2]
-    out, numbers = step.outs[0], step.eqn.params["dimension_numbers"]
-    summed = [(kernel, d) for d in numbers.rhs_spec[1:]]
-    if not is_transposed(step.eqn):
-        return summed, _every(out)
-    positions = [(lhs, d) for d in numbers.lhs_spec[2:]]
-    return summed, positions + [(out, d) for d in numbers.out_spec[:2]]
-
-
-_PRODUCTS: Mapping[str, Callable[[Step], tuple[_Axes, _Axes]]] = {
-    "conv_general_dilated": _conv_general_dilated,
-    "dot_general": _dot_general,
-    "ragged_dot_general": _ragged_dot_general,
-}

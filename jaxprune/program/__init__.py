@@ -1,1 +1,3 @@
-"""A JAX program without pruning in it: jaxprs of every supported JAX."""
+"""A JAX program without pruning in it: its jaxpr, and what its primitives do."""
+
+from jaxprune.program._contracted import contracted_axes as contracted_axes

@@ -123,6 +123,13 @@ def is_array(leaf: Any) -> bool:
     return isinstance(leaf, (jax.ShapeDtypeStruct, np.ndarray, np.generic, jax.Array))
 
 
+def variable_path(path: str) -> str | None:
+    """The path within the first argument, if an input leaf is one of it."""
+    head, _, rest = path.partition("/")
+    first, _, own = rest.partition("/")
+    return own if (head, first) == ("0", "0") else None
+
+
 def input_name(path: str) -> str:
     """``args/1/x`` or ``kwargs/x`` for the path of an input leaf."""
     head, _, rest = path.partition("/")

@@ -16,17 +16,12 @@ import numpy as np
 from jax.extend.core import DropVar, Literal
 
 from jaxprune.core._leaves import parameter_paths
-from jaxprune.program._jaxprs import Program, opened, scan_counts
+from jaxprune.program._interpret import Passage, interpret, through
+from jaxprune.program._jaxprs import Program, opened, variable_path
+from jaxprune.program.primitives import declaration
 from jaxprune.statistics.taps._program import Site, inner_program
 
 INPUT = ":input"
-
-
-# What moves values without changing them.
-MOVES = (
-    "broadcast_in_dim concatenate convert_element_type copy dynamic_slice expand_dims "
-    "rev reshape slice split squeeze transpose"
-).split()
 
 
 class Kind(NamedTuple):
@@ -41,6 +36,13 @@ class Kind(NamedTuple):
     data: bool
     owners: frozenset[str] = frozenset()
     moved: bool = False
+
+
+def _either(a: Kind, b: Kind) -> Kind:
+    """The kind of what may be either of two values."""
+    if a.data or b.data:
+        return Kind(True)
+    return Kind(False, a.owners | b.owners, a.moved and b.moved)
 
 
 @dataclasses.dataclass
@@ -69,13 +71,6 @@ def variable_kinds(program: Program) -> list[Kind]:
         else Kind(path is None)
         for path in own
     ]
-
-
-def variable_path(path: str) -> str | None:
-    """The path within the variables, if this input is one of them."""
-    head, _, rest = path.partition("/")
-    first, _, own = rest.partition("/")
-    return own if (head, first) == ("0", "0") else None
 
 
 def named_sites(program: Program) -> dict[str, Found]:
@@ -135,55 +130,38 @@ class Naming:
 
     def run(self, jaxpr: Any, ins: Sequence[Kind], path: tuple[int, ...]) -> list[Kind]:
         """Walks a program whose inputs are of these kinds; returns its results'."""
-        jaxpr, _ = opened(jaxpr)
-        env: dict[Any, Kind] = dict(zip(jaxpr.invars, ins, strict=True))
 
-        def read(var: Any) -> Kind:
-            if isinstance(var, Literal) or var not in env:  # a constant
-                return Kind(False)
-            return env[var]
+        def step(number: int, eqn: Any, kinds: list[Kind]) -> list[Kind]:
+            return self._equation(eqn, kinds, (*path, number))
 
-        for k, eqn in enumerate(jaxpr.eqns):
-            kinds = [read(v) for v in eqn.invars]
-            outs = self._equation(eqn, kinds, (*path, k))
-            env.update(zip(eqn.outvars, outs, strict=True))
-        return [read(v) for v in jaxpr.outvars]
+        return interpret(opened(jaxpr)[0], ins, step, lambda var: Kind(False))
 
     def _equation(self, eqn: Any, kinds: list[Kind], path: tuple[int, ...]) -> Any:
         program = inner_program(eqn)
         self.kinds[path] = kinds
-        if program is not None and eqn.primitive.name == "scan":
-            return self._scan(eqn, program, kinds, path)
         if program is not None:
-            return self.run(program, kinds, path)
+            return through(eqn, kinds, self._passage(program, path))
         data = any(kind.data for kind in kinds)
         owners = frozenset().union(*(k.owners for k in kinds if not k.data))
         if data and owners and eqn.primitive.name not in ("while", "cond"):
             self._meet(eqn, kinds, owners, path)
         made = [kind for kind in kinds if kind.owners]
-        moved = eqn.primitive.name in MOVES and all(kind.moved for kind in made)
+        known = declaration(eqn)
+        moves = known is not None and known.moves
+        moved = moves and all(kind.moved for kind in made)
         kind = Kind(True) if data else Kind(False, owners, moved and bool(owners))
         return [kind] * len(eqn.outvars)
 
-    def _scan(
-        self, eqn: Any, program: Any, kinds: list[Kind], path: tuple[int, ...]
-    ) -> list[Kind]:
-        consts, carries = scan_counts(eqn.params)
-        while True:  # what one step makes of a carry, the next one reads
-            before = {layer: len(calls) for layer, calls in self.calls.items()}
-            outs = self.run(program, kinds, path)
-            pairs = zip(kinds[consts : consts + carries], outs, strict=False)
-            carried = [
-                Kind(True)
-                if a.data or b.data
-                else Kind(False, a.owners | b.owners, a.moved and b.moved)
-                for a, b in pairs
-            ]
-            if carried == kinds[consts : consts + carries]:
-                return outs
-            kinds = [*kinds[:consts], *carried, *kinds[consts + carries :]]
+    def _passage(self, program: Any, path: tuple[int, ...]) -> Passage[Kind]:
+        """How kinds pass through inner programs; of a loop the last turn counts."""
+        before = {layer: len(calls) for layer, calls in self.calls.items()}
+
+        def run(number: int, kinds: list[Kind]) -> list[Kind]:
             for layer, calls in self.calls.items():
                 del calls[before.get(layer, 0) :]
+            return self.run(program, kinds, path)
+
+        return Passage(run, _either)
 
     def _meet(
         self,

@@ -3,10 +3,9 @@
 from typing import Any, NamedTuple
 
 from jaxprune.program._jaxprs import Program
+from jaxprune.program.primitives import declaration
 from jaxprune.statistics.taps._names import Naming, inner_programs, variable_kinds
 from jaxprune.statistics.taps._program import Site
-
-PRODUCTS = ("dot_general", "conv_general_dilated", "ragged_dot_general")
 
 
 class Product(NamedTuple):
@@ -28,7 +27,8 @@ def products(program: Program) -> list[Product]:
     found = []
     for jaxpr, path, _ in inner_programs(program.closed):
         for k, eqn in enumerate(jaxpr.eqns):
-            if eqn.primitive.name in PRODUCTS:
+            known = declaration(eqn)
+            if known is not None and known.is_product:
                 found += _product(naming.kinds[*path, k], (*path, k))
     return found
 

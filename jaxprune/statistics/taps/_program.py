@@ -7,10 +7,8 @@ import jax
 from jax import lax
 from jax.extend.core import Literal
 
+from jaxprune.program._interpret import CALLS, REMATS, inner_jaxprs, interpret
 from jaxprune.program._jaxprs import bind, opened, scan_counts
-
-CALLS = ("jit", "pjit", "closed_call", "core_call")
-REMATS = ("remat2", "checkpoint", "remat")
 
 
 class Site(NamedTuple):
@@ -52,9 +50,8 @@ def inner_program(eqn: Any) -> Any:
     Not those of loops with a traced number of steps and of branches, which hand no
     notes out, nor functions with a derivative of their own, which would lose it.
     """
-    if eqn.primitive.name in (*CALLS, *REMATS, "scan"):
-        return eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-    return None
+    enters = eqn.primitive.name in CALLS | REMATS | {"scan"}
+    return inner_jaxprs(eqn)[0] if enters else None
 
 
 def run(
@@ -66,21 +63,19 @@ def run(
         Its results, and the notes of the taps.
     """
     jaxpr, consts = opened(jaxpr)
-    env: dict[Any, Any] = dict(zip(jaxpr.invars, args, strict=True))
-    env.update(zip(jaxpr.constvars, consts, strict=True))
+    known = dict(zip(jaxpr.constvars, consts, strict=True))
     at: dict[int, list[Tap]] = {}
     for tap in taps:
         at.setdefault(tap.site.path[0], []).append(tap)
     notes: Notes = {}
 
-    def read(var: Any) -> Any:
-        return var.val if isinstance(var, Literal) else env[var]
+    def step(number: int, eqn: Any, operands: list[Any]) -> list[Any]:
+        return _tapped(eqn, operands, at.get(number, []), notes)
 
-    for k, eqn in enumerate(jaxpr.eqns):
-        operands = [read(v) for v in eqn.invars]
-        outs = _tapped(eqn, operands, at.get(k, []), notes)
-        env.update(zip(eqn.outvars, outs, strict=True))
-    return [read(v) for v in jaxpr.outvars], notes
+    def constant(var: Any) -> Any:
+        return var.val if isinstance(var, Literal) else known[var]
+
+    return interpret(jaxpr, args, step, constant), notes
 
 
 def _tapped(eqn: Any, operands: list[Any], taps: list[Tap], notes: Notes) -> list[Any]:

@@ -15,13 +15,11 @@ from jaxprune.coupling._labels import Axis, Value, is_live
 from jaxprune.coupling._solution import Solution
 from jaxprune.coupling._solve import solve
 from jaxprune.coupling._walk import Step, Walked, walk_program
-from jaxprune.program._jaxprs import Program
-from jaxprune.statistics.taps._names import Kind, Naming, variable_kinds, variable_path
+from jaxprune.program._jaxprs import Program, variable_path
+from jaxprune.program.primitives import Signature, declaration
+from jaxprune.program.primitives import signature as signature_of
+from jaxprune.statistics.taps._names import Kind, Naming, variable_kinds
 from jaxprune.statistics.taps._program import Site, inner_program
-
-REDUCTIONS = (
-    "argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_prod reduce_sum"
-).split()
 
 
 class UnitSite(NamedTuple):
@@ -123,41 +121,31 @@ def _summed(
         for sub in step.subs:
             inside = closed or (None if enters else name)
             yield from _summed(sub, kinds, here, steps * times, inside)
-        found = _summed_axes(step)
+        known, signature = declaration(step.eqn), signature_of(step.eqn)
+        if known is None or signature is None:
+            continue
+        found = [
+            (k, axis)
+            for k in range(len(step.ins))
+            for axis in signature.contracted_axes(k)
+        ]
         data = [kind.data for kind in kinds.get(here, [])] or [True] * len(step.ins)
         for k, axis in sorted(found, key=lambda pair: (not data[pair[0]], pair)):
-            site, product = Site(here, k, operand=True), name not in REDUCTIONS
-            within = _within(step) if k == 0 else None
+            site, product = Site(here, k, operand=True), known.is_product
+            within = _within(step, signature, k, axis)
             yield _Met(site, step.ins[k], axis, product, data[k], steps, closed, within)
 
 
-def _summed_axes(step: Step) -> list[tuple[int, int]]:
-    """(operand, axis) of everything that an equation sums over."""
-    name, params = step.eqn.primitive.name, step.eqn.params
-    if name in REDUCTIONS:
-        return [(0, axis) for axis in params["axes"]]
-    if name == "dot_general":
-        (lhs, rhs), _ = params["dimension_numbers"]
-    elif name == "ragged_dot_general":
-        numbers = params["ragged_dot_dimension_numbers"]
-        (lhs, rhs), _ = numbers.dot_dimension_numbers
-    elif name == "conv_general_dilated":
-        numbers = params["dimension_numbers"]
-        lhs, rhs = (numbers.lhs_spec[1],), (numbers.rhs_spec[1],)
-    else:
-        return []
-    return [(0, axis) for axis in lhs] + [(1, axis) for axis in rhs]
+def _within(step: Step, signature: Signature, k: int, axis: int) -> Axis | None:
+    """Where an axis is summed over in part: an axis with the units that are.
 
-
-def _within(step: Step) -> Axis | None:
-    """Of the channels that a grouped convolution takes in, it sums those of a group.
-
-    The kernel's axis holds their units; those of whole groups pass through.
+    Of the channels that a grouped convolution takes in, it sums those of a group. The
+    kernel's axis holds their units; those of whole groups pass through.
     """
-    params = step.eqn.params
-    if params.get("feature_group_count", 1) == 1:
+    if len(signature.ins[k][axis]) == 1:
         return None
-    return step.ins[1].axes[params["dimension_numbers"].rhs_spec[1]]
+    gone = signature.contracted.intersection(signature.ins[k][axis])
+    return next(step.ins[j].axes[d] for f, (j, d) in signature.alone() if f in gone)
 
 
 class _Places:
