@@ -425,6 +425,58 @@ def test_idx_reader_refuses_another_file(tmp_path):
         archives.read_idx(path)
 
 
+def test_archives_are_read_up_to_a_limit(tmp_path):
+    path = tmp_path / "images.gz"
+    write_idx(path, np.zeros((100, 100, 100), np.uint8))  # a kilobyte on disk
+    assert archives.read_idx(path, most=1_000_016).shape == (100, 100, 100)
+    with pytest.raises(ValueError, match=r"images\.gz has more than 1000015 bytes"):
+        archives.read_idx(path, most=1_000_015)
+    path = tmp_path / "batches.tar.gz"
+    with tarfile.open(path, "w:gz") as archive:
+        for folder in ("a", "b"):
+            member = tarfile.TarInfo(f"{folder}/batch_{folder}")
+            member.size = 1_000
+            archive.addfile(member, io.BytesIO(bytes(1_000)))
+    assert {k: len(v) for k, v in archives.read_tar(path, most=2_000).items()} == {
+        "batch_a": 1_000,
+        "batch_b": 1_000,
+    }
+    with pytest.raises(ValueError, match=r"damaged: its files have more than 1999"):
+        archives.read_tar(path, most=1_999)
+    with tarfile.open(path, "w") as archive:
+        archive.addfile(tarfile.TarInfo("a/batch"))
+        archive.addfile(tarfile.TarInfo("b/batch"))
+    with pytest.raises(ValueError, match="two of its files are named batch"):
+        archives.read_tar(path)
+
+
+def idx(*header, content=b""):
+    return gzip.compress(b"\0\0\x08" + bytes(header) + content)
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"", "an IDX file"),
+        (gzip.compress(b"x" * 1000)[:-9], "is damaged"),
+        (b"no gzip", "is damaged: Not a gzipped file"),
+        (idx(), r"behind a header|an IDX"),
+        (idx(1, 0, 0, 0, 3, content=b"ab"), r"2 bytes behind .* says \(3,\)"),
+        (idx(1, 0, 0, 0, 3, content=b"abcd"), r"4 bytes behind .* says \(3,\)"),
+        (idx(200, 0, 0, 0, 3), "bytes behind a header"),
+        (idx(2, *b"\xff" * 8), r"says \(4294967295, 4294967295\)"),
+    ],
+    ids=range(8),
+)
+def test_damaged_archives_are_named(tmp_path, content, text):
+    path = tmp_path / "images.gz"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"images\.gz .*({text})"):
+        archives.read_idx(path)
+    with pytest.raises(ValueError, match=r"images\.gz is damaged"):
+        archives.read_tar(path)
+
+
 @pytest.mark.parametrize("name", ["mnist", "cifar10", "cifar100"])
 def test_specs_agree_with_the_stock_builders(name, tmp_path):
     spec = data.DATASETS[name]

@@ -225,6 +225,13 @@ def test_a_round_comes_back(train, vgg, tmp_path):
         found.apply_fn(found.state.variables, x),
         small.apply_fn(small.state.variables, x),
     )
+    wider = {
+        name: dataclasses.replace(group, size=2 * group.size)
+        for name, group in vgg.groups.items()
+    }
+    groups = dataclasses.replace(vgg.groups, by_name=wider)
+    with pytest.raises(ValueError, match="made for another model: its group .* units"):
+        rounds.restore_round(tmp_path, tx, dataclasses.replace(dense, groups=groups))
 
 
 # ----------------------------------------------------------------- settings and search
@@ -580,6 +587,73 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     ):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+DAMAGED = ["", "{", "null", "[]", "{}", "[" * 10**5, '{"settings": {}, "records": []}']
+
+
+@pytest.mark.parametrize("text", DAMAGED, ids=range(len(DAMAGED)))
+def test_damaged_results_are_told_in_one_line(tmp_path, text):
+    (tmp_path / "results.json").write_text(text)
+    with (
+        pytest.raises(
+            cli.UsageError, match=r"results\.json is damaged .*--out"
+        ) as told,
+        runs.open_run(tmp_path, {}),
+    ):
+        pass
+    assert "\n" not in str(told.value)
+    assert (tmp_path / "results.json").read_text() == text
+
+
+def test_one_run_at_a_time_is_at_work_in_a_folder(tmp_path):
+    with runs.open_run(tmp_path / "run", {}) as run:
+        run.put("first", 1)
+        with (
+            pytest.raises(cli.UsageError, match="another run is at work in"),
+            runs.open_run(tmp_path / "run", {}),
+        ):
+            pass
+        run.put("second", 2)
+    with runs.open_run(tmp_path / "run", {}) as run:
+        assert run.results["records"] == {"first": 1, "second": 2}
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(cli.UsageError, match="file is a file; give another --out"),
+        runs.open_run(tmp_path / "file", {}),
+    ):
+        pass
+
+
+def test_batches_larger_than_the_data_are_told_in_one_line(tmp_path, data_dir, capsys):
+    words = ["--batch-size", str(10**30), "--data-dir", str(data_dir)]
+    out = tmp_path / "run"
+    assert cli.main(["run", "batch_bridgeout", *words, "--out", str(out)]) == 2
+    told = capsys.readouterr().err
+    assert "is more than the 1437 training images of digits" in told
+    assert told.count("\n") == 1 and not out.exists()
+
+
+def test_only_an_own_folder_keeps_compiled_programs(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    put = {}
+    monkeypatch.setattr(runs.jax.config, "update", put.__setitem__)
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    theirs.chmod(0o777)
+    (tmp_path / "link").symlink_to(tmp_path)
+    for name in ("theirs", "link"):
+        runs._keep_compiled(tmp_path / name)
+        assert "is not yours alone" in capsys.readouterr().err
+    monkeypatch.setattr(runs.os, "getuid", lambda: -1)
+    runs._keep_compiled(tmp_path / "of another user")
+    assert "is not yours alone" in capsys.readouterr().err and not put
+    monkeypatch.undo()
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setattr(runs.jax.config, "update", put.__setitem__)
+    runs._keep_compiled(tmp_path / "own")
+    assert put["jax_compilation_cache_dir"] == str(tmp_path / "own")
+    assert (tmp_path / "own").stat().st_mode & 0o777 == 0o700
 
 
 def killed(folder, data_dir, records):

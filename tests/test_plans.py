@@ -71,6 +71,84 @@ def test_plan_of_another_model_is_refused(net, tmp_path):
         jaxprune.plans.load(tmp_path / "plan.json", groups)
 
 
+def broken(**changes):
+    """A plan of 6 units whose only entry is changed."""
+    entry = {"size": 6, "members": {"a:0": 1}, "removed": [1], **changes}
+    return {"format": 1, "groups": {"a:0": entry}}
+
+
+NO_PLANS = {
+    "": "is no plan: Expecting value",
+    "\x00": "is no plan",
+    "[" * 100_000: "is no plan",
+    "null": "no plan of format 1",
+    '{"format": true, "groups": {}}': "no plan of format 1",
+    '{"format": 2, "groups": {}}': "no plan of format 1",
+    '{"format": 1}': "groups must be an object",
+    '{"format": 1, "groups": [1]}': "groups must be an object",
+    '{"format": 1, "groups": {"a:0": 1, "a:0": 2}}': "two entries named a:0",
+    '{"format": 1, "groups": {"a:0": null}}': "size of the group a:0 must be of type int",
+}
+NO_ENTRIES = [
+    ({"removed": None}, "removed of the group a:0 must be of type list, got None"),
+    ({"removed": {}}, "must be of type list"),
+    ({"removed": [-1]}, "removes -1 from the group a:0, whose units are .* 0 to 5"),
+    ({"removed": [6]}, "removes 6 from"),
+    ({"removed": [10**30]}, "removes 1000000"),
+    ({"removed": [True, False]}, "removes True from"),
+    ({"removed": [1.0]}, r"removes 1\.0 from"),
+    ({"removed": ["1"]}, "removes '1' from"),
+    ({"removed": [[1, 2]]}, r"removes \[1, 2\] from"),
+    ({"removed": [1, 2, 1]}, "removes unit 1 of the group a:0 twice"),
+    ({"size": True}, "size of the group a:0 must be of type int, got True"),
+    ({"size": 6.0}, "must be of type int"),
+    ({"members": ["a:0"]}, "members of the group a:0 must be of type dict"),
+    ({"members": {"a:0": 2}}, "made for another model"),
+]
+
+
+@pytest.fixture
+def one_group():
+    member = jaxprune.Member("a", 0, np.arange(6)[:, None])
+    tree = jax.tree.structure({"a": 0})
+    group = jaxprune.Group("a:0", 6, (member,))
+    return jaxprune.Groups({"a:0": group}, (), {"a": (6,)}, tree)
+
+
+@pytest.mark.parametrize(("text", "says"), NO_PLANS.items(), ids=range(len(NO_PLANS)))
+def test_what_is_no_plan_is_refused(one_group, tmp_path, text, says):
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"plan\.json .*{says}"):
+        jaxprune.plans.load(tmp_path / "plan.json", one_group)
+
+
+@pytest.mark.parametrize(("changes", "says"), NO_ENTRIES, ids=range(len(NO_ENTRIES)))
+def test_damaged_entries_are_refused(one_group, changes, says):
+    right = jaxprune.plans.from_json(broken(), one_group)
+    np.testing.assert_array_equal(right["a:0"], np.arange(6) != 1)
+    with pytest.raises(ValueError, match=f"the plan .*{says}"):
+        jaxprune.plans.from_json(broken(**changes), one_group)
+
+
+def test_plans_are_regular_files_replaced_as_a_whole(one_group, tmp_path, monkeypatch):
+    path, keep = tmp_path / "plan.json", {"a:0": np.arange(6) < 3}
+    with pytest.raises(ValueError, match="null is not a regular file"):
+        jaxprune.plans.load("/dev/null", one_group)
+    jaxprune.plans.save(path, one_group, keep)
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            jaxprune.plans.save(path, one_group, {"a:0": np.arange(6) < 5})
+    np.testing.assert_array_equal(
+        jaxprune.plans.load(path, one_group)["a:0"], keep["a:0"]
+    )
+    assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
+
+
 def test_verify_proves_an_exact_plan(net, key):
     model, variables, groups = net
     (name,) = groups

@@ -199,6 +199,7 @@ def main(config: Config) -> None:
         quick=config.quick,
         quirks=config.quirks,
     )
+    _refuse_large_batches(config)
     name = f"batch_bridgeout-{config.dataset}" + ("-quick" if config.quick else "")
     with open_run(config.out or Path("runs", name), settings.as_json()) as run:
         if not run.finished:
@@ -208,6 +209,17 @@ def main(config: Config) -> None:
             )
             work(run, settings, train, test)
         run.say(f"report: {write_report(run.folder, run.results)}")
+
+
+def _refuse_large_batches(config: Config) -> None:
+    """Before a folder is made for a run that cannot take a step."""
+    if config.batch_size is not None:
+        examples = len(load(config.dataset, "train", data_dir=config.data_dir))
+        if config.batch_size > examples:
+            raise UsageError(
+                f"--batch-size {config.batch_size} is more than the {examples} "
+                f"training images of {config.dataset}"
+            )
 
 
 def work(run: Run, settings: Settings, train: Dataset, test: Dataset) -> None:

@@ -10,7 +10,7 @@ import optax
 
 import jaxprune
 from experiments.harness.training import State
-from jaxprune import Groups
+from jaxprune import Groups, plans
 from jaxprune.io import checkpoints
 
 
@@ -80,8 +80,8 @@ def cut(
 
 def save_round(folder: Path, small: SmallNet) -> None:
     """Writes the net after a round; its number is that of the rounds in the history."""
-    keep = {name: np.flatnonzero(kept).tolist() for name, kept in small.keep.items()}
-    meta = {"keep": keep, "history": small.history}
+    plan = plans.as_json(small.groups, small.keep)
+    meta = {"plan": plan, "history": small.history}
     checkpoints.save(folder, len(small.history), small.state, meta, keep=100)
 
 
@@ -94,24 +94,16 @@ def restore_round(
         folder: what `save_round` wrote to; may be missing.
         tx: the optimiser.
         dense: the net before the first round; says what its parts look like.
+
+    Raises:
+        ValueError: if the rounds were those of another net.
     """
 
     def resized(meta: Any) -> SmallNet:
-        sizes = {name: group.size for name, group in dense.groups.items()}
-        return cut(
-            dense,
-            tx,
-            {name: _kept(units, sizes[name]) for name, units in meta["keep"].items()},
-        )
+        return cut(dense, tx, plans.from_json(meta["plan"], dense.groups, str(folder)))
 
     saved = checkpoints.restore_latest(folder, lambda meta: resized(meta).state)
     if saved is None:
         return dense
     history = tuple(saved.meta["history"])
     return dataclasses.replace(resized(saved.meta), state=saved.state, history=history)
-
-
-def _kept(units: list[int], size: int) -> np.ndarray:
-    kept = np.zeros(size, bool)
-    kept[units] = True
-    return kept

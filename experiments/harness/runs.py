@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import shlex
+import stat
 import sys
 import threading
 import time
@@ -16,14 +17,18 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import filelock
 import jax
 import rich.console
 import rich.progress
 
 from jaxprune.cli._main import UsageError
 from jaxprune.display._report import machine
+from jaxprune.io._files import write_atomically
 
 Tick = Callable[[], None]
+
+RESULTS, LOCK = "results.json", ".lock"
 
 
 class Job(NamedTuple):
@@ -151,12 +156,22 @@ def open_run(folder: Path, settings: Mapping[str, Any]) -> Iterator[Run]:
         The run. A Ctrl-C inside says how to go on.
 
     Raises:
-        UsageError: if the folder holds a run of other settings, or something else.
+        UsageError: if the folder holds a run of other settings, a damaged one or
+            something else, or if another process is at work in it.
     """
     settings = json.loads(json.dumps(settings))
+    _refuse_foreign(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        results = _opened(folder, settings)
+        _keep_compiled(folder.parent / ".jax_cache")
+        with Run(folder, results)._working() as run:
+            yield run
+
+
+def _opened(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     results = _read(folder)
     if results is None:
-        folder.mkdir(parents=True, exist_ok=True)
         results = {
             "command": "",
             "started": _now(),
@@ -168,9 +183,23 @@ def open_run(folder: Path, settings: Mapping[str, Any]) -> Iterator[Run]:
         _write(folder, results)
     _refuse_other(folder, results["settings"], settings)
     results["command"] = _command()
-    _keep_compiled(folder.parent / ".jax_cache")
-    with Run(folder, results)._working() as run:
-        yield run
+    return results
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Ends with the process, also by a kill; see `filelock`."""
+    lock: Any = filelock.FileLock(folder / LOCK, blocking=False)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        raise UsageError(
+            f"another run is at work in {folder}; wait for it, or give another --out"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _command() -> str:
@@ -184,19 +213,34 @@ def _now() -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S")
 
 
-def _read(folder: Path) -> dict[str, Any] | None:
-    path = folder / "results.json"
-    if path.is_file():
-        return json.loads(path.read_text())
-    if folder.exists() and any(folder.iterdir()):
+def _refuse_foreign(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is a file; give another --out")
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    if names - {LOCK} and RESULTS not in names:
         raise UsageError(f"{folder} is not empty and holds no run; give another --out")
-    return None
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    path = folder / RESULTS
+    if not path.exists():
+        return None
+    try:
+        results = json.loads(path.read_bytes())
+        kinds = {"settings": dict, "records": dict, "seconds": (int, float)}
+        for name, kind in kinds.items():
+            if not isinstance(results[name], kind):
+                raise TypeError(f"{name} is {results[name]!r}")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        raise UsageError(
+            f"{path} is damaged ({reason}); give another --out, or delete the folder"
+        ) from error
+    return results
 
 
 def _write(folder: Path, results: Mapping[str, Any]) -> None:
-    aside = folder / "results.json.tmp"
-    aside.write_text(json.dumps(results, indent=1) + "\n")
-    aside.replace(folder / "results.json")
+    write_atomically(folder / RESULTS, json.dumps(results, indent=1) + "\n")
 
 
 def _refuse_other(
@@ -215,6 +259,17 @@ def _refuse_other(
 
 
 def _keep_compiled(folder: Path) -> None:
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    """Keeps compiled programs in a folder, if nobody else can put theirs there."""
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    folder.mkdir(mode=0o700, exist_ok=True)
+    about = folder.lstat()
+    foreign = hasattr(os, "getuid") and about.st_uid != os.getuid()
+    if foreign or not stat.S_ISDIR(about.st_mode) or about.st_mode & 0o022:
+        print(
+            f"{folder} is not yours alone, so no compiled program is kept or read",
+            file=sys.stderr,
+        )
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

@@ -6,9 +6,12 @@ The stock builders open archives through ``tf.io.gfile`` and encode images throu
 ``tf.image``; here the archive is read by the standard library and PIL encodes.
 """
 
+import contextlib
 import gzip
+import math
 import os
 import tarfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,20 +22,46 @@ from tensorflow_datasets.image_classification import cifar, mnist
 
 from jaxprune.data._specs import DATASETS
 
+# Ten times the largest of these data sets.
+MOST_BYTES = 2 * 10**9
+
+_DAMAGE = tarfile.TarError, zlib.error, EOFError, ValueError, gzip.BadGzipFile
+
 _Examples = Iterator[tuple[int, dict[str, Any]]]
 
 
-def read_tar(path: str | os.PathLike[str]) -> dict[str, bytes]:
-    """Reads every file of an archive, by base name; writes nothing to disk."""
-    files = {}
-    with tarfile.open(path) as archive:
+def read_tar(path: str | os.PathLike[str], most: int = MOST_BYTES) -> dict[str, bytes]:
+    """Reads every file of an archive, by base name; writes nothing to disk.
+
+    Args:
+        path: the archive.
+        most: how many bytes its files may have together.
+
+    Returns:
+        Base name -> content.
+
+    Raises:
+        ValueError: if it is damaged, holds more than `most` bytes, or two files of
+            one base name.
+    """
+    files: dict[str, bytes] = {}
+    total = 0
+    with _naming(path), tarfile.open(path) as archive:
         for member in archive:
-            if (content := archive.extractfile(member)) is not None:
-                files[Path(member.name).name] = content.read()
+            total += member.size
+            if total > most:
+                raise ValueError(f"its files have more than {most} bytes")
+            if not member.isreg():
+                continue
+            name = Path(member.name).name
+            if name in files:
+                raise ValueError(f"two of its files are named {name}")
+            content = archive.extractfile(member)
+            files[name] = content.read() if content else b""
     return files
 
 
-def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
+def read_idx(path: str | os.PathLike[str], most: int = MOST_BYTES) -> np.ndarray:
     """Reads the gzipped IDX format of MNIST.
 
     Two zero bytes, a type code (8 = uint8), the rank, each dimension as a
@@ -40,27 +69,51 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
 
     Args:
         path: the gzipped file.
+        most: how many bytes it may have unpacked.
 
     Returns:
         uint8 array of the shape that the header names.
 
     Raises:
-        ValueError: if the file is not an IDX file of bytes.
+        ValueError: if the file is not an IDX file of bytes, is damaged or too large.
 
     References:
         LeCun, Cortes and Burges, `The MNIST database of handwritten digits
         <https://yann.lecun.com/exdb/mnist>`_, 2010
     """
-    with gzip.open(path) as file:
-        content = file.read()
+    with _naming(path), gzip.open(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"{path} has more than {most} bytes unpacked")
     if content[:3] != b"\0\0\x08":
         raise ValueError(
             f"{path} starts with {content[:3]!r}, an IDX file of bytes with "
             r"b'\x00\x00\x08'; is it another file?"
         )
-    rank = content[3]
-    shape = np.frombuffer(content, ">u4", count=rank, offset=4)
-    return np.frombuffer(content, np.uint8, offset=4 + 4 * rank).reshape(shape)
+    rank = content[3] if len(content) > 3 else 0
+    start = 4 + 4 * rank
+    shape = tuple(int(n) for n in np.frombuffer(content[4:start], ">u4"))
+    if len(shape) != rank or len(content) - start != math.prod(shape):
+        raise ValueError(
+            f"{path} has {len(content) - start} bytes behind a header that says "
+            f"{shape}; is it complete?"
+        )
+    return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
+
+
+@contextlib.contextmanager
+def _naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Damage is told with the name of the file."""
+    try:
+        yield
+    except (
+        tarfile.TarError,
+        zlib.error,
+        EOFError,
+        ValueError,
+        gzip.BadGzipFile,
+    ) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def _mnist_examples(images: np.ndarray, labels: np.ndarray) -> _Examples:

@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from jaxprune.core import PyTree, named_leaves
@@ -334,7 +333,15 @@ def _steps(folder: Path) -> list[tuple[int, Path]]:
     return [(step, path) for step, _, path in sorted(found, reverse=True)]
 
 
+def _orbax() -> Any:
+    """Imported when a checkpoint is read or written: it takes a second."""
+    import orbax.checkpoint
+
+    return orbax.checkpoint
+
+
 def _write(path: Path, arrays: list[Any], sealed: dict[str, Any]) -> None:
+    ocp = _orbax()
     items: dict[str, Any] = {"meta": ocp.args.JsonSave(sealed)}
     if arrays:
         items["state"] = ocp.args.StandardSave(arrays)
@@ -343,12 +350,13 @@ def _write(path: Path, arrays: list[Any], sealed: dict[str, Any]) -> None:
 
 
 def _restore(path: Path, **items: Any) -> Any:
+    ocp = _orbax()
     with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as orbax:
         return orbax.restore(path, args=ocp.args.Composite(**items))
 
 
 def _read_sealed(path: Path) -> dict[str, Any]:
-    sealed = _restore(path, meta=ocp.args.JsonRestore())["meta"]
+    sealed = _restore(path, meta=_orbax().args.JsonRestore())["meta"]
     if not isinstance(sealed, dict) or sealed.get("format") != FORMAT:
         raise OSError(f"it is no checkpoint of format {FORMAT}")
     if _sealed(sealed["leaves"], sealed["meta"])["crc32"] != sealed["crc32"]:
@@ -393,6 +401,7 @@ def _read_state(
 def _read_arrays(path: Path, wanted: list[Any]) -> list[Any]:
     if not wanted:
         return []
+    ocp = _orbax()
     abstract = [
         np.asarray(leaf)  # comes back from numpy to numpy, whatever the devices
         if isinstance(leaf, np.ndarray | np.generic)

@@ -18,11 +18,13 @@ import numpy as np
 from jaxprune.core._groups import Group, Groups
 from jaxprune.core._masks import PyTree, apply_masks, expand_masks
 from jaxprune.coupling._trace import trace
+from jaxprune.io._files import first_line, read_regular, write_atomically
 from jaxprune.narrowing._narrow import narrow
 from jaxprune.program._jaxprs import is_array
 from jaxprune.surgery._slicing import slice_params
 
 FORMAT = 1
+_LARGEST = 2**28  # bytes
 
 
 def save(path: str | os.PathLike[str], groups: Groups, keep: Mapping[str, Any]) -> None:
@@ -48,17 +50,8 @@ def save(path: str | os.PathLike[str], groups: Groups, keep: Mapping[str, Any]) 
         >>> jaxprune.plans.load(file.name, groups)
         {'w1:1': array([ True, False,  True,  True])}
     """
-    expand_masks(groups, keep)  # names and sizes are checked there
-    plan = {
-        name: {
-            "size": groups[name].size,
-            "members": _members(groups[name]),
-            "removed": np.flatnonzero(~np.asarray(units)).tolist(),
-        }
-        for name, units in keep.items()
-    }
-    text = json.dumps({"format": FORMAT, "groups": plan}, indent=1)
-    pathlib.Path(path).write_text(text + "\n")
+    text = json.dumps(as_json(groups, keep), indent=1)
+    write_atomically(path, text + "\n")
 
 
 def load(path: str | os.PathLike[str], groups: Groups) -> dict[str, np.ndarray]:
@@ -75,30 +68,114 @@ def load(path: str | os.PathLike[str], groups: Groups) -> dict[str, np.ndarray]:
         ValueError: if the file is no plan, or was made for another model: the text
             names the first group that differs and how.
     """
-    data = json.loads(pathlib.Path(path).read_text())
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise ValueError(f"{path} is no plan of format {FORMAT}")
-    return {
-        name: _replay(path, groups, name, entry)
-        for name, entry in data["groups"].items()
+    try:
+        data = json.loads(
+            read_regular(pathlib.Path(path), _LARGEST), object_pairs_hook=_distinct
+        )
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is no plan: {first_line(error)}") from error
+    return from_json(data, groups, str(path))
+
+
+def as_json(groups: Groups, keep: Mapping[str, Any]) -> dict[str, Any]:
+    """A plan as `save` writes it: dicts, lists, strings and ints.
+
+    Args:
+        groups: what `trace` returned.
+        keep: group name -> bool ``[size]``, True = kept; concrete.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ValueError: if a name is no group or a length is not the group's size.
+    """
+    expand_masks(groups, keep)  # names and sizes are checked there
+    plan = {
+        name: {
+            "size": groups[name].size,
+            "members": _members(groups[name]),
+            "removed": np.flatnonzero(~np.asarray(units)).tolist(),
+        }
+        for name, units in keep.items()
     }
+    return {"format": FORMAT, "groups": plan}
 
 
-def _replay(path: Any, groups: Groups, name: str, entry: dict) -> np.ndarray:
+def from_json(
+    data: Any, groups: Groups, where: str = "the plan"
+) -> dict[str, np.ndarray]:
+    """The ``keep`` mapping of what `as_json` returned, for the same model.
+
+    Args:
+        data: what `as_json` returned, also read back from JSON.
+        groups: what `trace` returns for the model at hand.
+        where: what to call the plan in errors.
+
+    Returns:
+        Group name -> bool ``[size]``, True = kept.
+
+    Raises:
+        ValueError: if it is no plan, or was made for another model.
+    """
+    found = isinstance(data, dict) and data.get("format")
+    if type(found) is not int or found != FORMAT:
+        raise ValueError(f"{where} is no plan of format {FORMAT}")
+    entries = data.get("groups")
+    if not isinstance(entries, dict):
+        raise ValueError(f"{where} is no plan: groups must be an object")
+    keep = {
+        name: _replay(where, groups, name, entry) for name, entry in entries.items()
+    }
+    expand_masks(groups, keep)  # blocks of balanced groups are checked there
+    return keep
+
+
+def _replay(where: str, groups: Groups, name: str, entry: Any) -> np.ndarray:
     if name not in groups:
         raise ValueError(
-            f"{path} cuts the group {name}, which this model does not have"
+            f"{where} cuts the group {name}, which this model does not have"
         )
+    expected = {"size": int, "members": dict, "removed": list}
+    for key, kind in expected.items():
+        value = entry.get(key) if isinstance(entry, dict) else None
+        if type(value) is not kind:
+            raise ValueError(
+                f"{where} is no plan: {key} of the group {name} must be of type "
+                f"{kind.__name__}, got {_short(value)}"
+            )
     group = groups[name]
     if entry["size"] != group.size or entry["members"] != _members(group):
         raise ValueError(
-            f"{path} was made for another model: its group {name} has {entry['size']} "
+            f"{where} was made for another model: its group {name} has {entry['size']} "
             f"units on {sorted(entry['members'])}, here it has {group.size} units on "
             f"{sorted(_members(group))}"
         )
     keep = np.ones(group.size, bool)
-    keep[entry["removed"]] = False
+    for unit in entry["removed"]:
+        if type(unit) is not int or not 0 <= unit < group.size:
+            raise ValueError(
+                f"{where} removes {_short(unit)} from the group {name}, whose units "
+                f"are numbered 0 to {group.size - 1}"
+            )
+        if not keep[unit]:
+            raise ValueError(f"{where} removes unit {unit} of the group {name} twice")
+        keep[unit] = False
     return keep
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; Python alone would keep the last of two equal names."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it has two entries named {twice}")
+    return found
+
+
+def _short(value: Any) -> str:
+    return text if len(text := repr(value)) <= 60 else f"{text[:57]}..."
 
 
 def _members(group: Group) -> dict[str, int]:
