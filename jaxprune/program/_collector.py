@@ -5,25 +5,32 @@ import gc
 from collections.abc import Iterator
 
 
+_NEVER = 2**31 - 1  # new objects before a collection: more than fit into memory
+
+
 @contextlib.contextmanager
 def collector_paused() -> Iterator[None]:
     """Pauses the collector; for code that makes many objects which all stay.
 
     The collector runs once for so many new objects, and now and then looks at all that
     there are; JAX's programs are made of so many that both happen within one trace.
-    Who had switched it off finds it off, also in other threads.
+
+    Only the threshold of automatic collections is raised. The switch (`gc.enable`,
+    `gc.disable`) belongs to the caller: what any thread does to it meanwhile stays
+    done, and so does a threshold that somebody sets meanwhile.
 
     Example:
+        >>> before = gc.get_threshold()
         >>> with collector_paused():
-        ...     gc.isenabled()
+        ...     gc.get_threshold() == before
         False
-        >>> gc.isenabled()
+        >>> gc.get_threshold() == before
         True
     """
-    enabled = gc.isenabled()
-    gc.disable()
+    before = gc.get_threshold()
+    gc.set_threshold(_NEVER, *before[1:])
     try:
         yield
     finally:
-        if enabled:
-            gc.enable()
+        if gc.get_threshold()[0] == _NEVER:
+            gc.set_threshold(*before)
