@@ -69,7 +69,8 @@ class _Told:
 
     A position that is kept keeps every class that it needs; one that is cut only says
     that some class is dead, which may be another than the one in question. So a class
-    lives if any kept position needs it, and dies if only cut positions do.
+    lives if any kept position needs it, or if no cut position needs it dead
+    (`_revive`): where a whole group is gone, nothing that it shares axes with is kept.
 
     Axes that are tied throughout and have one mask are told once, by the first of them;
     all axes told stand one after the other in arrays of positions.
@@ -113,6 +114,31 @@ class _Told:
         for column in self.columns:
             self.alive[column[self.keep]] = True
         self.alive[NONE] = True
+        self._revive()
+
+    def _revive(self) -> None:
+        """Brings to life what need not be dead for the cut positions to be cut.
+
+        A cut position needs one of its classes dead. Where only one of them can be, it
+        is. Of the others die those that are exact, and what is not exact only where
+        nothing else accounts for a cut.
+        """
+        if len(self.columns) < 2:
+            return
+        dead = ~self.alive
+        rows = np.stack([column[~self.keep] for column in self.columns])
+        lone = _one_of(rows, dead[rows])
+        needed = np.zeros(len(dead), bool)
+        needed[lone[lone != NONE]] = True
+        needed[NONE] = False
+        rows = rows[:, ~needed[rows].any(axis=0)]
+        exact = dead.copy()
+        exact[:-1] &= self.solution.doubt == NEVER
+        some = exact[rows]
+        needed[rows[some]] = True
+        left = rows[:, ~some.any(axis=0)]
+        needed[left[dead[left]]] = True
+        self.alive = ~needed
 
     def wrong(self) -> tuple[int, np.ndarray] | None:
         """An axis told whose mask is not what its units say, and where it is not."""
@@ -200,6 +226,14 @@ class _Told:
 
     def _name(self, place: Place) -> str:
         return f"{self.names[place[0]]} axis {place[1]}"
+
+
+def _one_of(rows: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """The class that is chosen in each column of `rows` if it is only one, or `NONE`."""
+    classes = np.where(chosen, rows, NONE)
+    most = classes.max(axis=0)
+    same = (classes == most) | ~chosen
+    return np.where(same.all(axis=0), most, NONE)
 
 
 def _equal(one: Alive, other: Alive) -> bool:
