@@ -13,6 +13,8 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.extend.core import Literal
@@ -40,19 +42,36 @@ class Derived(NamedTuple):
 def constant(array: Any) -> Value:
     """A literal or a closed-over array."""
     shape = np.shape(array)
-    if not shape and not isinstance(array, Tracer):
-        return Value((), (), bool(array == 0), True, Known(array))
+    if not shape:
+        number = _number(array)
+        if number is None:
+            return Value((), (), False, True)
+        return Value((), (), bool(number == 0), True, Known(number))
     index = _is_index(getattr(array, "dtype", None) or np.result_type(array))
-    small = index and np.size(array) <= LIMIT
-    origin = Known(array) if small or not shape else None
+    origin = Known(array) if index and np.size(array) <= LIMIT else None
     return Value(shape, (ALIVE,) * len(shape), False, True, origin)
 
 
 def literal(var: Any) -> Value:
     """A number that stands in the program itself."""
-    if var.aval.shape:
-        return constant(var.val)
-    return Value((), (), not var.val, True, Known(var.val))
+    return constant(var.val)
+
+
+def _number(array: Any) -> np.ndarray | None:
+    """A scalar as NumPy knows it; None if it is no number that is there.
+
+    What is traced is not there, nor what other processes hold. Keys are no numbers, and
+    neither is the tangent of an integer (float0). A comparison by JAX would be traced
+    itself inside of jit.
+    """
+    if isinstance(array, Tracer):
+        return None
+    if isinstance(array, jax.Array):
+        here = array.is_fully_addressable or array.is_fully_replicated
+        if not here or jnp.issubdtype(array.dtype, jax.dtypes.extended):
+            return None
+    number = np.asarray(array)
+    return None if number.dtype == jax.dtypes.float0 else number
 
 
 def derive(eqn: Any, operands: tuple[Value, ...]) -> tuple[Value, ...]:

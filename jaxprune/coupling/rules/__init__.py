@@ -1,6 +1,7 @@
 """Rules, one file per family of primitives; importing the package registers them."""
 
 from jaxprune.coupling.rules import _control as _control
+from jaxprune.coupling.rules import _custom as _custom
 from jaxprune.coupling.rules import _elementwise as _elementwise
 from jaxprune.coupling.rules import _indexing as _indexing
 from jaxprune.coupling.rules import _linear as _linear

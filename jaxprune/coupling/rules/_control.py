@@ -1,16 +1,17 @@
-"""Primitives that hold programs: jit, remat, custom derivatives, scan, while, cond."""
+"""Primitives that hold programs: jit, remat, scan, while, cond.
 
-import functools
+Those with derivatives of their own are in `jaxprune.coupling.rules._custom`.
+"""
+
 from typing import Any
 
 import jax
 from jax import lax
-from jax.extend.core import ClosedJaxpr, DropVar
-from jax.extend.linear_util import wrap_init
+from jax.extend.core import DropVar
 
 from jaxprune.coupling._labels import Axis, Value, both, flags_on, with_flags
 from jaxprune.coupling._registry import rule
-from jaxprune.program._jaxprs import abstract, bind, opened, scan_counts
+from jaxprune.program._jaxprs import scan_counts
 
 # --- calls ---------------------------------------------------------------------------
 
@@ -42,76 +43,6 @@ def _narrow_remat(kept: Any, step: Any, *operands: Any) -> Any:
 @rule("remat2", "checkpoint", "remat", narrow=_narrow_remat, whole=_all_operands)
 def _remat(walk: Any, eqn: Any, *values: Value) -> list[Value]:
     return walk.enter_branch(eqn.params["jaxpr"], list(values))
-
-
-# --- custom derivatives --------------------------------------------------------------
-#
-# The derivative rule of the original call is itself traced, at its full size, and
-# narrowed like any other program, when somebody differentiates.
-
-
-def _full_avals(eqn: Any) -> list[jax.ShapeDtypeStruct]:
-    return [abstract(v.aval) for v in eqn.invars]
-
-
-def _resize_custom_jvp(kept: Any, step: Any) -> dict[str, Any]:
-    p = step.eqn.params
-    ins = step.ins[p["num_consts"] :]
-    slopes = [Value(value.shape, value.axes, data=value.data) for value in ins]
-
-    @functools.cache
-    def small_jvp(*zeros: bool) -> Any:
-        jaxpr, consts, out_zeros = p["jvp_jaxpr_fun"].call_wrapped(*zeros)
-        tangents = [v for v, zero in zip(slopes, zeros, strict=True) if not zero]
-        given = list(map(kept.given, (*ins, *tangents)))
-        small = kept.narrow_jaxpr(ClosedJaxpr(jaxpr, consts), given)
-        return *opened(small), out_zeros
-
-    debug_info = p["jvp_jaxpr_fun"].debug_info
-    return {
-        "call_jaxpr": kept.program(step.subs[0]),
-        "jvp_jaxpr_fun": wrap_init(small_jvp, debug_info=debug_info),
-    }
-
-
-def _narrow_custom_vjp(kept: Any, step: Any, *operands: Any) -> Any:
-    eqn = step.eqn
-    avals = tuple(_full_avals(eqn))
-
-    @jax.custom_vjp
-    def call(*args: Any) -> Any:
-        return kept.replay(step.subs[0], args)
-
-    def full_forward(*primals: Any) -> Any:
-        return jax.vjp(lambda *xs: bind(eqn, *xs), *primals)
-
-    forward = kept.narrow_call(full_forward, avals, list(map(kept.given, step.ins)))
-
-    def full_backward(residuals: Any, cotangents: Any) -> Any:
-        return residuals(cotangents)
-
-    def backward(residuals: Any, cotangents: Any) -> Any:
-        shapes = forward.out_shapes[1]
-        cts = [abstract(v.aval) for v in eqn.outvars]
-        given = [*forward.out_given[len(cts) :], *map(kept.given, step.outs)]
-        run = kept.narrow_call(full_backward, (shapes, cts), given)
-        slopes = run(residuals, list(cotangents))
-        # Nobody asks for the slope of data, which is whole.
-        pairs = zip(slopes, step.ins, strict=True)
-        return tuple([None if value.data else slope for slope, value in pairs])
-
-    call.defvjp(forward, backward)
-    return call(*operands)
-
-
-@rule("custom_jvp_call", resize=_resize_custom_jvp, whole=_all_operands)
-def _custom_jvp(walk: Any, eqn: Any, *values: Value) -> list[Value]:
-    return walk.enter_branch(eqn.params["call_jaxpr"], list(values))
-
-
-@rule("custom_vjp_call", narrow=_narrow_custom_vjp, whole=_all_operands)
-def _custom_vjp(walk: Any, eqn: Any, *values: Value) -> list[Value]:
-    return walk.enter_branch(eqn.params["call_jaxpr"], list(values))
 
 
 # --- loops and branches --------------------------------------------------------------

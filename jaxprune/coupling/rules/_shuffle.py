@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import numpy as np
+from jax.extend.core import Literal
 
 from jaxprune.coupling._labels import Value, take
 from jaxprune.coupling._registry import rule
@@ -79,7 +80,8 @@ def _is(eqn: Any, name: str) -> bool:
 
 def _before(moves: dict[Any, Any], eqn: Any, name: str) -> Any | None:
     """The equation that makes the operand of `eqn`, if it is of this kind."""
-    found = moves.get(eqn.invars[0])
+    [operand] = eqn.invars
+    found = None if isinstance(operand, Literal) else moves.get(operand)
     return found if found is not None and _is(found, name) else None
 
 
