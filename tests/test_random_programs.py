@@ -146,4 +146,6 @@ def test_everything_can_be_emptied():
     masks = jaxprune.expand_masks(groups, every)
     small = jaxprune.slice_params(params, masks)
     assert small["v"].shape == (0, 0)
-    np.testing.assert_array_equal(jaxprune.narrow(fn, masks)(small, x), np.zeros((2, 2)))
+    np.testing.assert_array_equal(
+        jaxprune.narrow(fn, masks)(small, x), np.zeros((2, 2))
+    )

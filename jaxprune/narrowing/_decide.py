@@ -229,7 +229,7 @@ class _Told:
 
 
 def _one_of(rows: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """The class that is chosen in each column of `rows` if it is only one, or `NONE`."""
+    """For each column of `rows` the class that is chosen, if it is one, or `NONE`."""
     classes = np.where(chosen, rows, NONE)
     most = classes.max(axis=0)
     same = (classes == most) | ~chosen

@@ -4,7 +4,6 @@ import contextlib
 import gc
 from collections.abc import Iterator
 
-
 _NEVER = 2**31 - 1  # new objects before a collection: more than fit into memory
 
 

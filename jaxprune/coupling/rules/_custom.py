@@ -144,5 +144,6 @@ class _Forward:
 def _instantiated(ct: Any) -> Any:
     """The array behind a cotangent that may be a symbolic zero."""
     if isinstance(ct, jax.custom_derivatives.SymbolicZero):
-        return jnp.zeros(ct.shape, ct.dtype)
+        aval: Any = ct.aval
+        return jnp.zeros(aval.shape, aval.dtype)
     return ct

@@ -173,7 +173,7 @@ KEEPS_ZERO = """
 LOSES_ZERO = """
     exp exp2 logistic cos cosh acos erfc is_finite not clz eq ne lt le gt ge eq_to le_to
     lt_to nextafter igamma igammac polygamma zeta bessel_i0e bessel_i1e
-    regularized_incomplete_beta atan2
+    regularized_incomplete_beta atan2 one_minus_square
 """.split()
 POLE_AT_ZERO = "log rsqrt acosh lgamma digamma".split()
 SUMS = "add sub add_any or xor complex".split()

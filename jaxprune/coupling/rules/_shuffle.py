@@ -80,7 +80,7 @@ def _is(eqn: Any, name: str) -> bool:
 
 def _before(moves: dict[Any, Any], eqn: Any, name: str) -> Any | None:
     """The equation that makes the operand of `eqn`, if it is of this kind."""
-    [operand] = eqn.invars
+    operand = eqn.invars[0]
     found = None if isinstance(operand, Literal) else moves.get(operand)
     return found if found is not None and _is(found, name) else None
 
