@@ -79,6 +79,7 @@ CASES = {
     "bitcast_convert_type": (lambda x: lax.bitcast_convert_type(x, np.int32), F),
     "copy": (jnp.copy, F),
     "optimization_barrier": (lambda *x: lax.optimization_barrier(x), F, some(4)),
+    "device_put": (lambda *x: jax.device_put(x), F, some(4)),
     "dot_general": (
         lambda x, y: lax.dot_general(x, y, (((2,), (1,)), ((0,), (2,)))),
         some(2, 3, 4),

@@ -63,8 +63,8 @@ def _select(marking: Marking, run: Run, step: Step, operands: list[State]) -> An
     return [chosen._replace(fed=chosen.fed or which.fed)]
 
 
-@handles("optimization_barrier")
-def _barrier(marking: Marking, run: Run, step: Step, operands: list[State]) -> Any:
+@handles("optimization_barrier", "device_put")
+def _as_they_are(marking: Marking, run: Run, step: Step, operands: list[State]) -> Any:
     return operands
 
 

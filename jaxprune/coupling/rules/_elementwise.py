@@ -285,4 +285,5 @@ register_rule("bitcast_convert_type", _bitcast)
 register_rule("convert_element_type", _convert)
 register_rule("copy", _convert)
 register_rule("copy_p", _convert)
-register_rule("optimization_barrier", lambda walk, eqn, *values: list(values))
+for _name in ("optimization_barrier", "device_put"):
+    register_rule(_name, lambda walk, eqn, *values: list(values))
