@@ -72,6 +72,10 @@ def write(name: str, result: dict[str, Any]) -> pathlib.Path:
 
 
 def _module() -> str:
+    """What stands after `python -m`: a module, or a package with a `__main__`."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec:
+        return spec.name.removesuffix(".__main__")
     return f"benchmarks.{pathlib.Path(sys.argv[0]).stem}"
 
 
