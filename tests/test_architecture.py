@@ -131,7 +131,7 @@ def test_every_module_is_tested():
         "program": ["rules"],
         "coupling": ["contract", "rules", "exactness", "solve", "balance"],
         "narrowing": ["narrow", "build"],
-        "surgery": ["slicing", "merging"],
+        "surgery": ["slicing", "merging", "compose"],
         "statistics": ["recalibration", "taps"],
         "costing": ["costs", "cost_model", "latency"],
         "training": ["bridgeout", "sparse_training", "schedules", "centripetal"],

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
+import jax
 import numpy as np
 import rich.console
 import rich.table
@@ -131,11 +132,27 @@ class Groups(Mapping[str, Group]):
     def __len__(self) -> int:
         return len(self.by_name)
 
+    def __reduce__(self) -> Any:
+        # Neither read-only mappings nor, of every container, tree structures can be
+        # pickled; a tree of numbers in their place can.
+        like = self.treedef.unflatten(range(self.treedef.num_leaves))
+        pinned = tuple(self.pinned)
+        return _rebuilt, (dict(self.by_name), pinned, dict(self.shapes), like)
+
     def __rich__(self) -> rich.table.Table:
         return groups_table(self, self.pinned)
 
     def __repr__(self) -> str:
         return _printed(groups_table(self, self.pinned))
+
+
+def _rebuilt(
+    by_name: dict[str, Group],
+    pinned: tuple[Pinned, ...],
+    shapes: dict[str, tuple[int, ...]],
+    like: Any,
+) -> Groups:
+    return Groups(by_name, pinned, shapes, jax.tree.structure(like))
 
 
 def _printed(table: rich.table.Table) -> str:

@@ -1,12 +1,13 @@
 """Limits: what a selection may not do to a group, and which groups it is about."""
 
-import fnmatch
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from jax.core import Tracer
+
+from jaxprune.core._names import listed, matching, nearest, patterns
 
 T = TypeVar("T")
 
@@ -103,13 +104,12 @@ def selected(
     if only is None:
         return list(names)
     chosen: set[str] = set()
-    for pattern in [only] if isinstance(only, str) else only:
-        # A full name is taken literally, whatever characters it contains.
-        found = [n for n in names if n == pattern or fnmatch.fnmatchcase(n, pattern)]
+    for pattern in patterns("only", only):
+        found = matching(pattern, names)
         if not found:
             raise ValueError(
                 f"{pattern!r} matches none of the {len(names)} {what}: "
-                + ", ".join(list(names)[:5])
+                f"{listed(names, 5)}{nearest(pattern, names)}"
             )
         chosen.update(found)
     return [name for name in names if name in chosen]

@@ -164,6 +164,24 @@ def _layers(cuts: Iterable[tuple[_Tokens, str]]) -> rich.table.Table:
     return lines
 
 
+def fold_names(
+    rows: Iterable[tuple[str, int, int]],
+) -> list[tuple[str, int, int, int]]:
+    """Joins rows of name and two numbers that are alike but for one number in the name.
+
+    Example:
+        >>> fold_names([("conv1:3", 8, 4), ("conv2:3", 8, 4), ("head:1", 8, 8)])
+        [('conv1:3', 1, 8, 4), ('conv2:3', 1, 8, 4), ('head:1', 1, 8, 8)]
+        >>> fold_names([("block_0/w:1", 8, 4), ("block_1/w:1", 8, 4)])
+        [('block_{0,1}/w:1', 2, 8, 4)]
+    """
+    each = [
+        _Row(*split_axis(name), size=before, note=str(after))
+        for name, before, after in rows
+    ]
+    return [(row.name, row.times, row.size, int(row.note)) for row in _fold(each)]
+
+
 def _fold(rows: list[_Row]) -> list[_Row]:
     """Joins rows that are the same but for one number, the last number first."""
     longest = max((len(row.layer) for row in rows), default=0)

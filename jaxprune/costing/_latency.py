@@ -67,6 +67,10 @@ class LatencyTable(Cost):
     def __post_init__(self) -> None:
         object.__setattr__(self, "sizes", MappingProxyType(dict(self.sizes)))
 
+    def __reduce__(self) -> Any:  # a read-only mapping cannot be pickled
+        fields = dict(self.sizes), self.curves, self.calibration, self.measured
+        return LatencyTable, fields
+
     def value(self, sizes: Sizes | None = None) -> Any:
         """Estimated seconds; see `Cost.value`."""
         point = self.filled(sizes)

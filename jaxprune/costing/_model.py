@@ -50,6 +50,7 @@ class CostModel:
     Attributes:
         sizes: group name -> full size.
         parameters: entries in the collection ``params``, or in all variables.
+        parameter_bytes: their size.
         multiply_adds: of matrix products and convolutions.
         activation_bytes: size of everything the program computes from its inputs.
         largest_activation_bytes: size of the largest array it computes.
@@ -60,6 +61,7 @@ class CostModel:
 
     sizes: Mapping[str, int]
     parameters: Polynomial
+    parameter_bytes: Polynomial
     multiply_adds: Polynomial
     activation_bytes: Polynomial
     largest_activation_bytes: Largest
@@ -146,11 +148,20 @@ def cost_model(
     tally = Tally(lengths, [len(own) for own in units.units])
     count = tally.program(walked)
     held = parameter_paths(named_leaves(variables))
-    own = [lengths.size(v) for v, path in zip(ins, paths, strict=False) if path in held]
-    return _model(groups, count, plus(*own), tally)
+    dtypes = [var.aval.dtype for var in program.jaxpr.invars]
+    own = [
+        (lengths.size(v), dtype.itemsize)
+        for v, path, dtype in zip(ins, paths, dtypes, strict=False)
+        if path in held
+    ]
+    parameters = plus(*[size for size, _ in own])
+    held_bytes = plus(*[{m: c * n for m, c in size.items()} for size, n in own])
+    return _model(groups, count, (parameters, held_bytes), tally)
 
 
-def _model(groups: Groups, count: Spent, parameters: Sum, tally: Tally) -> CostModel:
+def _model(
+    groups: Groups, count: Spent, parameters: tuple[Sum, Sum], tally: Tally
+) -> CostModel:
     names, blocks = list(groups), [group.blocks for group in groups.values()]
     sizes = {name: group.size for name, group in groups.items()}
 
@@ -171,9 +182,11 @@ def _model(groups: Groups, count: Spent, parameters: Sum, tally: Tally) -> CostM
         for g in sorted(tally.lengths.uneven)
     ]
     why += ["another branch of a cond may become the dearest"] * tally.unsure
+    entries, held_bytes = map(made, parameters)
     return CostModel(
         sizes,
-        made(parameters),
+        entries,
+        held_bytes,
         made(count.multiply_adds),
         made(count.total_bytes),
         Largest(sizes, tuple(map(made, map(dict, count.largest)))),

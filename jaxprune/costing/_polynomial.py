@@ -126,6 +126,9 @@ class Polynomial(Cost):
     def __post_init__(self) -> None:
         object.__setattr__(self, "sizes", MappingProxyType(dict(self.sizes)))
 
+    def __reduce__(self) -> Any:  # a read-only mapping cannot be pickled
+        return Polynomial, (dict(self.sizes), self.terms)
+
     def __str__(self) -> str:
         return (
             " + ".join(

@@ -1,13 +1,13 @@
 """Cuts that take other units from every block of a group, but as many from each."""
 
 import dataclasses
-import fnmatch
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from jaxprune.core._groups import Group, Groups, Member
+from jaxprune.core._names import listed, matching, nearest
 from jaxprune.coupling import _row_rules as row_rules
 from jaxprune.coupling._collect import Found
 from jaxprune.coupling._labels import Value
@@ -53,18 +53,19 @@ def balance_groups(
     numbers = {name: number for number, name in enumerate(groups)}
     for pattern in patterns:
         reasons = {}
-        for name in fnmatch.filter(groups, pattern):
+        matched = matching(pattern, groups)
+        for name in matched:
             apart = _apart(groups[name], numbers[name], balance, variables)
             if isinstance(apart, Group):
                 named[name] = apart
             else:
                 reasons[name] = apart
-        if not reasons and not fnmatch.filter(groups, pattern):
+        if not matched:
             raise ValueError(
                 f"balanced pattern {pattern!r} matches none of the groups "
-                + ", ".join(list(groups)[:8])
+                f"{listed(groups)}{nearest(pattern, groups)}"
             )
-        if len(reasons) == len(fnmatch.filter(groups, pattern)):
+        if len(reasons) == len(matched):
             name, why = next(iter(reasons.items()))
             raise ValueError(
                 f"balanced pattern {pattern!r} matches no group with blocks that may "

@@ -1,6 +1,5 @@
 """`trace`: from any JAX function to the groups of axes that belong together."""
 
-import fnmatch
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -10,6 +9,7 @@ import numpy as np
 
 from jaxprune.core._groups import Groups
 from jaxprune.core._leaves import leaf_names
+from jaxprune.core._names import listed, matching, nearest, patterns
 from jaxprune.coupling._balance import Balance, balance_groups
 from jaxprune.coupling._collect import collect_groups, find_groups
 from jaxprune.coupling._labels import Value
@@ -26,9 +26,9 @@ def trace(
     apply_fn: Callable[..., Any],
     variables: Any,
     *args: Any,
-    pin: Sequence[str] = (),
-    unpin: Sequence[str] = (),
-    balanced: Sequence[str] = (),
+    pin: str | Sequence[str] = (),
+    unpin: str | Sequence[str] = (),
+    balanced: str | Sequence[str] = (),
     roles: bool = False,
     **kwargs: Any,
 ) -> Groups:
@@ -83,8 +83,9 @@ def trace(
     arrays = list(itertools.compress(names, map(is_array, leaves)))
     ledger, walked = walk_program(program, len(arrays))
     known = dict(zip(arrays, walked.ins, strict=False))
-    _pin(ledger, known, pin)
-    twins = _close_outputs(ledger, program, walked.outs, known, unpin)
+    _pin(ledger, known, patterns("pin", pin))
+    unpinned = patterns("unpin", unpin)
+    twins = _close_outputs(ledger, program, walked.outs, known, unpinned)
     ordered = _order_by_use(ledger, walked, known)
     solution = solve(ledger)
     whole = Whole(walked, arrays, twins) if roles else None
@@ -92,32 +93,23 @@ def trace(
     if not balanced:
         return groups
     balance = Balance(solution, walked, find_groups(ledger, solution, ordered))
-    return balance_groups(groups, balance, known, balanced)
+    return balance_groups(groups, balance, known, patterns("balanced", balanced))
 
 
-def _pin(ledger: Ledger, known: dict[str, Value], patterns: Sequence[str]) -> None:
+def _pin(ledger: Ledger, known: dict[str, Value], pins: Sequence[str]) -> None:
     why = ledger.reason(PINNED)
-    for pattern in patterns:
-        found = False
-        for name, value in known.items():
-            for d, axis in enumerate(value.axes):
-                if _matches(name, pattern) or _matches(f"{name}:{d}", pattern):
-                    ledger.freeze(axis, why)
-                    found = True
-        if not found:
+    axes = {f"{n}:{d}": axis for n, v in known.items() for d, axis in enumerate(v.axes)}
+    for pattern in pins:
+        leaves = set(matching(pattern, known))
+        whole = [name for name in axes if name.rpartition(":")[0] in leaves]
+        found = whole if pattern in leaves else whole + matching(pattern, axes)
+        for name in found:
+            ledger.freeze(axes[name], why)
+        if not found and not leaves:
             raise ValueError(
                 f"pin pattern {pattern!r} matches no axis of variables; the leaves "
-                f"are {_listed(list(known))}"
+                f"are {listed(known)}{nearest(pattern, [*known, *axes])}"
             )
-
-
-def _matches(name: str, pattern: str) -> bool:
-    return fnmatch.fnmatchcase(name, pattern)
-
-
-def _listed(names: list[str], most: int = 8) -> str:
-    shown = ", ".join(names[:most])
-    return shown + (f", ... ({len(names)} in all)" if len(names) > most else "")
 
 
 def _close_outputs(
@@ -125,23 +117,26 @@ def _close_outputs(
     program: Program,
     outs: list[Value],
     known: dict[str, Value],
-    unpin: Sequence[str],
+    unpinned: Sequence[str],
 ) -> list[int | None]:
     """Outputs keep their shape, unless they are new values of variables: of which?"""
     names = ["/".join(filter(None, ("output", path))) for path in program.out_paths]
-    for pattern in unpin:
-        if not any(_matches(name, pattern) for name in names):
+    free: set[str] = set()
+    for pattern in unpinned:
+        found = matching(pattern, names)
+        if not found:
             raise ValueError(
                 f"unpin pattern {pattern!r} matches no output; the outputs are "
-                f"{_listed(names)}"
+                f"{listed(names)}{nearest(pattern, names)}"
             )
+        free.update(found)
     twins = [_twin(p, v, known) for p, v in zip(program.out_paths, outs, strict=True)]
     for name, twin, out in zip(names, twins, outs, strict=True):
         why = ledger.reason(f"coupled to the {name} of apply_fn")
         for d, axis in enumerate(out.axes):
             if twin is not None:
                 ledger.tie(axis, known[twin].axes[d])
-            elif not any(_matches(name, pattern) for pattern in unpin):
+            elif name not in free:
                 ledger.freeze(axis, why)
     place = {name: k for k, name in enumerate(known)}
     return [None if twin is None else place[twin] for twin in twins]

@@ -9,6 +9,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxprune.core._leaves import leaf_names
+from jaxprune.core._names import listed
 from jaxprune.core._positions import axis_keep
 from jaxprune.narrowing._decide import SILENT, Alive
 from jaxprune.narrowing._replay import Restricted, restrict
@@ -101,10 +102,7 @@ def _full_shapes(
     """The variables at their original shapes, and which positions of each live."""
     leaves, tree = jax.tree.flatten(variables)
     if tree != treedef:
-        raise ValueError(
-            f"variables have the tree structure {tree}, but the masks were made for "
-            f"{treedef}; were they made for the same model?"
-        )
+        raise ValueError(_other_tree(variables, [name for name, _ in masks]))
     full: list[Any] = []
     alive: list[list[Alive]] = []
     for leaf, (name, mask) in zip(leaves, masks, strict=True):
@@ -120,6 +118,25 @@ def _full_shapes(
         full.append(abstract(leaf, shape))
         alive.append(keep)
     return jax.tree.unflatten(tree, full), alive
+
+
+def _other_tree(variables: Any, masked: Sequence[str]) -> str:
+    """Why these variables are not those that the masks were made for."""
+    given = leaf_names(variables, jax.tree.structure(variables))
+    collection = masked[0].partition("/")[0] if masked else ""
+    if {f"{collection}/{name}" for name in given} <= set(masked):
+        return (
+            f"the function takes all variables, but got the collection "
+            f"{collection!r} alone; call it with {{{collection!r}: ...}} and whatever "
+            "else the masks were made for, "
+            f"{listed(list(dict.fromkeys(n.partition('/')[0] for n in masked)))}"
+        )
+    missing = [name for name in masked if name not in set(given)]
+    unknown = [name for name in given if name not in set(masked)]
+    parts = [f"lack {listed(missing, 3)}"] * bool(missing)
+    parts += [f"have {listed(unknown, 3)}, which no mask is for"] * bool(unknown)
+    cause = " and ".join(parts) or "hold the same leaves in other containers"
+    return f"variables {cause}; were the masks made for the same model?"
 
 
 def _full_shape(name: str, small: tuple[int, ...], mask: np.ndarray) -> tuple[int, ...]:

@@ -1,98 +1,118 @@
 """`prune`: the five questions in one call."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Never
 
-import jax
+import numpy as np
 
 from jaxprune import scores as scoring
-from jaxprune import select
-from jaxprune.core._groups import Groups
+from jaxprune.core._limits import Each
 from jaxprune.core._masks import PyTree, expand_masks
-from jaxprune.coupling._trace import trace
+from jaxprune.costing import Cost
 from jaxprune.narrowing._narrow import narrow
+from jaxprune.recipes._deciding import Problem, decide, problem_of, recalibrated
+from jaxprune.recipes._pruned import Pruned, make_pruned
+from jaxprune.recipes._request import OPTIONS, Request, refuse_unknown
+from jaxprune.recipes._targets import CostName, Scope
+from jaxprune.recipes._unit_scores import Score
+from jaxprune.select._budget import Method
+from jaxprune.surgery._composing import compose_masks
 from jaxprune.surgery._slicing import slice_params
-
-Scope = Literal["group", "global"]
-
-# What a weight scores, and how the scores of a unit add up.
-_SCORES: dict[str, tuple[Callable[..., PyTree], dict[str, Any]]] = {
-    "l1": (scoring.magnitude, {"reduce": "l1"}),
-    "l2": (scoring.magnitude, {"reduce": "l2"}),
-    "lamp": (scoring.magnitude, {"reduce": "l2", "normalize": "lamp"}),
-    "batch_norm_scale": (scoring.batch_norm_scale, {"reduce": "l1"}),
-    "activation_probability": (scoring.activation_probability, {"reduce": "mean"}),
-}
-_NAMES = (*_SCORES, "geometric_median", "synflow")
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Pruned:
-    """A smaller function and its variables.
-
-    Attributes:
-        apply_fn: the narrowed function, with the signature of the original.
-        variables: its variables, sliced.
-        masks: what was kept, like the original variables, True = kept.
-        groups: what `trace` found in the original.
-    """
-
-    apply_fn: Callable[..., Any]
-    variables: PyTree
-    masks: PyTree
-    groups: Groups
 
 
 def prune(
-    apply_fn: Callable[..., Any],
-    variables: PyTree,
+    apply_fn: Callable[..., Any] | Pruned,
+    variables: PyTree = None,
     *args: Any,
-    sparsity: float,
-    score: str | Callable[[PyTree], PyTree] | PyTree = "l2",
+    kwargs: Mapping[str, Any] | None = None,
+    sparsity: float | Mapping[str, float] | None = None,
+    budget: float | str | None = None,
+    cost: CostName | Cost = "flops",
+    score: Score = "l2",
+    loss_fn: Callable[[PyTree, Any], Any] | None = None,
+    batches: Iterable[Any] | None = None,
+    inputs: Callable[[Any], tuple[Any, ...]] | None = None,
+    rounds: int = 1,
     scope: Scope = "group",
+    method: Method | None = None,
     normalize: scoring.Normalize | None = None,
     members: scoring.Members = "all",
-    multiple_of: int = 1,
-    min_keep: int = 1,
+    only: str | Sequence[str] | None = None,
+    pin: str | Sequence[str] = (),
+    unpin: str | Sequence[str] = (),
+    balanced: str | Sequence[str] = (),
+    max_sparsity: Each[float] | None = None,
+    min_keep: Each[int] | None = None,
+    multiple_of: Each[int] | None = None,
     exact: bool = True,
-    pin: Sequence[str] = (),
-    balanced: Sequence[str] = (),
-    **kwargs: Any,
+    recalibrate: bool | Mapping[str, Any] = True,
+    progress: bool | None = None,
+    **unknown: Never,
 ) -> Pruned:
     """Cuts the least important units of any JAX function.
 
-    ``trace``, ``group_scores``, ``select``, ``expand_masks``, ``slice_params`` and
-    ``narrow`` in one call; nothing is changed in place.
+    `trace`, a score, `select`, `expand_masks`, `slice_params` and `narrow` in one
+    call; nothing is changed in place.
 
     Args:
-        apply_fn: the function; its first argument is the variables.
-        variables: its variables, e.g. ``{"params": ..., "batch_stats": ...}``.
-        *args: example arguments, arrays or shapes.
-        sparsity: fraction of units to remove, in [0, 1].
-        score: "l1", "l2", "lamp", "geometric_median", "batch_norm_scale",
-            "activation_probability" or "synflow" (see `scores`); or a function of the
-            variables; or what it would return (larger matters more): a tree of scores
-            like the variables, or scores of units ``{group: float[size]}`` for exactly
-            these groups, such as those that look at data.
-        scope: "group" removes the fraction from every group, "global" ranks the units
-            of all groups together.
+        apply_fn: the function; its first argument is the variables. Or what an earlier
+            call returned, to cut further: then the masks are those of the original.
+        variables: its variables, e.g. ``{"params": ..., "batch_stats": ...}``; with an
+            earlier result None for its own, or these trained further.
+        *args: example arguments of the function, arrays or shapes.
+        kwargs: its keyword arguments.
+        sparsity: fraction of units to remove, in [0, 1); or group name or pattern ->
+            fraction, where groups that are not named are left alone.
+        budget: instead of a sparsity, the highest cost allowed: up to 1 a fraction of
+            the cost of the whole, above 1 a cost, or text such as ``"1.5M"``,
+            ``"3ms"``.
+        cost: what the budget is of: "flops", "multiply_adds", "parameters", "bytes"
+            (of the parameters), "activation_bytes" or "seconds" (measured on this
+            machine); or a cost such as ``latency_table(...)``.
+        score: from weights "l1", "l2", "lamp", "geometric_median",
+            "batch_norm_scale", "activation_probability" or "synflow"; with `loss_fn`
+            and `batches` "taylor", "snip", "grasp", "fisher" or "group_fisher"; with
+            `batches` "wanda", "mean_activation", "apoz" or "entropy" (see `scores`).
+            Or a function of the variables; or what it would return (larger matters
+            more): a tree of scores like the variables, or scores of units ``{group:
+            float[size]}`` for exactly these groups.
+        loss_fn: ``(variables, batch) -> scalar``, the mean loss over the batch.
+        batches: batches of data, examples along axis 0. With running averages among
+            the variables they are also measured anew on these (see `recalibrate`).
+        inputs: batch -> positional arguments of the function. None: the batch, if an
+            array; the first entries of a tuple, as many as there are arguments.
+        rounds: in how many steps to cut, with scores computed anew on what is left.
+        scope: for one sparsity: "group" removes the fraction from every group,
+            "global" ranks the units of all groups together.
+        method: for a budget: how groups compete, see `select.to_budget`; None for its
+            default.
         normalize: how the scores of a group are scaled, see `group_scores`; "lamp"
             scores are always scaled its own way.
         members: which members of a group score, see `group_scores`.
-        multiple_of: kept counts are multiples of this.
+        only: names or patterns of the groups to cut, ``"params/encoder/*"``.
+        pin: patterns of leaves or axes not to cut, see `trace`.
+        unpin: patterns of outputs that may shrink, see `trace`.
+        balanced: patterns of groups whose blocks lose units of their own, see `trace`.
+        max_sparsity: no group loses more than this fraction. This and the next two may
+            also be given by name or pattern, ``{"conv*": 0.5}``.
         min_keep: how many units every group keeps at least.
+        multiple_of: kept counts are multiples of this.
         exact: cut only groups for which cutting equals masking; with False also
             those whose `Group.why` names a difference.
-        pin: patterns of leaves or axes not to cut, see `trace`.
-        balanced: patterns of groups whose blocks lose units of their own, see `trace`.
-        **kwargs: further example arguments.
+        recalibrate: measure running averages anew where there are batches? Or the
+            keyword arguments that put the function into training mode; True takes
+            `kwargs` with their flags (``train``, ``deterministic``, ...) turned.
+        progress: show progress bars? None for on a terminal.
+        **unknown: none; a misspelt option raises.
 
     Returns:
         The small function, its variables, the masks and the groups.
 
     Raises:
-        ValueError: if nothing can be cut, or an option is unknown or out of range.
+        ValueError: if nothing can be cut, the budget is out of reach, or an option is
+            out of range.
+        TypeError: if an option does not exist, or is of the wrong kind.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxprune
@@ -104,68 +124,55 @@ def prune(
         (3, 4)
         >>> pruned.apply_fn(pruned.variables, jnp.ones((1, 3))).shape
         (1, 2)
+        >>> jaxprune.prune(mlp, params, jnp.ones((1, 3)), budget=0.25).costs.flops
+        20
     """
-    groups = trace(apply_fn, variables, *args, pin=pin, balanced=balanced, **kwargs)
-    chosen = [name for name, group in groups.items() if group.exact or not exact]
-    if not chosen:
-        raise ValueError(_nothing(groups))
-    if isinstance(score, str) and score == "synflow":
-        flow = scoring.synflow(apply_fn, variables, *args, **kwargs)
-        score = scoring.group_scores(groups, flow, reduce="sum", members=members)
-    numbers = _unit_scores(groups, variables, score, normalize, members)
-    selection = {"group": select.per_group, "global": select.across_groups}
-    if scope not in selection:
-        raise ValueError(f"scope must be 'group' or 'global', got {scope!r}")
-    keep = selection[scope](
-        groups,
-        jax.device_get(numbers),
-        sparsity=sparsity,
-        multiple_of=multiple_of,
-        min_keep=min_keep,
-        only=[_literal(name) for name in chosen],
-    )
-    masks = expand_masks(groups, keep)
-    small = slice_params(variables, masks)
-    return Pruned(narrow(apply_fn, masks), small, masks, groups)
+    given = locals()
+    refuse_unknown("prune", unknown, (*OPTIONS, "kwargs"))
+    request = Request(**{name: given[name] for name in OPTIONS})
+    if isinstance(apply_fn, Pruned):
+        return _further(apply_fn, variables, args, kwargs, request)
+    problem = problem_of(apply_fn, variables, args, kwargs, request)
+    return _cut(problem, variables)
 
 
-def _unit_scores(
-    groups: Groups,
-    variables: PyTree,
-    score: str | Callable[[PyTree], PyTree] | PyTree,
-    normalize: scoring.Normalize | None,
-    members: scoring.Members,
-) -> Mapping[str, jax.Array]:
-    options: dict[str, Any] = {"members": members}
-    if isinstance(score, str):
-        if score == "geometric_median":
-            units = scoring.geometric_median(groups, variables, members=members)
-            return scoring.normalized(units, normalize)
-        if score not in _SCORES:
-            raise ValueError(
-                f"unknown score {score!r}; expected a function, scores or one of "
-                f"{_NAMES}"
-            )
-        function, defaults = _SCORES[score]
-        options |= {"normalize": normalize, **defaults}
-        return scoring.group_scores(groups, function(variables), **options)
-    numbers = score(variables) if callable(score) else score
-    if isinstance(numbers, Mapping) and set(numbers) == set(groups):
-        return scoring.normalized(numbers, normalize)
-    return scoring.group_scores(groups, numbers, normalize=normalize, **options)
-
-
-def _literal(name: str) -> str:
-    """A pattern that matches this name alone."""
-    return name.replace("[", "[[]").replace("*", "[*]").replace("?", "[?]")
-
-
-def _nothing(groups: Groups) -> str:
-    if len(groups):
-        worst = next(iter(groups.values()))
-        return (
-            "no group can be cut exactly; pass exact=False to cut anyway. The first, "
-            f"{worst.name}: {worst.why}"
+def _cut(problem: Problem, variables: PyTree) -> Pruned:
+    """Cuts in as many steps as are asked for."""
+    keep: dict[str, np.ndarray] = {}
+    small, masks = variables, None
+    steps = problem.request.rounds
+    for number in range(1, steps + 1):
+        keep = decide(problem, small, keep, number / steps)
+        masks = expand_masks(problem.groups, keep)
+        small = recalibrated(
+            problem, narrow(problem.apply_fn, masks), slice_params(variables, masks)
         )
-    reasons = sorted({f"{pin.path}:{pin.axis} is {pin.why}" for pin in groups.pinned})
-    return f"nothing can be cut: {'; '.join(reasons[:3])} (see trace(...).pinned)"
+    call = problem.groups, problem.args, problem.kwargs
+    return make_pruned(problem.apply_fn, variables, masks, *call).replace(
+        variables=small
+    )
+
+
+def _further(
+    before: Pruned,
+    variables: PyTree,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+    request: Request,
+) -> Pruned:
+    """Cuts what an earlier cut has left; the masks are those of the original."""
+    variables = before.variables if variables is None else variables
+    args, kwargs = args or before.args, before.kwargs if kwargs is None else kwargs
+    problem = problem_of(before.apply_fn, variables, args, kwargs, request)
+    again = _cut(problem, variables)
+    masks = compose_masks(before.masks, again.masks)
+    return dataclasses.replace(
+        before,
+        apply_fn=narrow(before.dense_fn, masks),
+        variables=again.variables,
+        masks=masks,
+        args=again.args,
+        kwargs=again.kwargs,
+        last_masks=again.masks,
+        seconds=None,
+    )

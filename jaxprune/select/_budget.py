@@ -141,13 +141,15 @@ def to_budget(
         raise ValueError(
             f"method must be one of {[*_METHODS, 'exact']}, got {method!r}"
         )
+    _check_cost(cost)
     found = queues(groups, scores, cost, only, min_keep, multiple_of, max_sparsity)
     state = State(found, cost)
     least = {name: int(q.widths[-1]) for name, q in found.items()}
     if cost.value(least) > budget:
         raise ValueError(
             f"budget={budget:g} cannot be met: with as few units as the limits allow "
-            f"the cost is {cost.value(least):g} of {cost.full:g}"
+            f"the cost is {cost.value(least):g} of {cost.full:g} "
+            f"({cost.value(least) / cost.full:.1%})" + _if_fraction(budget, cost)
         )
     if method == "exact":
         after = _exact(state, budget, time_limit)
@@ -160,6 +162,24 @@ def to_budget(
         state.gone[after.next] -= 1
         more = state.value()
     return Selection(keep, budget, reached, more, cost.full, score, after.bound)
+
+
+def _check_cost(cost: Any) -> None:
+    """Raises if it is no function of sizes."""
+    if isinstance(cost, Cost):
+        return
+    named = [n for n, v in getattr(cost, "__dict__", {}).items() if isinstance(v, Cost)]
+    several = f", which holds several: give one of them, {', '.join(named)}"
+    raise TypeError(
+        "cost must be a cost as a function of group sizes, such as "
+        f"cost_model(...).flops; got a {type(cost).__name__}{several if named else ''}"
+    )
+
+
+def _if_fraction(budget: float, cost: Cost) -> str:
+    if not 0 < budget <= 1:
+        return ""
+    return f"; for that fraction of the whole give budget={budget:g} * cost.full"
 
 
 class _After(NamedTuple):

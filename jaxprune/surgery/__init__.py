@@ -1,5 +1,7 @@
-"""Edits of parameters: slice, unslice, merge."""
+"""Edits of parameters: slice, unslice, merge; masks of several cuts in a row."""
 
+from jaxprune.surgery._composing import compose_masks as compose_masks
+from jaxprune.surgery._composing import units_kept as units_kept
 from jaxprune.surgery._merging import Merged as Merged
 from jaxprune.surgery._merging import MergeError as MergeError
 from jaxprune.surgery._merging import averaging_matrix as averaging_matrix

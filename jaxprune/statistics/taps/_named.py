@@ -1,6 +1,5 @@
 """`names`, `read`, `modify`: taps on the activations that have a name."""
 
-import fnmatch
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -9,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.core._names import matching
 from jaxprune.program._jaxprs import Program, is_array, trace_program
 from jaxprune.statistics.taps._names import Found, named_sites
 from jaxprune.statistics.taps._program import Tap, run
@@ -169,12 +169,7 @@ def _editor(name: str, edit: Any) -> Callable[..., tuple[Any, None]]:
 def _matching(sites: Mapping[str, Found], patterns: Sequence[str]) -> dict[str, Found]:
     chosen: dict[str, Found] = {}
     for pattern in patterns:
-        exact = {pattern: sites[pattern]} if pattern in sites else {}
-        found = exact or {
-            name: site
-            for name, site in sites.items()
-            if fnmatch.fnmatchcase(name, pattern)
-        }
+        found = {name: sites[name] for name in matching(pattern, sites)}
         if not found:
             raise ValueError(
                 f"no activation is called {pattern!r}; the names are "

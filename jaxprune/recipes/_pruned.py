@@ -1,0 +1,257 @@
+"""`Pruned`: a smaller function, and all that one wants to know or do with it."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxprune.core._groups import Groups
+from jaxprune.core._kept import Cost, as_html, as_text, kept_table
+from jaxprune.core._leaves import named_leaves
+from jaxprune.core._masks import PyTree
+from jaxprune.costing import Costs, costs
+from jaxprune.costing._latency import seconds_per_call
+from jaxprune.narrowing._narrow import narrow
+from jaxprune.program._jaxprs import is_array
+from jaxprune.statistics._recalibration import recalibrate
+from jaxprune.surgery._composing import units_kept
+from jaxprune.surgery._slicing import slice_opt_state, slice_params
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Pruned:
+    """A smaller function and its variables; prints as a table.
+
+    Attributes:
+        apply_fn: the narrowed function, with the signature of the original.
+        variables: its variables, sliced.
+        masks: what is kept of the original variables, True = kept.
+        groups: what `trace` found in the original.
+        dense_fn: the original function.
+        dense_variables: shapes and dtypes of the original variables.
+        args: example arguments, shapes and dtypes where they are arrays.
+        kwargs: example keyword arguments, likewise.
+        last_masks: what the last of several cuts kept of the variables that it was
+            given; `masks` where there was one cut.
+        seconds: of one call before and after, once `measured`.
+    """
+
+    apply_fn: Callable[..., Any]
+    variables: PyTree
+    masks: PyTree
+    groups: Groups
+    dense_fn: Callable[..., Any]
+    dense_variables: PyTree
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    last_masks: PyTree = None
+    seconds: tuple[float, float] | None = None
+
+    # --- what it is ------------------------------------------------------------------
+
+    @functools.cached_property
+    def plan(self) -> dict[str, np.ndarray]:
+        """Group name -> bool ``[size]``, True = kept: for `plans.save`."""
+        return units_kept(self.groups, self.masks)
+
+    @functools.cached_property
+    def costs_before(self) -> Costs:
+        """What a call of the original costs."""
+        return costs(self.dense_fn, self.dense_variables, *self.args, **self.kwargs)
+
+    @functools.cached_property
+    def costs(self) -> Costs:
+        """What a call costs now."""
+        return costs(self.apply_fn, self.variables, *self.args, **self.kwargs)
+
+    def __str__(self) -> str:
+        return as_text(self.__rich__())
+
+    __repr__ = __str__
+
+    def __rich__(self) -> Any:
+        pairs = self.costs_before, self.costs
+        found = [
+            Cost("parameters", *(each.parameters for each in pairs)),
+            Cost("FLOPs", *(each.flops for each in pairs)),
+        ]
+        found += [Cost("seconds", *self.seconds)] if self.seconds else []
+        return kept_table(self.groups, self.plan, tuple(found))
+
+    def _repr_html_(self) -> str:
+        return as_html(self.__rich__())
+
+    def figure(self) -> Any:
+        """Draws the groups, what is removed hatched, see `display.groups_figure`.
+
+        Needs matplotlib.
+        """
+        from jaxprune.display import groups_figure
+
+        return groups_figure(self.groups, self.plan)
+
+    # --- what one does with it -------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the narrowed function on the sliced variables."""
+        return self.apply_fn(self.variables, *args, **kwargs)
+
+    def replace(self, **changes: Any) -> "Pruned":
+        """The same with other values of some attributes, such as trained variables.
+
+        Raises:
+            ValueError: if new variables do not have the shapes of the old.
+        """
+        if "variables" in changes:
+            _check_same_shapes(self.variables, changes["variables"])
+        return dataclasses.replace(self, **changes)
+
+    def slice_opt_state(self, tx: Any, opt_state: PyTree) -> PyTree:
+        """The optimiser state for the sliced variables, momentum kept.
+
+        Args:
+            tx: the `optax.GradientTransformation` that made it.
+            opt_state: its state for the variables before this cut, or for their
+                collection ``params``.
+
+        Returns:
+            The state for `variables`, or for ``variables["params"]``.
+
+        Raises:
+            ValueError: as `jaxprune.slice_opt_state`.
+        """
+        masks = self.masks if self.last_masks is None else self.last_masks
+        if not isinstance(masks, Mapping) or "params" not in masks:
+            return slice_opt_state(tx, opt_state, masks)
+        try:
+            return slice_opt_state(tx, opt_state, masks["params"])
+        except ValueError as error:
+            try:
+                return slice_opt_state(tx, opt_state, masks)
+            except ValueError:
+                raise error from None
+
+    def recalibrate(self, batches: Iterable[Any], **kwargs: Any) -> "Pruned":
+        """The same with BatchNorm statistics measured anew, see `recalibrate`.
+
+        Args:
+            batches: inputs, each an array or a tuple of positional arguments.
+            **kwargs: as for `jaxprune.recalibrate`.
+        """
+        new = recalibrate(self.apply_fn, self.variables, batches, **kwargs)
+        return self.replace(variables=new)
+
+    def measured(self, *args: Any, **kwargs: Any) -> "Pruned":
+        """The same with the seconds of a call before and after.
+
+        Args:
+            *args: arguments to call with; by default zeros like the example.
+            **kwargs: keyword arguments, likewise.
+        """
+        if not args and not kwargs:
+            args, kwargs = jax.tree.map(_zeros, (self.args, dict(self.kwargs)))
+        dense = jax.tree.map(_zeros, self.dense_variables)
+        before = seconds_per_call(self.dense_fn, (dense, *args), kwargs)
+        after = seconds_per_call(self.apply_fn, (self.variables, *args), kwargs)
+        return dataclasses.replace(self, seconds=(before, after))
+
+    # --- pickle and copy -------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del fields["apply_fn"]  # narrow(dense_fn, masks), a closure
+        return {**fields, "variables": jax.tree.map(_without_key, self.variables)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        variables = jax.tree.map(_with_key, state["variables"], is_leaf=_is_key)
+        self.__dict__.update(state, variables=variables)
+        self.__dict__["apply_fn"] = narrow(self.dense_fn, self.masks)
+
+
+def make_pruned(
+    dense_fn: Callable[..., Any],
+    variables: PyTree,
+    masks: PyTree,
+    groups: Groups,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> Pruned:
+    """The `Pruned` of a function and masks; the variables are sliced.
+
+    Args:
+        dense_fn: the original function.
+        variables: its variables, full size.
+        masks: tree of bools like `variables`, True = kept; concrete.
+        groups: what `trace` returned.
+        args: example arguments, arrays or shapes.
+        kwargs: example keyword arguments.
+
+    Returns:
+        The smaller function, its variables and the rest.
+    """
+    return Pruned(
+        narrow(dense_fn, masks),
+        slice_params(variables, masks),
+        masks,
+        groups,
+        dense_fn,
+        jax.tree.map(abstract, variables),
+        jax.tree.map(abstract, tuple(args)),
+        jax.tree.map(abstract, dict(kwargs or {})),
+    )
+
+
+def abstract(leaf: Any) -> Any:
+    """The shape and dtype of an array; what is no array as it is."""
+    if not is_array(leaf):
+        return leaf
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+
+
+def _zeros(leaf: Any) -> Any:
+    if not isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.split(jax.random.key(0), leaf.shape)
+    return jax.numpy.zeros(leaf.shape, leaf.dtype)
+
+
+def _check_same_shapes(old: PyTree, new: PyTree) -> None:
+    before, after = named_leaves(old), named_leaves(new)
+    if different := sorted(before.keys() ^ after.keys()):
+        side = "lack" if different[0] in before else "have"
+        raise ValueError(f"the new variables {side} {different[0]}, unlike the pruned")
+    for path, leaf in before.items():
+        if np.shape(leaf) != np.shape(after[path]):
+            raise ValueError(
+                f"the new {path} has shape {np.shape(after[path])}, but the pruned "
+                f"function takes {np.shape(leaf)}; were they trained before the cut?"
+            )
+
+
+class _Key(tuple):
+    """A typed key as its implementation and plain data: keys cannot be pickled."""
+
+
+def _is_key(leaf: Any) -> bool:
+    return isinstance(leaf, _Key)
+
+
+def _without_key(leaf: Any) -> Any:
+    is_key = hasattr(leaf, "dtype") and jax.numpy.issubdtype(
+        leaf.dtype, jax.dtypes.prng_key
+    )
+    if not is_key or isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf
+    data = np.asarray(jax.random.key_data(leaf))
+    return _Key((str(jax.random.key_impl(leaf)), data))
+
+
+def _with_key(leaf: Any) -> Any:
+    if not _is_key(leaf):
+        return leaf
+    impl, data = leaf
+    return jax.random.wrap_key_data(jax.numpy.asarray(data), impl=impl)

@@ -1,0 +1,205 @@
+"""Scores by name: one number per unit from weights, from a program, or from data."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+from jaxprune import scores as scoring
+from jaxprune.core._groups import Groups
+from jaxprune.core._leaves import named_leaves
+from jaxprune.core._masks import PyTree
+from jaxprune.core._names import nearest
+
+Score = str | Callable[[PyTree], PyTree] | PyTree
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Subject:
+    """What is scored: a program, its variables, and what data it is to be seen with.
+
+    Attributes:
+        groups: what `trace` returned for it.
+        apply_fn: the function; its first argument is the variables.
+        variables: its variables.
+        args: example arguments.
+        kwargs: example keyword arguments.
+        loss_fn: ``(variables, batch) -> scalar``, or None.
+        batches: batches of data, or None.
+        inputs: batch -> positional arguments of `apply_fn`.
+        progress: show progress bars? None for on a terminal.
+    """
+
+    groups: Groups
+    apply_fn: Callable[..., Any]
+    variables: PyTree
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    loss_fn: Any = None
+    batches: Any = None
+    inputs: Callable[[Any], tuple[Any, ...]] = lambda batch: (batch,)
+    progress: bool | None = None
+
+    def forward(self, variables: PyTree, batch: Any) -> Any:
+        """The outputs for a batch."""
+        return self.apply_fn(variables, *self.inputs(batch), **self.kwargs)
+
+
+Scored = tuple[PyTree, scoring.Reduce]
+
+
+def _of_weights(name: str, reduce: scoring.Reduce) -> Callable[[Subject], Scored]:
+    return lambda subject: (getattr(scoring, name)(subject.variables), reduce)
+
+
+def _of_loss(name: str, reduce: scoring.Reduce) -> Callable[[Subject], Scored]:
+    def score(subject: Subject) -> Scored:
+        found = getattr(scoring, name)(
+            subject.loss_fn,
+            subject.variables,
+            subject.batches,
+            progress=subject.progress,
+        )
+        return found, reduce
+
+    return score
+
+
+def _fisher(subject: Subject) -> Scored:
+    curvature, reduce = _of_loss("fisher", "sum")(subject)
+    return scoring.obd(subject.variables, curvature), reduce
+
+
+def _wanda(subject: Subject) -> Scored:
+    options = {"progress": subject.progress}
+    data = subject.forward, subject.variables, subject.batches
+    return scoring.wanda(*data, **options), "l2"
+
+
+def _synflow(subject: Subject) -> Scored:
+    kwargs = dict(subject.kwargs)
+    flow = scoring.synflow(subject.apply_fn, subject.variables, *subject.args, **kwargs)
+    return flow, "sum"
+
+
+def _activations(name: str) -> Callable[[Subject], Mapping[str, jax.Array]]:
+    def score(subject: Subject) -> Mapping[str, jax.Array]:
+        data = subject.groups, subject.forward, subject.variables, subject.batches
+        return getattr(scoring, name)(*data, progress=subject.progress)
+
+    return score
+
+
+def _group_fisher(subject: Subject) -> Mapping[str, jax.Array]:
+    data = subject.groups, subject.loss_fn, subject.variables, subject.batches
+    return scoring.group_fisher(*data, progress=subject.progress)
+
+
+# Scores of weights, and how those of a unit add up.
+_TREES: dict[str, Callable[[Subject], Scored]] = {
+    "l1": _of_weights("magnitude", "l1"),
+    "l2": _of_weights("magnitude", "l2"),
+    "lamp": _of_weights("magnitude", "l2"),
+    "batch_norm_scale": _of_weights("batch_norm_scale", "l1"),
+    "activation_probability": _of_weights("activation_probability", "mean"),
+    "synflow": _synflow,
+    "taylor": _of_loss("taylor", "sum"),
+    "snip": _of_loss("snip", "sum"),
+    "grasp": _of_loss("grasp", "abs_of_sum"),
+    "fisher": _fisher,
+    "wanda": _wanda,
+}
+# Scores that are of units from the start.
+_UNITS: dict[str, Callable[[Subject], Mapping[str, jax.Array]]] = {
+    "group_fisher": _group_fisher,
+    "mean_activation": _activations("mean_activation"),
+    "apoz": _activations("apoz"),
+    "entropy": _activations("entropy"),
+}
+NEED_LOSS = ("taylor", "snip", "grasp", "fisher", "group_fisher")
+NEED_BATCHES = (*NEED_LOSS, "wanda", "mean_activation", "apoz", "entropy")
+NAMES = ("geometric_median", *_TREES, *_UNITS)
+
+
+def unit_scores(
+    subject: Subject,
+    score: Score,
+    *,
+    normalize: scoring.Normalize | None = None,
+    members: scoring.Members = "all",
+) -> dict[str, jax.Array]:
+    """One number per unit: larger matters more.
+
+    Args:
+        subject: what is scored.
+        score: a name of `NAMES`; a function of the variables; or what it would
+            return: a tree of scores like the variables, or scores of units.
+        normalize: how the scores of a group are scaled, see `group_scores`.
+        members: which members of a group score, see `group_scores`.
+
+    Returns:
+        Group name -> float ``[size]``.
+
+    Raises:
+        ValueError: if the name is unknown, or needs a loss or data that is missing.
+    """
+    if isinstance(score, str):
+        check_score(score, subject.loss_fn, subject.batches)
+        return _named(subject, score, normalize, members)
+    numbers = score
+    if callable(score) and not _is_tree_like(score, subject.variables):
+        numbers = score(subject.variables)
+    if isinstance(numbers, Mapping) and set(numbers) == set(subject.groups):
+        return scoring.normalized(numbers, normalize)
+    options: dict[str, Any] = {"normalize": normalize, "members": members}
+    return scoring.group_scores(subject.groups, numbers, **options)
+
+
+def _named(
+    subject: Subject,
+    name: str,
+    normalize: scoring.Normalize | None,
+    members: scoring.Members,
+) -> dict[str, jax.Array]:
+    groups = subject.groups
+    if name == "geometric_median":
+        units = scoring.geometric_median(groups, subject.variables, members=members)
+        return scoring.normalized(units, normalize)
+    if name in _UNITS:
+        return scoring.normalized(_UNITS[name](subject), normalize)
+    tree, reduce = _TREES[name](subject)
+    options: dict[str, Any] = {"reduce": reduce, "members": members}
+    options["normalize"] = "lamp" if name == "lamp" else normalize
+    return scoring.group_scores(groups, tree, **options)
+
+
+def check_score(score: Any, loss_fn: Any, batches: Any) -> None:
+    """Raises unless a score of this name exists and has what it needs."""
+    if not isinstance(score, str):
+        return
+    if score not in NAMES:
+        raise ValueError(
+            f"unknown score {score!r}{nearest(score, NAMES)} Expected a function, "
+            f"scores, or one of {', '.join(NAMES)}, of which "
+            f"{', '.join(NEED_LOSS)} look at data and need loss_fn and batches, and "
+            f"{', '.join(NEED_BATCHES[len(NEED_LOSS) :])} need batches"
+        )
+    if score in NEED_LOSS and loss_fn is None:
+        raise ValueError(
+            f"score {score!r} differentiates a loss: give loss_fn=(variables, batch) "
+            "-> scalar and batches=[...]"
+        )
+    if score in NEED_BATCHES and batches is None:
+        raise ValueError(f"score {score!r} looks at data: give batches=[...]")
+
+
+def _is_tree_like(score: Any, variables: PyTree) -> bool:
+    """Is it a tree of scores? So may a module be that can also be called."""
+    paths = named_leaves(score)
+    known = {
+        p
+        for path in named_leaves(variables)
+        for p in (path, path.removeprefix("params/"))
+    }
+    return bool(paths) and "" not in paths and set(paths) <= known
