@@ -1,5 +1,7 @@
 """Every schedule through the same checks, and the published identities."""
 
+import math
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -150,8 +152,17 @@ def test_cyclic_gives_every_part_its_turn():
         (lambda: schedules.geometric(1.0, start=0, end=2), "sparsity below 1"),
         (lambda: schedules.narang(0.1, start=5, ramp=3, end=9), "in order"),
         (lambda: schedules.narang(-0.1, start=0, ramp=3, end=9), "negative"),
+        (lambda: schedules.narang(math.nan, start=0, ramp=3, end=9), "got nan"),
+        (lambda: schedules.inverse_decay(math.inf), "rate must .* got inf"),
+        (lambda: schedules.one_shot(math.nan), "sparsity must .* got nan"),
+        (lambda: schedules.linear(0.5, start=0, end=math.inf), "end must .* got inf"),
+        (lambda: schedules.cubic(0.5, start=math.nan, end=9), "start must .* got nan"),
+        (lambda: schedules.cyclic(2, every=2.5), "every must be a whole .* got 2.5"),
         (lambda: schedules.cyclic(0, every=3), "parts=0"),
-        (lambda: schedules.inverse_decay(-1.0), "rate=-1.0"),
+        (
+            lambda: schedules.inverse_decay(-1.0),
+            "rate must not be negative, and finite, got -1.0",
+        ),
     ],
 )
 def test_bad_settings_are_named(build, message):

@@ -223,7 +223,10 @@ def test_units_may_stand_in_any_order(name):
     order["zero"] = np.arange(4)  # zeros tie, and ties are decided by position
     opt_state = tx.init(params)
     masks = permuted(current_masks(params, opt_state), order)
-    moved_state = opt_state._replace(masks=pack_masks(masks, params, opt_state.masks))
+    prunable = {path: masks[path] for path in opt_state.masks.bits}
+    weights_of = {path: params[path] for path in prunable}
+    packed = pack_masks(prunable, weights_of, opt_state.masks)
+    moved_state = opt_state._replace(masks=packed)
     moved = train(name, permuted(params, order), moved_state, range(STEPS), order)
     end, opt_state = trained(name)
     masks = permuted(current_masks(end, opt_state), order)

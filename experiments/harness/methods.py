@@ -6,6 +6,7 @@ References:
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -135,19 +136,35 @@ def hidden_kernels(params: Any) -> Any:
     return jax.tree.map_with_path(lambda path, _: is_hidden_kernel(path), params)
 
 
+def _targeted(params: Any, target: float) -> Any:
+    """`hidden_kernels` but those with too few inputs for one to be targeted.
+
+    The first convolution of a grey image has one input per filter: there is none to
+    rank, and targeted noise leaves it alone.
+    """
+    return jax.tree.map(
+        lambda hidden, w: hidden and (target == 1 or int(w.shape[-2] * target) >= 1),
+        hidden_kernels(params),
+        params,
+    )
+
+
 def _bridgeout(hyper: Hyper, key: jax.Array) -> optax.GradientTransformation:
     return jaxprune.bridgeout(
         hyper.rate,
         hyper.q,
         target_fraction=hyper.target,
-        mask=hidden_kernels,
+        mask=functools.partial(_targeted, target=hyper.target),
         key=key,
     )
 
 
 def _dropconnect(hyper: Hyper, key: jax.Array) -> optax.GradientTransformation:
     return training.dropconnect(
-        hyper.rate, target_fraction=hyper.target, mask=hidden_kernels, key=key
+        hyper.rate,
+        target_fraction=hyper.target,
+        mask=functools.partial(_targeted, target=hyper.target),
+        key=key,
     )
 
 

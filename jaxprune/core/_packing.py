@@ -31,6 +31,17 @@ class PackedMasks(NamedTuple):
     bits: Any
 
 
+class ByPath(NamedTuple):
+    """Arrays that a method remembers of leaves of the parameters.
+
+    Attributes:
+        arrays: path -> number, or array of the leaf's axes that is broadcastable to
+            it. They are sliced as the leaves are.
+    """
+
+    arrays: Any
+
+
 def pack_masks(
     masks: PyTree, params: PyTree, like: PackedMasks | None = None
 ) -> PackedMasks:

@@ -5,7 +5,7 @@ abstract: a ShapeDtypeStruct is sliced to a smaller ShapeDtypeStruct.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,7 @@ from jaxprune.core._masks import (
     pair_masks,
     zero_removed,
 )
-from jaxprune.core._packing import PackedMasks, slice_bits
+from jaxprune.core._packing import ByPath, PackedMasks, slice_bits
 from jaxprune.core._placement import all_placed_like, empty, on_all_cores, on_host
 from jaxprune.core._positions import axis_keep, keeps_whole_positions
 
@@ -132,21 +132,50 @@ def slice_opt_state(tx: Any, opt_state: PyTree, masks: PyTree) -> PyTree:
             "variables['params']?) or tx keeps parameters in a form optax does not "
             "know; then start again with tx.init(slice_params(params, masks))"
         ) from error
+    by_path = named_leaves(masks)
     return jax.tree.map(
-        _sliced,
+        lambda part: _sliced(part, by_path),
         marked,
-        is_leaf=lambda part: isinstance(part, _ParamLike | PackedMasks),
+        is_leaf=lambda part: isinstance(part, _ParamLike | PackedMasks | ByPath),
     )
 
 
-def _sliced(part: Any) -> Any:
+def _sliced(part: Any, masks: Mapping[str, Any]) -> Any:
+    if isinstance(part, _ParamLike):
+        return part.sliced()
     if isinstance(part, PackedMasks):
-        return jax.tree.map(
-            lambda leaf: leaf.sliced_bits(),
-            part,
-            is_leaf=lambda leaf: isinstance(leaf, _ParamLike),
-        )
-    return part.sliced() if isinstance(part, _ParamLike) else part
+        return PackedMasks(_each_by_path(slice_bits, part.bits, masks))
+    if isinstance(part, ByPath):
+        return ByPath(_each_by_path(_slice_remembered, part.arrays, masks))
+    return part
+
+
+def _each_by_path(
+    slice_one: Callable[[str, Any, np.ndarray], Any],
+    arrays: Any,
+    masks: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Slices what a method keeps by path, which optax does not know."""
+    found = {}
+    for path, array in arrays.items():
+        mask = masks.get(path, masks.get(f"{path}/value"))  # in a Flax box
+        if mask is None:
+            raise ValueError(
+                f"opt_state holds something for {path}, which masks lack; were they "
+                "made for another tree than tx.init got?"
+            )
+        found[path] = slice_one(path, array, concrete(path, mask))
+    return found
+
+
+def _slice_remembered(path: str, array: Any, mask: np.ndarray) -> Any:
+    """An array that is broadcastable to its leaf, cut where the leaf is cut."""
+    if np.ndim(array) == 0 or mask.ndim == 0:
+        return array
+    for axis, positions in enumerate(axis_keep(mask, mask.shape)):
+        if positions is not None and np.shape(array)[axis] > 1:
+            array = _take(array, np.flatnonzero(positions), axis)
+    return array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,12 +200,6 @@ class _ParamLike:
                 "stacked statistic?); start again with tx.init(slice_params(params, "
                 "masks))"
             ) from error
-
-    def sliced_bits(self) -> Any:
-        """The state is a mask, packed."""
-        if _is_masked_node(self.state):
-            return self.state
-        return slice_bits(self.path, self.state, concrete(self.path, self.mask))
 
 
 def _is_masked_node(part: Any) -> bool:

@@ -1,5 +1,7 @@
 """Numbers that optimisers are given: in range, known or traced, fixed or scheduled."""
 
+import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +19,7 @@ _DOMAINS: dict[str, tuple[Callable[[float], bool], str]] = {
     "vector_strength": (lambda x: x >= 0, "at least 0"),
     "weight_decay": (lambda x: x >= 0, "at least 0"),
     "nonzero_ratio": (lambda x: 0 < x <= 1, "in (0, 1]"),
+    "limit": (lambda x: x >= 0, "at least 0"),
     "target_fraction": (lambda x: 0 < x <= 1, "in (0, 1]"),
 }
 
@@ -28,6 +31,8 @@ def check(name: str, value: Any) -> None:
     inside, domain = _DOMAINS[name]
     if not inside(float(value)):
         raise ValueError(f"{name} must be {domain}, got {value}")
+    if not math.isfinite(float(value)):
+        raise ValueError(f"{name} must be {domain} and finite, got {value}")
 
 
 def current(name: str, value: optax.ScalarOrSchedule, count: jax.Array) -> jax.Array:
@@ -37,20 +42,11 @@ def current(name: str, value: optax.ScalarOrSchedule, count: jax.Array) -> jax.A
     return jnp.array(now, jnp.float32)
 
 
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number: of steps, or of parts."""
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
 def is_ranked(target_fraction: Any) -> bool:
     """Whether weights must be ranked: not if the fraction is known to be 1."""
     return isinstance(target_fraction, Tracer) or target_fraction < 1
-
-
-def typed_key(key: int | jax.Array) -> jax.Array:
-    """The key of a seed, or a copy of a typed key."""
-    dtype, shape = jnp.result_type(key), jnp.shape(key)
-    if jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ():
-        # A copy: donating the state's buffers must not delete the caller's key.
-        return jnp.copy(key)
-    if not jnp.issubdtype(dtype, jnp.integer) or shape != ():
-        raise TypeError(
-            f"key must be an int or a typed key such as jax.random.key(0), got {key!r};"
-            " wrap raw uint32 keys with jax.random.wrap_key_data"
-        )
-    return jax.random.key(key)

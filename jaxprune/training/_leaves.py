@@ -1,16 +1,22 @@
 """Which leaves of the parameters a regulariser acts on."""
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxprune.core._leaves import unique_names
 
 
 def select_leaves(
-    params: Any, mask: Any = None, min_ndim: int = 0, gets: str = "noise"
+    params: Any,
+    mask: Any = None,
+    min_ndim: int = 0,
+    gets: str = "noise",
+    target_fraction: Any = 1.0,
 ) -> Any:
     """Paths of the chosen leaves, as the keys of a dict of None.
 
@@ -23,6 +29,8 @@ def select_leaves(
             bias, b, scale or offset.
         min_ndim: axes that a chosen leaf must have.
         gets: what the chosen leaves get, for the messages.
+        target_fraction: share of the inputs of every filter that noise may reach; each
+            chosen leaf must have enough inputs for one, where the share is known.
     """
     leaves = named_leaves(params)
     if not leaves:
@@ -46,7 +54,22 @@ def select_leaves(
                 f"target_fraction ranks the inputs of each output filter, but {name!r} "
                 f"has shape {shape}; leave it out of the mask"
             )
+        if len(shape) >= 2 and not reaches(shape[-2], target_fraction):
+            raise ValueError(
+                f"target_fraction={target_fraction} of the {shape[-2]} inputs of each "
+                f"filter of {name!r} {shape} is none, so that leaf would get no noise; "
+                "leave it out of the mask (a grey stem, a depthwise kernel), or raise "
+                "target_fraction"
+            )
     return selected
+
+
+def reaches(inputs: int, target_fraction: Any) -> bool:
+    """Whether targeting leaves anything to noise; True where that is not known yet."""
+    if isinstance(target_fraction, Tracer):
+        return True
+    # The margin of `lowest`.
+    return math.floor(inputs * float(target_fraction) * (1 + 1e-6)) >= 1
 
 
 # What Flax, Haiku and Equinox call them. The number of axes alone does not tell:

@@ -15,6 +15,7 @@ import optax
 
 from jaxprune.core._groups import Group, Groups, Member
 from jaxprune.core._leafwise import widened
+from jaxprune.training._auto_axes import shapes_of, under_auto_axes
 from jaxprune.training._hyperparameters import check, current
 from jaxprune.training._leaves import name_of, named_leaves, select_leaves
 
@@ -156,7 +157,7 @@ def _link(
 
     def init(params: Any) -> PenaltyState:
         if jax.tree.leaves(params):  # optax.tree.map_params probes with none
-            jax.eval_shape(penalty, params)  # complains early
+            jax.eval_shape(penalty, shapes_of(params))  # complains early
         count = jnp.zeros((), jnp.int32)
         return PenaltyState(count, current("strength", strength, count))
 
@@ -166,17 +167,20 @@ def _link(
                 "a penalty is a function of the weights; call "
                 "tx.update(grads, opt_state, params)"
             )
-        slopes = named_leaves(jax.grad(penalty)(params))
 
-        def add(path: Any, grad: jax.Array) -> jax.Array:
-            slope = slopes[name_of(path)]
-            return grad + (state.strength * slope.astype(jnp.float32)).astype(
-                grad.dtype
-            )
+        def added(updates: Any, params: Any, strength: jax.Array) -> Any:
+            slopes = named_leaves(jax.grad(penalty)(params))
 
+            def add(path: Any, grad: jax.Array) -> jax.Array:
+                slope = slopes[name_of(path)].astype(jnp.float32)
+                return grad + (strength * slope).astype(grad.dtype)
+
+            return jax.tree.map_with_path(add, updates)
+
+        updates = under_auto_axes(added, updates, params, state.strength, like=updates)
         count = jnp.asarray(optax.safe_increment(state.count))
         now = current("strength", strength, count)
-        return jax.tree.map_with_path(add, updates), PenaltyState(count, now)
+        return updates, PenaltyState(count, now)
 
     return optax.GradientTransformation(init, update)
 

@@ -9,11 +9,14 @@ that pruning moves in steps: with a frequency f the value changes at `start`,
 Drop fractions of RigL need nothing of their own: `optax.cosine_decay_schedule`.
 """
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from jaxprune.training._hyperparameters import is_whole
 
 
 def one_shot(sparsity: float, at: int = 0) -> optax.Schedule:
@@ -35,6 +38,7 @@ def one_shot(sparsity: float, at: int = 0) -> optax.Schedule:
         (0.0, 0.5)
     """
     _check_fraction("sparsity", sparsity)
+    _check_steps(at=at)
     return lambda count: jnp.where(_steps(count) >= at, jnp.float32(sparsity), 0.0)
 
 
@@ -194,13 +198,13 @@ def narang(
         Narang, Elsen, Diamos, Sengupta, `Exploring Sparsity in Recurrent Neural
         Networks <https://arxiv.org/abs/1704.05119>`_, 2017
     """
+    _check_steps(start=start, ramp=ramp, end=end, frequency=frequency)
     if not start <= ramp <= end or start == end or frequency < 1:
         raise ValueError(
             f"steps must be in order and one frequency apart: {start=}, {ramp=}, "
             f"{end=}, {frequency=}"
         )
-    if threshold < 0 or steepening < 0:
-        raise ValueError(f"{threshold=} and {steepening=} must not be negative")
+    _check_not_negative(threshold=threshold, steepening=steepening)
     slope = 2 * threshold / (2 * (ramp - start) + 3 * (end - ramp))
 
     def schedule(count: Any) -> jax.Array:
@@ -236,6 +240,7 @@ def cyclic(parts: int, *, every: int, rounds: int | None = None) -> optax.Schedu
         Ma et al., `Effective Model Sparsification by Scheduled Grow-and-Prune Methods
         <https://arxiv.org/abs/2106.09857>`_, ICLR 2022
     """
+    _check_steps(parts=parts, every=every, rounds=1 if rounds is None else rounds)
     if parts < 1 or every < 1 or (rounds is not None and rounds < 1):
         raise ValueError(f"must be 1 or more: {parts=}, {every=}, {rounds=}")
 
@@ -276,8 +281,9 @@ def inverse_decay(
         Guo, Yao, Chen, `Dynamic Network Surgery for Efficient DNNs
         <https://arxiv.org/abs/1608.04493>`_, NIPS 2016
     """
-    if rate < 0 or power < 0:
-        raise ValueError(f"{rate=} and {power=} must not be negative")
+    _check_not_negative(rate=rate, power=power)
+    if stop is not None:
+        _check_steps(stop=stop)
 
     def schedule(count: Any) -> jax.Array:
         steps = _steps(count)
@@ -318,10 +324,23 @@ def _check_ramp(
 ) -> None:
     _check_fraction("sparsity", sparsity)
     _check_fraction("initial", initial)
+    _check_steps(start=start, end=end, frequency=frequency)
     if start > end or frequency < 1:
         raise ValueError(
             f"need start <= end and frequency >= 1: {start=}, {end=}, {frequency=}"
         )
+
+
+def _check_steps(**steps: Any) -> None:
+    for name, step in steps.items():
+        if not is_whole(step):
+            raise ValueError(f"{name} must be a whole number, got {step!r}")
+
+
+def _check_not_negative(**numbers: float) -> None:
+    for name, number in numbers.items():
+        if not 0 <= number < math.inf:
+            raise ValueError(f"{name} must not be negative, and finite, got {number}")
 
 
 def _check_fraction(name: str, value: float) -> None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune.training._hyperparameters import check, current, is_ranked
+from jaxprune.training._keys import StoredKey
 from jaxprune.training._leaves import select_leaves
 from jaxprune.training.noise._draws import kept_or_dropped, smallest
 from jaxprune.training.noise._weight_noise import noise_of, weight_noise
@@ -17,14 +18,15 @@ class DropConnectState(NamedTuple):
     """What `noisy_params` needs to rebuild the current draw; no noise is stored.
 
     Attributes:
-        key: typed key; the draw of a leaf depends on it, the leaf's path and `count`.
+        key: the words of a key, by the name of its implementation; the draw of a leaf
+            depends on it, the leaf's path and `count`.
         count: int32 scalar, how many draws are behind.
         rate: float32 scalar, drop probability of the current draw.
         target_fraction: float32 scalar, or None if every weight may be dropped.
         noised: paths of the leaves that get noise; a dict of None.
     """
 
-    key: jax.Array
+    key: StoredKey
     # Every optax state calls it so, over tuple.count.
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     rate: jax.Array
@@ -65,7 +67,8 @@ def dropconnect(
     Raises:
         ValueError: if a hyperparameter is out of range (where its value is known), if
             `mask` does not fit `params` or selects nothing, if targeting meets a leaf
-            with fewer than two axes, or if ``update`` gets no `params`.
+            with fewer than two axes or too few inputs for one to be targeted, or if
+            ``update`` gets no `params`.
         TypeError: if `key` is no key, or `mask` holds something other than bools or
             selects a leaf that is not floating.
 
@@ -95,7 +98,12 @@ def dropconnect(
     def scheduled(count: jax.Array) -> dict[str, jax.Array]:
         return {"rate": current("rate", rate, count)}
 
-    select = functools.partial(select_leaves, mask=mask, min_ndim=2 if ranked else 0)
+    select = functools.partial(
+        select_leaves,
+        mask=mask,
+        min_ndim=2 if ranked else 0,
+        target_fraction=target_fraction,
+    )
     return weight_noise(DropConnectState, fixed, scheduled, select, key)
 
 

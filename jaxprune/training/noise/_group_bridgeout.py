@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune.training._hyperparameters import check, current
+from jaxprune.training._keys import StoredKey
 from jaxprune.training._leaves import select_leaves
 from jaxprune.training.noise._draws import kept_or_dropped
 from jaxprune.training.noise._weight_noise import noise_of, weight_noise
@@ -17,7 +18,8 @@ class GroupBridgeoutState(NamedTuple):
     """What `noisy_params` needs to rebuild the current draw; no noise is stored.
 
     Attributes:
-        key: typed key; the draw of a leaf depends on it, the leaf's path and `count`.
+        key: the words of a key, by the name of its implementation; the draw of a leaf
+            depends on it, the leaf's path and `count`.
         count: int32 scalar, how many draws are behind.
         rate: float32 scalar, drop probability of the current draw.
         q: float32 scalar, norm of the penalty on the groups' norms.
@@ -27,7 +29,7 @@ class GroupBridgeoutState(NamedTuple):
         noised: paths of the leaves that get noise; a dict of None.
     """
 
-    key: jax.Array
+    key: StoredKey
     # Every optax state calls it so, over tuple.count.
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     rate: jax.Array

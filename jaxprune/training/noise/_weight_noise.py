@@ -24,7 +24,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune.core._leafwise import widened
-from jaxprune.training._hyperparameters import typed_key
+from jaxprune.training._auto_axes import under_auto_axes
+from jaxprune.training._keys import stored_key, typed_key
 from jaxprune.training._leaves import name_of, named_leaves
 
 Noise = Callable[[jax.Array, jax.Array, Any], jax.Array]
@@ -83,8 +84,13 @@ def noisy_params(params: Any, opt_state: Any) -> Any:
         Khan, Stavness, `Pruning Convolutional Filters using Batch Bridgeout
         <https://arxiv.org/abs/2009.10893>`_, 2020
     """
+    states = _noise_states(opt_state)
+    return under_auto_axes(_perturbed, params, states, like=params)
+
+
+def _perturbed(params: Any, states: list[Any]) -> Any:
     noises: dict[str, Callable[[jax.Array], jax.Array]] = {}
-    for state in _noise_states(opt_state):
+    for state in states:
         found = _noises_of(state, params)
         if twice := sorted(noises.keys() & found.keys()):
             raise ValueError(
@@ -122,7 +128,7 @@ def weight_noise(
 
     def init(params: Any) -> Any:
         count = jnp.zeros((), jnp.int32)
-        own = {"key": typed_key(key), "count": count, "noised": select(params)}
+        own = {"key": stored_key(key), "count": count, "noised": select(params)}
         return state_type(**own, **fixed(), **scheduled(count))
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
@@ -131,25 +137,28 @@ def weight_noise(
                 "the gradients of weight noise are pulled back at the clean weights; "
                 "call tx.update(grads, opt_state, params)"
             )
-        noises = _noises_of(state, params)
-        weights = named_leaves(params)
-
-        def pull_back(path: Any, grad: jax.Array) -> jax.Array:
-            noise = noises.get(name := name_of(path))
-            if noise is None:
-                return grad
-            w = widened(weights[name])
-            _, vjp = jax.vjp(noise, w)
-            wide = grad.astype(w.dtype)
-            return (wide + vjp(wide)[0]).astype(grad.dtype)
-
         # The draw pulled back here was made with the values in `state`; what
         # `scheduled` gives now is for the next draw.
         count = jnp.asarray(optax.safe_increment(state.count))
-        pulled = jax.tree.map_with_path(pull_back, updates)
+        pulled = under_auto_axes(_pulled_back, updates, state, params, like=updates)
         return pulled, state._replace(count=count, **scheduled(count))
 
     return optax.GradientTransformation(init, update)
+
+
+def _pulled_back(updates: Any, state: Any, params: Any) -> Any:
+    noises, weights = _noises_of(state, params), named_leaves(params)
+
+    def pull_back(path: Any, grad: jax.Array) -> jax.Array:
+        noise = noises.get(name := name_of(path))
+        if noise is None:
+            return grad
+        w = widened(weights[name])
+        _, vjp = jax.vjp(noise, w)
+        wide = grad.astype(w.dtype)
+        return (wide + vjp(wide)[0]).astype(grad.dtype)
+
+    return jax.tree.map_with_path(pull_back, updates)
 
 
 def _noise_states(opt_state: Any) -> list[Any]:
@@ -181,11 +190,11 @@ def _noises_of(state: Any, params: Any) -> dict[str, Callable[[jax.Array], jax.A
             f"({len(missing)} such of {len(paths)}); was it made by tx.init for "
             "another tree?"
         )
-    noise = NOISES[type(state)]
+    noise, own = NOISES[type(state)], typed_key(state.key)
 
     def draw(path: str) -> Callable[[jax.Array], jax.Array]:
         # crc32 and not hash(): the stream of a path is the same in every process.
-        stream = jax.random.fold_in(state.key, zlib.crc32(path.encode()))
+        stream = jax.random.fold_in(own, zlib.crc32(path.encode()))
         key = jax.random.fold_in(stream, state.count)
         return lambda w: noise(w, key, state)
 

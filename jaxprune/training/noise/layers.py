@@ -11,11 +11,13 @@ They are for training; in evaluation apply the plain layer.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxprune.training._hyperparameters import check, is_ranked
+from jaxprune.training._leaves import reaches
 from jaxprune.training.noise._bridgeout import bridge_noise
 from jaxprune.training.noise._draws import kept_or_dropped, lowest, smallest
 
@@ -76,6 +78,7 @@ def bridgeout_dense(
         )
     noisy = kernel != 0
     if is_ranked(target_fraction):
+        _check_reach(f"inputs of kernel {kernel.shape}", -2, kernel, target_fraction)
         fraction = jnp.asarray(target_fraction, jnp.float32)
         noisy &= smallest(jax.lax.stop_gradient(kernel), fraction)
     rate = jnp.asarray(rate, jnp.float32)
@@ -200,11 +203,20 @@ def sparseout(
     _check(rate=rate, q=q, target_fraction=target_fraction, eps=eps)
     noisy = x != 0
     if is_ranked(target_fraction):
+        _check_reach(f"channels of x {x.shape}", -1, x, target_fraction)
         spatial = tuple(range(1, x.ndim - 1))
         energy = jnp.square(jax.lax.stop_gradient(x)).sum(spatial, keepdims=True)
         noisy &= lowest(energy, jnp.asarray(target_fraction, jnp.float32), axis=-1)
     xi = kept_or_dropped(key, x, jnp.asarray(rate, jnp.float32))
     return x + bridge_noise(x, xi, q, eps, noisy)
+
+
+def _check_reach(what: str, axis: int, x: jax.Array, target_fraction: Any) -> None:
+    if not reaches(x.shape[axis], target_fraction):
+        raise ValueError(
+            f"target_fraction={target_fraction} of the {x.shape[axis]} {what} is none, "
+            "so nothing would get noise; raise it, or leave this layer without noise"
+        )
 
 
 def _check(**numbers: float | jax.Array) -> None:

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
 from jaxprune import select
 from jaxprune.core._masks import pair_masks
+from jaxprune.training._hyperparameters import check
 from jaxprune.training._leaves import named_leaves
 from jaxprune.training.sparse._rules import (
     Score,
@@ -64,10 +66,11 @@ def hold_masks(
         pairs = zip(named_leaves(params).items(), pair_masks(params, tree), strict=True)
         found = {}
         for (path, w), (_, _, mask) in pairs:
-            if mask.ndim == 0 and not mask:
-                if not w.ndim:
-                    raise ValueError(f"masks remove {path!r}, which is a single number")
-                mask = np.zeros((1,) * w.ndim, bool)
+            traced = isinstance(mask, Tracer)
+            if mask.ndim == 0 and w.ndim and (traced or not mask):
+                mask = jnp.reshape(mask, (1,) * w.ndim)
+            elif mask.ndim == 0 and not traced and not mask:
+                raise ValueError(f"masks remove {path!r}, which is a single number")
             if mask.ndim:
                 found[path] = mask
         return found
@@ -98,7 +101,8 @@ def gradual_pruning(
             constant, or path -> such for every leaf that is pruned; None if `selection`
             takes no sparsity.
         every: steps between two refreshes.
-        start: the first refresh; others follow `every` steps apart.
+        start: the first refresh; others follow `every` steps apart, and one falls on
+            the step at which a schedule of `sparsity` reaches its last value.
         until: the last refresh, wherever it falls; None for no end. One-shot pruning
             is a constant sparsity with ``start=until=step``.
         score: "magnitude" ``|w|``, "saliency" ``|w g|``, "random", or a function
@@ -129,7 +133,7 @@ def gradual_pruning(
     rule = Rule(
         dense_start(budget),
         keep_best(budget, score, regrow=False),
-        every_so_often(every, start, until),
+        every_so_often(every, start, until, budget.sparsity),
     )
     return sparse_training(tx, rule, key=key)
 
@@ -177,10 +181,11 @@ def threshold_pruning(
         Han, Pool, Tran, Dally, `Learning both Weights and Connections for Efficient
         Neural Networks <https://arxiv.org/abs/1506.02626>`_, 2015
     """
+    check("limit", limit)
     current = limit if callable(limit) else lambda count: limit
     rule = Rule(
         dense_start(budget_of(0.0, select.per_leaf, prunable)),
         above_threshold(current, in_deviations=in_deviations),
-        every_so_often(every, start, until),
+        every_so_often(every, start, until, limit),
     )
     return sparse_training(tx, rule)

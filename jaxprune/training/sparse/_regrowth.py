@@ -16,6 +16,7 @@ from jaxprune.training.schedules import cyclic
 from jaxprune.training.sparse._rules import (
     Selection,
     budget_of,
+    check_alone,
     drop_and_grow,
     every_so_often,
     gradient_size,
@@ -146,11 +147,14 @@ def _moving(
 ) -> optax.GradientTransformationExtraArgs:
     if not callable(drop) and not 0 <= float(drop) <= 1:
         raise ValueError(f"drop must be a fraction in [0, 1], got {drop}")
+    check_alone(budget, "sparse training with connections that move")
     every, start, until = when
     rule = Rule(
         scored_start(budget, "random"),
         drop_and_grow(budget, drop, grow),
-        every_so_often(every, every if start is None else start, until),
+        every_so_often(
+            every, every if start is None else start, until, budget.sparsity
+        ),
         replaces_step=True,
     )
     return sparse_training(tx, rule, key=key)
@@ -202,6 +206,7 @@ def grow_and_prune(
         <https://arxiv.org/abs/2106.09857>`_, ICLR 2022
     """
     budget = budget_of(sparsity, selection, prunable)
+    check_alone(budget, "grow_and_prune")
     number = parts if isinstance(parts, int) else 1 + max(parts.values())
     turn = cyclic(number, every=every, rounds=rounds)
     first = scored_start(budget, "random")
@@ -215,7 +220,7 @@ def grow_and_prune(
     rule = Rule(
         start,
         in_turns(budget, turn, lambda weights: _split(parts, weights)),
-        every_so_often(every, 0, last),
+        every_so_often(every, 0, last, budget.sparsity),
     )
     return sparse_training(tx, rule, key=key)
 

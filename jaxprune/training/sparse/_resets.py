@@ -8,7 +8,6 @@ import numpy as np
 import optax
 
 from jaxprune.core._masks import zero_removed
-from jaxprune.core._packing import PackedMasks
 from jaxprune.training.sparse._state import Arrays, like_params
 
 
@@ -54,7 +53,7 @@ def reset_state(tx: Any, state: Any, params: Any, lasting: Arrays) -> Any:
     )
 
 
-def check_resettable(tx: Any, state: Any, masks: PackedMasks) -> None:
+def check_resettable(tx: Any, state: Any, params: Any) -> None:
     """Complains if optax cannot tell what in a state belongs to which parameter.
 
     Raises:
@@ -62,7 +61,7 @@ def check_resettable(tx: Any, state: Any, masks: PackedMasks) -> None:
     """
     try:
         optax.tree.map_params(
-            tx, lambda value, _: value, state, masks.bits, is_leaf=_is_masked_node
+            tx, lambda value, _: value, state, params, is_leaf=_is_masked_node
         )
     except Exception as error:  # tx.init on optax's placeholder may raise anything.
         raise ValueError(

@@ -5,6 +5,7 @@ is decided by a function of `jaxprune.select`, whose ties and rounding hold: of 
 scores the earlier stays, and a leaf of n weights loses ``round(sparsity * n)``.
 """
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ import jax.numpy as jnp
 
 from jaxprune import scores as scoring
 from jaxprune import select
+from jaxprune.training._auto_axes import beside_leaves, shapes_of
+from jaxprune.training._hyperparameters import is_whole
 from jaxprune.training._leaves import named_leaves, select_leaves
 from jaxprune.training.sparse._state import Arrays, Moment
 
@@ -93,11 +96,47 @@ def kept(
     now = budget.sparsity
     if isinstance(now, Mapping):
         now = {path: at(now[path], count) for path in scores}
-    masks = budget.selection(
-        dict(scores), **({} if now is None else {"sparsity": at(now, count)})
-    )
+    options = {} if now is None else {"sparsity": at(now, count)}
+    try:
+        masks = budget.selection(dict(scores), **options)
+    except (TypeError, ValueError) as error:
+        how = "by leaf" if isinstance(now, Mapping) else "as one number"
+        raise ValueError(
+            f"selection={_name(budget.selection)} cannot serve this method, which asks "
+            f"for a sparsity {'of its own' if now is None else how}: {error}"
+        ) from error
     masks = {path: jnp.asarray(masks[path]) for path in scores}
     return masks if among is None else {p: m & among[p] for p, m in masks.items()}
+
+
+def competes(selection: Any) -> bool:
+    """Whether leaves are known to be ranked together, so that one loses for another."""
+    options: dict[str, Any] = {}
+    while isinstance(selection, functools.partial):
+        options = {**selection.keywords, **options}
+        selection = selection.func
+    together = selection is select.across_leaves
+    return together or (selection is select.blocks and options.get("across", False))
+
+
+def check_alone(budget: Budget, method: str) -> None:
+    """Complains about a selection whose leaves compete.
+
+    Raises:
+        ValueError: saying so.
+    """
+    if competes(budget.selection):
+        raise ValueError(
+            f"selection={_name(budget.selection)} ranks all leaves together, but "
+            f"{method} gives every leaf a budget of its own; use select.per_leaf, with "
+            "sparsity=select.erk(...) for budgets that differ"
+        )
+
+
+def _name(selection: Any) -> str:
+    while isinstance(selection, functools.partial):
+        selection = selection.func
+    return getattr(selection, "__name__", repr(selection))
 
 
 def at(value: Any, count: Any) -> Any:
@@ -108,23 +147,51 @@ def at(value: Any, count: Any) -> Any:
 # --- when ----------------------------------------------------------------------------
 
 
-def every_so_often(every: int, start: int, until: int | None) -> Callable[..., Any]:
-    """Due at `start`, `start` + `every`, ..., and at `until`, the last time."""
+def every_so_often(
+    every: int, start: int, until: int | None, ramp: Any = None
+) -> Callable[..., Any]:
+    """Due at `start`, `start` + `every`, ..., and at `until`, the last time.
+
+    Where a schedule reaches its last value in between, masks are due there too, so that
+    the step at which a ramp ends is the one at which its end is reached.
+
+    Args:
+        every: steps between two refreshes.
+        start: the first.
+        until: the last, or None.
+        ramp: number or schedule of what the masks obey, or path -> such.
+    """
+    steps = {"every": every, "start": start}
+    for name, step in (steps if until is None else {**steps, "until": until}).items():
+        if not is_whole(step):
+            raise ValueError(f"{name} must be a whole number of steps, got {step!r}")
     if every < 1 or start < 0 or (until is not None and until < start):
         raise ValueError(
             f"need every >= 1 and 0 <= start <= until: {every=}, {start=}, {until=}"
         )
+    values = ramp.values() if isinstance(ramp, Mapping) else [ramp]
+    schedules = [value for value in values if callable(value)]
 
     def due(count: jax.Array, key: jax.Array) -> Any:
         del key
         if every == 1 and start == 0 and until is None:
             return True
-        regular = (count >= start) & ((count - start) % every == 0)
+        regular = (count - start) % every == 0
+        for schedule in schedules if every > 1 else []:
+            regular |= _has_just_ended(schedule, count)
+        regular &= count >= start
         if until is None:
             return regular
         return (regular & (count <= until)) | (count == until)
 
     return due
+
+
+def _has_just_ended(schedule: Callable[[Any], Any], count: jax.Array) -> Any:
+    """Does the schedule reach the value that it keeps at this step?"""
+    last = jnp.asarray(schedule(jnp.int32(2**31 - 1)))
+    before = jnp.asarray(schedule(jnp.maximum(count - 1, 0)))
+    return (jnp.asarray(schedule(count)) == last) & (before != last)
 
 
 # --- scores --------------------------------------------------------------------------
@@ -174,9 +241,10 @@ def dense_start(budget: Budget) -> Callable[[Any, jax.Array], Arrays]:
 
     def start(params: Any, key: jax.Array) -> Arrays:
         del key
+        leaves = prunable_leaves(budget, params)
         shapes = jax.eval_shape(
             lambda leaves: kept(budget, scoring.magnitude(leaves), jnp.int32(0)),
-            prunable_leaves(budget, params),
+            shapes_of(leaves),
         )
         # A leaf whose mask is a scalar is left alone by the selection.
         return {path: jnp.ones(s.shape, bool) for path, s in shapes.items() if s.shape}
@@ -189,9 +257,14 @@ def scored_start(budget: Budget, score: str) -> Callable[[Any, jax.Array], Array
 
     def start(params: Any, key: jax.Array) -> Arrays:
         leaves, count = prunable_leaves(budget, params), jnp.int32(0)
-        key = jax.random.fold_in(key, count)
-        scores = scorer(score)(Moment(leaves, {}, {}, {}, count, key))
-        return {p: m for p, m in kept(budget, scores, count).items() if m.ndim}
+
+        def masks(leaves: Arrays, key: jax.Array) -> Arrays:
+            scores = scorer(score)(Moment(leaves, {}, {}, {}, count, key))
+            return {p: m for p, m in kept(budget, scores, count).items() if m.ndim}
+
+        return beside_leaves(
+            masks, leaves, jax.random.fold_in(key, count), leaves=leaves
+        )
 
     return start
 

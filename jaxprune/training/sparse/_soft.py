@@ -4,6 +4,7 @@ Gradients always reach all weights. Take them at `masked_params`, which is what 
 network computes with; the dense weights stay in `params`.
 """
 
+import math
 from typing import Any
 
 import jax
@@ -76,7 +77,7 @@ def straight_through(
     rule = Rule(
         scored_start(budget, score),
         keep_best(budget, score, regrow=True),
-        every_so_often(every, 0, None),
+        every_so_often(every, 0, None, budget.sparsity),
     )
     return sparse_training(tx, rule, gradient=1.0, post_step=1.0, key=key)
 
@@ -129,6 +130,8 @@ def dynamic_network_surgery(
         Guo, Yao, Chen, `Dynamic Network Surgery for Efficient DNNs
         <https://arxiv.org/abs/1608.04493>`_, NIPS 2016
     """
+    if not math.isfinite(deviations):
+        raise ValueError(f"deviations must be finite, got {deviations}")
     if not 0 <= margin < 1:
         raise ValueError(f"margin must be in [0, 1), got {margin}")
     if not callable(probability) and not 0 <= float(probability) <= 1:
@@ -204,7 +207,7 @@ def iterative_soft_shrinkage(
     rule = Rule(
         scored_start(budget, "magnitude"),
         keep_best(budget, "magnitude", regrow=True),
-        every_so_often(every, 0, None),
+        every_so_often(every, 0, None, budget.sparsity),
     )
     return sparse_training(tx, rule, forward=1.0, gradient=1.0, post_step=shrinkage)
 

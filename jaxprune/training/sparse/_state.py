@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune.core._packing import PackedMasks, unpack_masks
+from jaxprune.core._packing import ByPath, PackedMasks, unpack_masks
+from jaxprune.training._auto_axes import beside_leaves, under_auto_axes
+from jaxprune.training._keys import StoredKey
 from jaxprune.training._leaves import name_of, named_leaves
 
 Arrays = Mapping[str, Any]  # path -> array, of the leaves that may lose weights
@@ -18,9 +20,10 @@ class SparseState(NamedTuple):
 
     Attributes:
         count: int32 scalar, how many steps are behind.
-        key: typed key; what a rule draws depends on it and on `count`.
-        masks: `PackedMasks` like the parameters, True = kept.
-        memory: path -> what a rule fixed at the start; empty if it needs nothing.
+        key: the words of a key, by the name of its implementation; what a rule draws
+            depends on it and on `count`.
+        masks: `PackedMasks` by path, of the leaves that may lose weights; True = kept.
+        memory: `ByPath`, what a rule remembers of these leaves; empty if nothing.
         forward: float32 scalar, what a removed weight counts in the forward pass; None
             for 1.
         inner: state of the optimiser inside.
@@ -28,9 +31,9 @@ class SparseState(NamedTuple):
 
     # Every optax state calls it so, over tuple.count.
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
-    key: jax.Array
+    key: StoredKey
     masks: PackedMasks
-    memory: Any
+    memory: ByPath
     forward: jax.Array | None
     inner: Any
 
@@ -42,7 +45,7 @@ class Moment(NamedTuple):
         params: path -> weights.
         grads: path -> their gradients, as they came in: dense.
         masks: path -> the masks so far, broadcastable.
-        memory: what the rule fixed at the start.
+        memory: path -> what the rule remembers.
         count: number of the step that the new masks are for.
         key: typed key for what the rule draws now.
     """
@@ -65,14 +68,19 @@ class Rule(NamedTuple):
         renew: `Moment` -> path -> the next masks; None if they stay.
         due: (count, key) -> whether masks are renewed for this step; True for always.
         replaces_step: a refresh takes the place of the optimiser's step.
-        remember: path -> weights of prunable leaves -> what `Moment.memory` holds.
+        remember: path -> weights of prunable leaves -> path -> what `Moment.memory`
+            holds first: a number, or an array that is broadcastable to the leaf, so
+            that it can be sliced along with it.
+        learn: `Moment` of a step, with the weights before it -> path -> what
+            `Moment.memory` holds from now on; None if it stays.
     """
 
     start: Callable[[Any, jax.Array], Arrays]
     renew: Callable[[Moment], Arrays] | None = None
     due: Callable[[jax.Array, jax.Array], Any] = lambda count, key: True
     replaces_step: bool = False
-    remember: Callable[[Arrays], Any] = lambda params: {}
+    remember: Callable[[Arrays], Arrays] = lambda params: {}
+    learn: Callable[[Moment], Arrays] | None = None
 
 
 def masked_params(params: Any, opt_state: Any) -> Any:
@@ -105,14 +113,17 @@ def masked_params(params: Any, opt_state: Any) -> Any:
         Array([[ 0., -3.],
                [ 2.,  0.]], dtype=float32)
     """
-    leaves = named_leaves(params)
-    for state in _sparse_states(opt_state):
-        if state.forward is None:
-            continue
-        factor = jax.tree.leaves(state.forward)[0]
-        for path, mask in unpacked(state.masks, params).items():
-            leaves[path] = _forward(leaves[path], mask, factor)
-    return jax.tree.structure(params).unflatten(leaves.values())
+    states = [s for s in _sparse_states(opt_state) if s.forward is not None]
+    parts = [(state.masks, jax.tree.leaves(state.forward)[0]) for state in states]
+
+    def masked(params: Any, parts: Any) -> Any:
+        leaves = named_leaves(params)
+        for packed, factor in parts:
+            for path, mask in unpacked(packed, params).items():
+                leaves[path] = _forward(leaves[path], mask, factor)
+        return jax.tree.structure(params).unflatten(leaves.values())
+
+    return under_auto_axes(masked, params, parts, like=params)
 
 
 def current_masks(params: Any, opt_state: Any) -> Any:
@@ -138,10 +149,16 @@ def current_masks(params: Any, opt_state: Any) -> Any:
         >>> current_masks(params, tx.init(params))
         {'w': Array([ True, False,  True], dtype=bool)}
     """
-    masks: dict[str, Any] = {}
-    for state in _sparse_states(opt_state):
-        for path, mask in unpacked(state.masks, params).items():
-            masks[path] = masks[path] & mask if path in masks else mask
+    packed = [state.masks for state in _sparse_states(opt_state)]
+
+    def found(packed: Any) -> dict[str, Any]:
+        masks: dict[str, Any] = {}
+        for each in packed:
+            for path, mask in unpacked(each, params).items():
+                masks[path] = masks[path] & mask if path in masks else mask
+        return masks
+
+    masks = beside_leaves(found, packed, leaves=named_leaves(params))
     return like_params(masks, params, True)
 
 
@@ -158,8 +175,7 @@ def unpacked(packed: PackedMasks, params: Any) -> dict[str, jax.Array]:
             f"({len(missing)} such of {len(bits)}); was it made by tx.init for another "
             "tree?"
         )
-    prunable = {path: b for path, b in bits.items() if jnp.ndim(b)}
-    return unpack_masks(PackedMasks(prunable), {p: leaves[p] for p in prunable})
+    return unpack_masks(PackedMasks(bits), {path: leaves[path] for path in bits})
 
 
 def like_params(found: Arrays, params: Any, other: Any) -> Any:

@@ -14,6 +14,7 @@ held masks, pruning, SET, RigL, GaP              0         0          0
 straight-through, dynamic network surgery        0         1          1
 iterative soft shrinkage                         1         1       0.95
 iterative hard thresholding                      1         1          0
+movement pruning                                 0         0          1
 global sparse momentum                           1         0          1
 =========================================  =======  ========  =========
 
@@ -29,8 +30,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxprune.core._packing import PackedMasks, pack_masks
-from jaxprune.training._hyperparameters import typed_key
+from jaxprune.core._masks import zero_removed
+from jaxprune.core._packing import ByPath, PackedMasks, pack_masks
+from jaxprune.training._auto_axes import beside_leaves, shapes_of, under_auto_axes
+from jaxprune.training._keys import stored_key, typed_key
 from jaxprune.training._leaves import name_of, named_leaves
 from jaxprune.training.sparse._resets import check_resettable, reset_state
 from jaxprune.training.sparse._state import (
@@ -38,7 +41,6 @@ from jaxprune.training.sparse._state import (
     Moment,
     Rule,
     SparseState,
-    like_params,
     unpacked,
 )
 
@@ -59,10 +61,10 @@ def sparse_training(
     themselves, once ``params = masked_params(params, opt_state)`` after ``init``; with
     ``forward=1`` it always is.
 
-    If `gradient` is below 1, masks are renewed from the weights and gradients of a
-    step, and the step obeys them. If it is 1, all weights are trained: masks are
-    renewed from the weights after the step, for the next forward pass, and `post_step`
-    acts when they are.
+    If removed weights lose their values (`gradient` and `post_step` below 1), masks are
+    renewed from the weights and gradients of a step, and the step obeys them. Otherwise
+    masks are renewed from the weights after the step, for the next forward pass, and
+    `post_step` acts when they are.
 
     Guarantees, for any optimiser inside:
 
@@ -70,9 +72,13 @@ def sparse_training(
       `optax.apply_updates`, whatever decay or momentum says, provided nothing that
       changes updates comes after this transformation: put it outermost. (An infinite
       weight cannot be removed by adding to it; `masked_params` removes it too.)
-    * With ``gradient=0`` a refresh resets the optimiser's statistics of weights that
-      leave or come back to those of a fresh start (`optax.tree.map_params` finds them).
-      Statistics that mix entries (Adafactor's rows and columns) are left alone.
+    * With ``gradient=0`` and ``post_step=0`` a refresh resets the optimiser's
+      statistics of weights that leave or come back to those of a fresh start
+      (`optax.tree.map_params` finds them). Statistics that mix entries (Adafactor's
+      rows and columns) are left alone.
+    * With ``gradient=0`` and ``post_step=0`` the optimiser never sees the value of a
+      removed weight, so one that keeps copies of the weights (`schedule_free_sgd`,
+      `prodigy`) keeps zeros there.
     * Kept weights get the optimiser's updates, bit for bit.
 
     Args:
@@ -110,17 +116,23 @@ def sparse_training(
     method = _Method(optax.with_extra_args_support(tx), rule, gradient, post_step)
 
     def init(params: Any) -> Any:
-        own, inner = typed_key(key), tx.init(params)
-        factor = None if forward == 1 else jnp.array(forward, jnp.float32)
-        # optax.tree.map_params calls init on an empty stand-in for the parameters.
-        masks, memory = PackedMasks(params), {}
-        if leaves := named_leaves(params):
-            first = rule.start(params, own)
-            masks = pack_masks(like_params(first, params, True), params)
-            memory = rule.remember({path: leaves[path] for path in first})
+        own, factor = stored_key(key), jnp.array(forward, jnp.float32)
+        masks, memory = _start(rule, params, typed_key(own))
+        if method.hard and named_leaves(params):
+            params = _without_removed(params, masks)
+        inner = tx.init(params)
+        if named_leaves(params):
             if method.resets:
-                check_resettable(tx, inner, masks)
-        return SparseState(jnp.zeros((), jnp.int32), own, masks, memory, factor, inner)
+                check_resettable(tx, inner, params)
+            _check_renewal(method, params, masks, memory)
+        return SparseState(
+            jnp.zeros((), jnp.int32),
+            own,
+            masks,
+            memory,
+            None if forward == 1 else factor,
+            inner,
+        )
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra: Any
@@ -134,10 +146,11 @@ def sparse_training(
         if rule.renew is None:
             done = _step(method, now, state.masks, state.inner)
         else:
-            done = _after(method, now) if gradient == 1 else _before(method, now)
-        updates, masks, inner = done
+            done = _after(method, now) if method.lasting else _before(method, now)
         count = jnp.asarray(optax.safe_increment(state.count))
-        return updates, state._replace(count=count, masks=masks, inner=inner)
+        return done.updates, state._replace(
+            count=count, masks=done.masks, memory=done.memory, inner=done.inner
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -151,9 +164,19 @@ class _Method(NamedTuple):
     post_step: float
 
     @property
+    def hard(self) -> bool:
+        """Are removed weights zero, and do they learn nothing?"""
+        return self.gradient == 0 and self.post_step == 0
+
+    @property
     def resets(self) -> bool:
         """Are statistics reset at a refresh?"""
-        return self.gradient == 0 and self.rule.renew is not None
+        return self.hard and self.rule.renew is not None
+
+    @property
+    def lasting(self) -> bool:
+        """Do removed weights keep their values, or go on learning?"""
+        return self.gradient == 1 or self.post_step == 1
 
 
 class _Now(NamedTuple):
@@ -165,8 +188,76 @@ class _Now(NamedTuple):
     extra: dict[str, Any]
 
 
-_Done = tuple[Any, PackedMasks, Any]  # updates, masks, state of the optimiser inside
+class _Done(NamedTuple):
+    """What comes out of one."""
 
+    updates: Any
+    masks: PackedMasks
+    memory: ByPath
+    inner: Any
+
+
+# --- the first state -----------------------------------------------------------------
+
+
+def _start(rule: Rule, params: Any, key: jax.Array) -> tuple[PackedMasks, ByPath]:
+    leaves = named_leaves(params)
+    if not leaves:
+        # optax.tree.map_params calls init on an empty stand-in for the parameters. A
+        # single leaf matches what is there by path, which is nothing of optax's: it
+        # has other shapes than the parameters.
+        return PackedMasks(jnp.zeros((), bool)), ByPath(jnp.zeros((), bool))
+    found = rule.start(params, key)
+    first = {path: found[path] for path in leaves if path in found}
+    weights = {path: leaves[path] for path in first}
+
+    def made(first: Arrays, weights: Arrays) -> Any:
+        memory = {path: jnp.asarray(x) for path, x in rule.remember(weights).items()}
+        return pack_masks(first, weights), ByPath(memory)
+
+    return beside_leaves(made, first, weights, leaves=weights)
+
+
+def _check_renewal(
+    method: "_Method", params: Any, masks: PackedMasks, memory: ByPath
+) -> None:
+    """Complains early if the rule cannot renew these masks."""
+    rule = method.rule
+    if rule.renew is None:
+        return
+    shapes = shapes_of((params, params, masks.bits, memory.arrays))
+
+    def renew(params: Any, grads: Any, bits: Any, memory: Any) -> Any:
+        moment = _moment(
+            params,
+            grads,
+            PackedMasks(bits),
+            ByPath(memory),
+            jnp.zeros((), jnp.int32),
+            jax.random.key(0),
+        )
+        assert rule.renew is not None
+        return pack_masks(rule.renew(moment), moment.params, PackedMasks(bits))
+
+    jax.eval_shape(renew, *shapes)
+
+
+def _without_removed(params: Any, masks: PackedMasks) -> Any:
+    """The parameters, zero where masks remove."""
+
+    def cut(params: Any, masks: PackedMasks) -> Any:
+        held = unpacked(masks, params)
+        return jax.tree.map_with_path(
+            lambda path, w: (
+                zero_removed(w, held[name]) if (name := name_of(path)) in held else w
+            ),
+            params,
+        )
+
+    return under_auto_axes(cut, params, masks, like=params)
+
+
+# --- one step ------------------------------------------------------------------------
 
 # A branch of `lax.cond` holds only what a refresh computes: whatever else stood in one
 # would be cut off from its neighbours, and on CPU from all cores but one.
@@ -175,28 +266,53 @@ _Done = tuple[Any, PackedMasks, Any]  # updates, masks, state of the optimiser i
 def _before(method: _Method, now: _Now) -> _Done:
     """Masks first, then a step under them."""
     state, rule = now.state, method.rule
-    due = rule.due(state.count, jax.random.fold_in(state.key, state.count))
-    masks, inner = _if(
-        due,
-        lambda: _renewed(method, now, now.params, state.count),
-        lambda: (state.masks, state.inner),
+    due = rule.due(state.count, jax.random.fold_in(typed_key(state.key), state.count))
+
+    def renewed(state: SparseState, params: Any, grads: Any, due: Any) -> Any:
+        return _if(
+            due,
+            lambda: _renewed(method, state, params, grads, state.count),
+            lambda: (state.masks, state.inner),
+        )
+
+    masks, inner = _called_with_due(
+        renewed, (state, now.params, now.grads), due, like=(state.masks, state.inner)
     )
     return _step(method, now, masks, inner, due if rule.replaces_step else None)
 
 
 def _after(method: _Method, now: _Now) -> _Done:
-    """A step of all weights first, then masks from where they are."""
-    state, params, count = now.state, now.params, now.state.count + 1
-    updates, inner = method.tx.update(now.grads, state.inner, params, **now.extra)
+    """A step first, then masks from where the weights are."""
+    state, params = now.state, now.params
+    grads = _scaled(now.grads, state.masks, method.gradient)
+    updates, inner = method.tx.update(grads, state.inner, params, **now.extra)
+    memory = _learned(method, now)
+    # The branches and what is packed need nothing of the optimiser inside.
+    state = state._replace(inner=None, memory=memory, count=state.count + 1)
     moved = optax.apply_updates(params, updates)
-    due = method.rule.due(count, jax.random.fold_in(state.key, count))
-    masks = _if(
-        due, lambda: _renewed(method, now, moved, count)[0], lambda: state.masks
+    due = method.rule.due(
+        state.count, jax.random.fold_in(typed_key(state.key), state.count)
     )
-    held = unpacked(masks, params)
-    if due is not True:
-        held = {path: mask | ~due for path, mask in held.items()}
-    return _left(updates, params, held, method.post_step), masks, inner
+
+    def renewed(state: SparseState, moved: Any, grads: Any, due: Any) -> PackedMasks:
+        return _if(
+            due,
+            lambda: _renewed(method, state, moved, grads, state.count)[0],
+            lambda: state.masks,
+        )
+
+    masks = _called_with_due(
+        renewed, (state, moved, now.grads), due, like=now.state.masks
+    )
+    left = _left(updates, params, masks, method.post_step, due)
+    return _Done(left, masks, memory, inner)
+
+
+def _called_with_due(fn: Any, args: Any, due: Any, *, like: Any) -> Any:
+    """`fn`, whose last argument is True where that is known while tracing."""
+    if due is True:
+        return under_auto_axes(lambda *args: fn(*args, True), *args, like=like)
+    return under_auto_axes(fn, *args, due, like=like)
 
 
 def _if(due: Any, then: Any, otherwise: Any) -> Any:
@@ -211,72 +327,120 @@ def _step(
 
     Where `skip` is given and true, the optimiser stands still.
     """
-    held = unpacked(masks, now.params)
-    grads = _scaled(now.grads, held, method.gradient)
-    updates, moved = method.tx.update(grads, inner, now.params, **now.extra)
+    params = _without_removed(now.params, masks) if method.hard else now.params
+    grads = _scaled(now.grads, masks, method.gradient)
+    updates, moved = method.tx.update(grads, inner, params, **now.extra)
     if skip is not None:
         # lax.select, because a state may hold typed keys.
         keep = functools.partial(jax.lax.select, jnp.asarray(skip))
         updates = jax.tree.map(lambda u: keep(jnp.zeros_like(u), u), updates)
         moved = jax.tree.map(keep, inner, moved)
-    return _left(updates, now.params, held, method.post_step), masks, moved
+    left = _left(updates, now.params, masks, method.post_step)
+    return _Done(left, masks, _learned(method, now), moved)
 
 
 def _renewed(
-    method: _Method, now: _Now, params: Any, count: jax.Array
+    method: _Method, state: SparseState, params: Any, grads: Any, count: jax.Array
 ) -> tuple[PackedMasks, Any]:
     """The masks for step `count`, and the state of the optimiser under them."""
-    state, renew = now.state, method.rule.renew
+    renew = method.rule.renew
     assert renew is not None
-    old, weights = unpacked(state.masks, params), named_leaves(params)
-    grads, key = named_leaves(now.grads), jax.random.fold_in(state.key, count)
-    new = renew(
-        Moment(
-            {path: weights[path] for path in old},
-            {path: grads[path] for path in old},
-            old,
-            state.memory,
-            count,
-            key,
-        )
+    key = jax.random.fold_in(typed_key(state.key), count)
+    moment = _moment(params, grads, state.masks, state.memory, count, key)
+    new = renew(moment)
+    masks = pack_masks(
+        {path: new[path] for path in moment.params}, moment.params, state.masks
     )
-    masks = pack_masks(like_params(new, params, True), params, like=state.masks)
     if not method.resets:
         return masks, state.inner
-    lasting = {path: old[path] & new[path] for path in old}
+    lasting = {path: old & new[path] for path, old in moment.masks.items()}
     return masks, reset_state(method.tx, state.inner, params, lasting)
 
 
-def _scaled(grads: Any, masks: Arrays, factor: float) -> Any:
+def _learned(method: _Method, now: _Now) -> ByPath:
+    """What the rule remembers after a step."""
+    state, learn = now.state, method.rule.learn
+    if learn is None:
+        return state.memory
+
+    def memory(params: Any, grads: Any, state: SparseState) -> ByPath:
+        key = jax.random.fold_in(typed_key(state.key), state.count)
+        return ByPath(
+            learn(_moment(params, grads, state.masks, state.memory, state.count, key))
+        )
+
+    state = state._replace(inner=None)
+    return under_auto_axes(memory, now.params, now.grads, state, like=state.memory)
+
+
+def _moment(
+    params: Any,
+    grads: Any,
+    masks: PackedMasks,
+    memory: ByPath,
+    count: jax.Array,
+    key: jax.Array,
+) -> Moment:
+    held, weights, slopes = (
+        unpacked(masks, params),
+        named_leaves(params),
+        named_leaves(grads),
+    )
+    return Moment(
+        {path: weights[path] for path in held},
+        {path: slopes[path] for path in held},
+        held,
+        named_leaves(memory.arrays),
+        count,
+        key,
+    )
+
+
+def _scaled(grads: Any, masks: PackedMasks, factor: float) -> Any:
     """Gradients, multiplied where the masks remove."""
     if factor == 1:
         return grads
 
-    def scale(path: Any, grad: jax.Array) -> jax.Array:
-        mask = masks.get(name_of(path))
-        if mask is None:
-            return grad
-        # Not by multiplication alone: 0 * inf is nan.
-        rest = jax.lax.full_like(grad, 0, shape=()) if factor == 0 else factor * grad
-        return jnp.where(mask, grad, rest)
+    def scaled(grads: Any, masks: PackedMasks) -> Any:
+        held = unpacked(masks, grads)
 
-    return jax.tree.map_with_path(scale, grads)
+        def scale(path: Any, grad: jax.Array) -> jax.Array:
+            mask = held.get(name_of(path))
+            if mask is None:
+                return grad
+            # Not by multiplication alone: 0 * inf is nan.
+            rest = (
+                jax.lax.full_like(grad, 0, shape=()) if factor == 0 else factor * grad
+            )
+            return jnp.where(mask, grad, rest)
+
+        return jax.tree.map_with_path(scale, grads)
+
+    return under_auto_axes(scaled, grads, masks, like=grads)
 
 
-def _left(updates: Any, params: Any, masks: Arrays, factor: float) -> Any:
-    """Updates that leave `factor` of a removed weight, and of its step."""
+def _left(
+    updates: Any, params: Any, masks: PackedMasks, factor: float, due: Any = True
+) -> Any:
+    """Updates that leave `factor` of a removed weight, and of its step, when due."""
     if factor == 1:
         return updates
-    weights = named_leaves(params)
 
-    def leave(path: Any, update: jax.Array) -> jax.Array:
-        mask = masks.get(name := name_of(path))
-        if mask is None:
-            return update
-        # w + (-w) is 0 exactly, but only if the update is no narrower than the weight.
-        dtype = np.promote_types(update.dtype, weights[name].dtype)
-        update, w = update.astype(dtype), weights[name].astype(dtype)
-        rest = -w if factor == 0 else factor * (w + update) - w
-        return jnp.where(mask, update, rest)
+    def left(updates: Any, params: Any, masks: PackedMasks, due: Any) -> Any:
+        held, weights = unpacked(masks, params), named_leaves(params)
 
-    return jax.tree.map_with_path(leave, updates)
+        def leave(path: Any, update: jax.Array) -> jax.Array:
+            mask = held.get(name := name_of(path))
+            if mask is None:
+                return update
+            mask = mask if due is True else mask | ~due
+            # w + (-w) is 0 exactly, but only if the update is no narrower than the
+            # weight.
+            dtype = np.promote_types(update.dtype, weights[name].dtype)
+            update, w = update.astype(dtype), weights[name].astype(dtype)
+            rest = -w if factor == 0 else factor * (w + update) - w
+            return jnp.where(mask, update, rest)
+
+        return jax.tree.map_with_path(leave, updates)
+
+    return _called_with_due(left, (updates, params, masks), due, like=updates)
