@@ -215,7 +215,8 @@ def test_erk():
 @pytest.mark.parametrize("method", ["SET", "RigL"])
 def test_drop_and_grow(method, monkeypatch):
     first, random = ({p: np.abs(x) for p, x in draw(k).items()} for k in (77, 78))
-    calls = iter((first, random))  # at the start, and while the step is traced
+    # At the start, while the rule is checked, and while the step is traced.
+    calls = iter((first, random, random))
     monkeypatch.setattr(
         rules.scoring, "random", lambda *_: jax.tree.map(jnp.asarray, next(calls))
     )

@@ -83,6 +83,11 @@ METHODS = {
     "SET": lambda tx: training.sparse_evolutionary_training(tx, 0.5, every=2),
     "RigL 2:4": lambda tx: training.rigl(tx, every=2, selection=TWO_OF_FOUR),
     "GaP": lambda tx: training.grow_and_prune(tx, 0.5, parts=2, every=2, rounds=1),
+    "movement": lambda tx: training.movement_pruning(tx, 0.5, every=2),
+    "STE of saliency": lambda tx: training.straight_through(tx, 0.5, score="saliency"),
+    "TRP": lambda tx: training.trained_rank_pruning(
+        tx, every=2, energy=0.9, strength=0.1
+    ),
     "STE": lambda tx: training.straight_through(tx, 0.5),
     "DNS": lambda tx: training.dynamic_network_surgery(tx, 0.0, probability=0.7),
     "ISS-P": lambda tx: training.iterative_soft_shrinkage(tx, 0.5),
@@ -91,6 +96,11 @@ METHODS = {
     "group_bridgeout": before(training.group_bridgeout(0.01)),
     "dropconnect": before(training.dropconnect(0.3, key=jax.random.key(1, impl="rbg"))),
     "bridge_penalty": before(training.bridge_penalty(0.1)),
+    "growing": before(training.growing_regularization(units, growth=0.1, every=2)),
+    "proximal": lambda tx: optax.chain(
+        tx, training.proximal_group_lasso(0.1, 0.1, GROUPS)
+    ),
+    "ema_teacher": lambda tx: optax.chain(tx, training.ema_teacher(0.9)),
     "group_lasso": before(training.group_lasso(0.1, GROUPS)),
     "centripetal": before(
         training.centripetal(GROUPS, {UNITS: np.array([0, 0, 2, 3, 4, 5, 6, 6])}, 0.5)
@@ -244,7 +254,7 @@ def test_every_state_survives_any_format(name, through):
 
 
 # They know the traced shapes: after slicing, trace again and make a new link.
-TRACED = ("group_lasso", "centripetal")
+TRACED = ("group_lasso", "centripetal", "proximal")
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name not in TRACED])

@@ -1,5 +1,6 @@
 """Methods that act during training: optax transformations, losses and schedules."""
 
+from jaxprune.training import distillation as distillation
 from jaxprune.training import schedules as schedules
 from jaxprune.training._centripetal import CentripetalState as CentripetalState
 from jaxprune.training._centripetal import centripetal as centripetal
@@ -11,9 +12,18 @@ from jaxprune.training._global_sparse_momentum import (
     global_sparse_momentum as global_sparse_momentum,
 )
 from jaxprune.training._global_sparse_momentum import winning_ticket as winning_ticket
+from jaxprune.training._growing import GrowingState as GrowingState
+from jaxprune.training._growing import growing_regularization as growing_regularization
 from jaxprune.training._penalties import PenaltyState as PenaltyState
 from jaxprune.training._penalties import bridge_penalty as bridge_penalty
 from jaxprune.training._penalties import group_lasso as group_lasso
+from jaxprune.training._proximal import ProximalState as ProximalState
+from jaxprune.training._proximal import proximal_group_lasso as proximal_group_lasso
+from jaxprune.training._rank import TrainedRankState as TrainedRankState
+from jaxprune.training._rank import trained_rank_pruning as trained_rank_pruning
+from jaxprune.training._teacher import TeacherState as TeacherState
+from jaxprune.training._teacher import ema_teacher as ema_teacher
+from jaxprune.training._teacher import teacher_params as teacher_params
 from jaxprune.training.noise import BridgeoutState as BridgeoutState
 from jaxprune.training.noise import DropConnectState as DropConnectState
 from jaxprune.training.noise import GroupBridgeoutState as GroupBridgeoutState
@@ -37,6 +47,7 @@ from jaxprune.training.sparse import (
     iterative_soft_shrinkage as iterative_soft_shrinkage,
 )
 from jaxprune.training.sparse import masked_params as masked_params
+from jaxprune.training.sparse import movement_pruning as movement_pruning
 from jaxprune.training.sparse import rigl as rigl
 from jaxprune.training.sparse import (
     sparse_evolutionary_training as sparse_evolutionary_training,

@@ -19,6 +19,13 @@ _DOMAINS: dict[str, tuple[Callable[[float], bool], str]] = {
     "vector_strength": (lambda x: x >= 0, "at least 0"),
     "weight_decay": (lambda x: x >= 0, "at least 0"),
     "nonzero_ratio": (lambda x: 0 < x <= 1, "in (0, 1]"),
+    "learning_rate": (lambda x: x >= 0, "at least 0"),
+    "growth": (lambda x: x > 0, "above 0"),
+    "ceiling": (lambda x: x > 0, "above 0"),
+    "energy": (lambda x: 0 < x <= 1, "in (0, 1]"),
+    "decay": (lambda x: 0 <= x < 1, "in [0, 1)"),
+    "temperature": (lambda x: x > 0, "above 0"),
+    "alpha": (lambda x: 0 <= x <= 1, "in [0, 1]"),
     "limit": (lambda x: x >= 0, "at least 0"),
     "target_fraction": (lambda x: 0 < x <= 1, "in (0, 1]"),
 }

@@ -143,7 +143,7 @@ def group_lasso(
         leaves = {n: w for n, w in named_leaves(params).items() if n in chosen}
         if groups is None:
             return _sum(_filter_norms(w) for w in leaves.values())
-        leaves = _traced(groups, leaves)
+        leaves = traced_leaves(groups, leaves)
         return _sum(_unit_norms(group, leaves) for group in groups.values())
 
     return _link(strength, penalty)
@@ -199,16 +199,22 @@ def _filter_norms(w: jax.Array) -> jax.Array:
 
 
 def _unit_norms(group: Group, leaves: dict[str, jax.Array]) -> jax.Array:
-    members = [member for member in group.members if member.path in leaves]
-    if not members:
+    if not any(member.path in leaves for member in group.members):
         return jnp.zeros(())
+    squares, weights = unit_squares(group, leaves)
+    return math.sqrt(weights) * _sqrt(squares).sum()
+
+
+def unit_squares(group: Group, leaves: dict[str, jax.Array]) -> tuple[jax.Array, int]:
+    """Sums of squares ``[size]``, and how many weights of the leaves a unit has."""
+    members = [member for member in group.members if member.path in leaves]
     squares = _sum(_member_squares(member, leaves[member.path]) for member in members)
     weights = sum(
         member.repeats * (leaf.size // leaf.shape[member.axis])
         for member in members
         for leaf in [leaves[member.path]]
     )
-    return math.sqrt(weights) * _sqrt(squares).sum()
+    return squares, weights
 
 
 def _member_squares(member: Member, leaf: jax.Array) -> jax.Array:
@@ -216,7 +222,7 @@ def _member_squares(member: Member, leaf: jax.Array) -> jax.Array:
     return jnp.square(widened(leaf)).sum(others)[member.index].sum(1)
 
 
-def _traced(groups: Groups, leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
+def traced_leaves(groups: Groups, leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
     """The leaves by their traced path, which may start with the collection."""
     traced = {
         name if name in groups.shapes else f"params/{name}": leaf

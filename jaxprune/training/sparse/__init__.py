@@ -18,6 +18,7 @@ from jaxprune.training.sparse._soft import (
 from jaxprune.training.sparse._soft import (
     iterative_soft_shrinkage as iterative_soft_shrinkage,
 )
+from jaxprune.training.sparse._soft import movement_pruning as movement_pruning
 from jaxprune.training.sparse._soft import straight_through as straight_through
 from jaxprune.training.sparse._state import Moment as Moment
 from jaxprune.training.sparse._state import Rule as Rule

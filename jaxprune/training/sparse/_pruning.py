@@ -8,14 +8,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
-from jax.core import Tracer
 
 from jaxprune import select
-from jaxprune.core._masks import pair_masks
 from jaxprune.training._hyperparameters import check
-from jaxprune.training._leaves import named_leaves
 from jaxprune.training.sparse._rules import (
     Score,
     Selection,
@@ -25,7 +21,7 @@ from jaxprune.training.sparse._rules import (
     every_so_often,
     keep_best,
 )
-from jaxprune.training.sparse._state import Arrays, Rule
+from jaxprune.training.sparse._state import Arrays, Rule, given_masks
 from jaxprune.training.sparse._transform import sparse_training
 
 
@@ -62,18 +58,7 @@ def hold_masks(
 
     def start(params: Any, key: jax.Array) -> Arrays:
         del key
-        tree = masks(params) if callable(masks) else masks
-        pairs = zip(named_leaves(params).items(), pair_masks(params, tree), strict=True)
-        found = {}
-        for (path, w), (_, _, mask) in pairs:
-            traced = isinstance(mask, Tracer)
-            if mask.ndim == 0 and w.ndim and (traced or not mask):
-                mask = jnp.reshape(mask, (1,) * w.ndim)
-            elif mask.ndim == 0 and not traced and not mask:
-                raise ValueError(f"masks remove {path!r}, which is a single number")
-            if mask.ndim:
-                found[path] = mask
-        return found
+        return given_masks(params, masks(params) if callable(masks) else masks)
 
     return sparse_training(tx, Rule(start))
 

@@ -252,7 +252,7 @@ def dense_start(budget: Budget) -> Callable[[Any, jax.Array], Arrays]:
     return start
 
 
-def scored_start(budget: Budget, score: str) -> Callable[[Any, jax.Array], Arrays]:
+def scored_start(budget: Budget, score: Score) -> Callable[[Any, jax.Array], Arrays]:
     """Already at the budget of step 0, by a score that needs no gradient."""
 
     def start(params: Any, key: jax.Array) -> Arrays:
@@ -265,6 +265,25 @@ def scored_start(budget: Budget, score: str) -> Callable[[Any, jax.Array], Array
         return beside_leaves(
             masks, leaves, jax.random.fold_in(key, count), leaves=leaves
         )
+
+    return start
+
+
+def zero_start(budget: Budget) -> Callable[[Any, jax.Array], Arrays]:
+    """Already at the budget of step 0, by scores that are all 0."""
+
+    def start(params: Any, key: jax.Array) -> Arrays:
+        del key
+        leaves = prunable_leaves(budget, params)
+
+        def masks(leaves: Arrays) -> Arrays:
+            zeros = {
+                path: jnp.zeros(w.shape, jnp.float32) for path, w in leaves.items()
+            }
+            found = kept(budget, zeros, jnp.int32(0))
+            return {path: mask for path, mask in found.items() if mask.ndim}
+
+        return beside_leaves(masks, leaves, leaves=leaves)
 
     return start
 

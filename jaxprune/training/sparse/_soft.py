@@ -4,6 +4,7 @@ Gradients always reach all weights. Take them at `masked_params`, which is what 
 network computes with; the dense weights stay in `params`.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -12,7 +13,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune import select
+from jaxprune.training._hyperparameters import check
 from jaxprune.training.sparse._rules import (
+    Score,
     Selection,
     at,
     budget_of,
@@ -20,9 +23,11 @@ from jaxprune.training.sparse._rules import (
     every_so_often,
     hysteresis,
     keep_best,
+    kept,
     scored_start,
+    zero_start,
 )
-from jaxprune.training.sparse._state import Arrays, Rule
+from jaxprune.training.sparse._state import Arrays, Moment, Rule
 from jaxprune.training.sparse._transform import sparse_training
 
 
@@ -31,7 +36,7 @@ def straight_through(
     sparsity: Any = None,
     *,
     every: int = 1,
-    score: str = "magnitude",
+    score: Score = "magnitude",
     selection: Selection = select.per_leaf,
     prunable: Any = None,
     key: int | jax.Array = 0,
@@ -46,7 +51,10 @@ def straight_through(
         sparsity: fraction removed, a schedule of it, or path -> such for every leaf
             that is pruned; None if `selection` takes no sparsity.
         every: steps between two refreshes.
-        score: "magnitude" or "random".
+        score: "magnitude" ``|w|``, "saliency" ``|w g|``, "random", or a function
+            (params, grads) -> scores, larger matters more; both are path -> arrays, the
+            gradient that of the step before. With a score of gradients the first step
+            sees all weights.
         selection: which go: `select.per_leaf`, `select.across_leaves`, ...; see
             `Budget`.
         prunable: which leaves, see `Budget`.
@@ -71,15 +79,92 @@ def straight_through(
         Zhou et al., `Learning N:M Fine-grained Structured Sparse Neural Networks From
         Scratch <https://arxiv.org/abs/2102.04010>`_, 2021
     """
-    if score not in ("magnitude", "random"):
-        raise ValueError(f"score must be 'magnitude' or 'random', got {score!r}")
     budget = budget_of(sparsity, selection, prunable)
+    at_once = isinstance(score, str) and score in ("magnitude", "random")
     rule = Rule(
-        scored_start(budget, score),
+        scored_start(budget, score) if at_once else dense_start(budget),
         keep_best(budget, score, regrow=True),
-        every_so_often(every, 0, None, budget.sparsity),
+        every_so_often(every, 0 if at_once else 1, None, budget.sparsity),
     )
     return sparse_training(tx, rule, gradient=1.0, post_step=1.0, key=key)
+
+
+def movement_pruning(
+    tx: optax.GradientTransformation,
+    sparsity: Any = None,
+    *,
+    learning_rate: optax.ScalarOrSchedule = 1e-2,
+    every: int = 1,
+    selection: Selection = select.per_leaf,
+    prunable: Any = None,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Keeps the weights that move away from zero, whatever their size (movement).
+
+    Every weight has a score that is trained with it, straight through the selection:
+
+    .. math::
+        M = \mathrm{best}(S), \qquad W' = W \odot M, \qquad
+        S \leftarrow S - \alpha \, \frac{\partial L}{\partial W'} \odot W
+
+    so that a score grows while its weight grows away from zero. Scores start at 0, and
+    those of removed weights are trained too: a weight may return, with the value that
+    it had. Multipliers (0, 0, 1): removed weights themselves get no gradient. Take
+    gradients at `masked_params`; they are those of :math:`W'`.
+
+    Args:
+        tx: any optimiser, of the weights.
+        sparsity: schedule of the fraction removed, a number, or path -> such for every
+            leaf that is pruned; None if `selection` takes no sparsity. The authors
+            raise it along `jaxprune.schedules.cubic`.
+        learning_rate: :math:`\alpha`, of the scores, or a schedule of it.
+        every: steps between two refreshes of the masks.
+        selection: which go: `select.per_leaf` (the authors'), `select.across_leaves`,
+            ...; see `Budget`.
+        prunable: which leaves, see `Budget`.
+
+    Returns:
+        An optimiser, see `sparse_training`. The pruned network is
+        ``masked_params(params, opt_state)``.
+
+    Raises:
+        ValueError: if an argument is out of range or fits no other.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> from jaxprune.training import masked_params
+        >>> tx = movement_pruning(optax.sgd(0.1), 0.5)
+        >>> params = {"w": jnp.array([[5.0, 1.0]])}
+        >>> grads = {"w": jnp.array([[1.0, -1.0]])}  # the large one shrinks
+        >>> _, opt_state = tx.update(grads, tx.init(params), params)
+        >>> masked_params(params, opt_state)["w"]
+        Array([[0., 1.]], dtype=float32)
+
+    References:
+        Sanh, Wolf, Rush, `Movement Pruning: Adaptive Sparsity by Fine-Tuning
+        <https://arxiv.org/abs/2005.07683>`_, NeurIPS 2020
+    """
+    check("learning_rate", learning_rate)
+    budget = budget_of(sparsity, selection, prunable)
+    rule = Rule(
+        zero_start(budget),
+        lambda moment: kept(budget, moment.memory, moment.count),
+        every_so_often(every, 0, None, budget.sparsity),
+        remember=lambda params: {
+            path: jnp.zeros(w.shape, jnp.float32) for path, w in params.items()
+        },
+        learn=functools.partial(_moved, learning_rate),
+    )
+    return sparse_training(tx, rule, post_step=1.0)
+
+
+def _moved(learning_rate: optax.ScalarOrSchedule, moment: Moment) -> Arrays:
+    """The scores of movement after a step."""
+    alpha = jnp.asarray(at(learning_rate, moment.count), jnp.float32)
+    return {
+        path: moment.memory[path]
+        - alpha * w.astype(jnp.float32) * moment.grads[path].astype(jnp.float32)
+        for path, w in moment.params.items()
+    }
 
 
 def dynamic_network_surgery(

@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.core import Tracer
 
-from jaxprune.core._packing import ByPath, PackedMasks, unpack_masks
+from jaxprune.core._masks import pair_masks
+from jaxprune.core._packing import ByPath, PackedMasks, pack_masks, unpack_masks
 from jaxprune.training._auto_axes import beside_leaves, under_auto_axes
 from jaxprune.training._keys import StoredKey
 from jaxprune.training._leaves import name_of, named_leaves
@@ -183,6 +185,38 @@ def like_params(found: Arrays, params: Any, other: Any) -> Any:
     return jax.tree.map_with_path(
         lambda path, _: jnp.asarray(found.get(name_of(path), other)), params
     )
+
+
+def given_masks(params: Any, tree: Any) -> dict[str, Any]:
+    """Path -> mask of the leaves that masks of a user say something about.
+
+    Raises:
+        ValueError: if masks and parameters differ.
+        TypeError: if a mask is not boolean.
+    """
+    found = {}
+    pairs = zip(named_leaves(params).items(), pair_masks(params, tree), strict=True)
+    for (path, w), (_, _, mask) in pairs:
+        traced = isinstance(mask, Tracer)
+        if mask.ndim == 0 and w.ndim and (traced or not mask):
+            mask = jnp.reshape(mask, (1,) * w.ndim)
+        elif mask.ndim == 0 and not traced and not mask:
+            raise ValueError(f"masks remove {path!r}, which is a single number")
+        if mask.ndim:
+            found[path] = mask
+    return found
+
+
+def packed_by_path(params: Any, masks: Callable[[Any], Any]) -> PackedMasks:
+    """The masks of parameters, as states hold them."""
+    leaves = named_leaves(params)
+    if not leaves:
+        # optax.tree.map_params calls init on an empty stand-in for the parameters; a
+        # single leaf there matches the masks by path of any real state.
+        return PackedMasks(jnp.zeros((), bool))
+    found = given_masks(params, masks(params))
+    weights = {path: leaves[path] for path in found}
+    return beside_leaves(pack_masks, found, weights, leaves=weights)
 
 
 def _sparse_states(opt_state: Any) -> list[SparseState]:
