@@ -137,7 +137,7 @@ def test_every_module_is_tested():
         "training": ["bridgeout", "sparse_training", "schedules", "centripetal"],
         "recipes": ["prune", "plans", "sensitivity"],
         "integrations": ["modules"],
-        "io": ["checkpoints", "export"],
+        "io": ["checkpoints", "export", "save_pruned"],
         "display": ["report", "pictures"],
     }
     for room in {own.split(".")[0] for own in MODULES} - {""}:

@@ -1,6 +1,8 @@
 import json
 import subprocess
 import sys
+import zipfile
+import zlib
 
 import flax.linen as nn
 import jax
@@ -9,6 +11,8 @@ import numpy as np
 import pytest
 
 import jaxprune
+from jaxprune import io
+from jaxprune.io._folders import sealed
 from jaxprune.io.export import load_exported, save_exported
 
 
@@ -128,3 +132,198 @@ def test_notices_what_is_missing(pruned, tmp_path):
 def test_every_argument_has_a_batch_axis(tmp_path):
     with pytest.raises(ValueError, match=r"args/1 has no axes.*close over"):
         save_exported(tmp_path, lambda v, x, t: x * t, {}, jnp.ones((2, 2)), 0.5)
+
+
+def test_leaves_may_have_any_name(tmp_path):
+    names = ["file", "allow_pickle", "w", "w.npy", "../up", "args", "a b", "ü"]
+    variables = {name: jnp.full(2, float(i)) for i, name in enumerate(names)}
+    save_exported(
+        tmp_path, lambda v, x: x + v["file"][None], variables, jnp.ones((1, 2))
+    )
+    found = load_exported(tmp_path).variables
+    jax.tree.map(np.testing.assert_array_equal, found, variables)
+    twice = {"a/b": jnp.ones(2), "a": {"b": jnp.ones(2)}}
+    with pytest.raises(ValueError, match=r"named a/b: \['a'\]\['b'\] and \['a/b'\]"):
+        save_exported(tmp_path, lambda v, x: x, twice, jnp.ones((1, 2)))
+
+
+def double(variables, x):
+    return x * variables["w"][None]
+
+
+@pytest.fixture
+def small_folder(tmp_path):
+    folder = tmp_path / "model"
+    save_exported(folder, double, {"w": jnp.ones(3)}, jnp.ones((1, 3)))
+    return folder
+
+
+def resealed(folder, **changes):
+    """Changes what model.json says as somebody would who can compute a CRC."""
+    about = json.loads((folder / "model.json").read_text())
+    for name, facts in changes.items():
+        about[name] = {**about[name], **facts}
+    (folder / "model.json").write_text(json.dumps(sealed(about)))
+
+
+@pytest.mark.parametrize(
+    "name", ["/dev/zero", "../model/model.json", "model.json", "."]
+)
+def test_only_its_own_files_are_read(small_folder, name):
+    facts = {"name": name, "bytes": 0, "crc32": 0}
+    resealed(small_folder, files={"parameters.npz": facts})
+    with pytest.raises(ValueError, match=f"{name} is no name for parameters.npz"):
+        load_exported(small_folder)
+
+
+@pytest.mark.parametrize("file", ["model.json", "function.jaxexport", "parameters.npz"])
+def test_devices_are_not_read(small_folder, file):
+    (small_folder / file).unlink()
+    (small_folder / file).symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match=f"damaged: {file} is not a regular file"):
+        load_exported(small_folder)
+
+
+def test_parameters_that_unpack_to_more_are_not_unpacked(small_folder):
+    path = small_folder / "parameters.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("w.npy", bytes(10**7))
+    about = {"name": path.name, "bytes": path.stat().st_size}
+    about["crc32"] = zlib.crc32(path.read_bytes())
+    resealed(small_folder, files={"parameters.npz": about})
+    with pytest.raises(ValueError, match="damaged: w has 10000000 bytes, not 12"):
+        load_exported(small_folder)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "null", "[1]", "{}", "[" * 10**5, '{"a": NaN}']
+)
+def test_what_is_no_description_is_refused(small_folder, text):
+    (small_folder / "model.json").write_text(text)
+    with pytest.raises(ValueError, match="is damaged: .*"):
+        load_exported(small_folder)
+
+
+def test_an_export_is_compared_before_it_is_written(small_folder):
+    def centred(variables, x):
+        return x - x.mean(0, keepdims=True)
+
+    with pytest.raises(
+        ValueError, match="differs from .* by 1.0e.00 .*nothing was writ"
+    ):
+        save_exported(small_folder, centred, {}, jnp.ones((2, 3)))
+    with pytest.raises(ValueError, match="the batch, but args/0 has 2, args/1 has 3"):
+        save_exported(small_folder, lambda v, x, y: x, {}, jnp.ones(2), jnp.ones(3))
+    np.testing.assert_array_equal(
+        load_exported(small_folder)(jnp.ones((1, 3))), [[1] * 3]
+    )
+    save_exported(small_folder, double, {"w": jnp.full(3, 2.0)}, jnp.ones((1, 3)))
+    np.testing.assert_array_equal(
+        load_exported(small_folder)(jnp.ones((1, 3))), [[2] * 3]
+    )
+    assert len(list(small_folder.iterdir())) == 4
+
+
+@pytest.fixture
+def weights(tmp_path):
+    variables = {
+        "a": (jnp.arange(6.0).reshape(2, 3), [jnp.ones((), jnp.bfloat16), None]),
+        "file": np.arange(3, dtype=np.float64),
+        "empty": jnp.zeros((0, 2), jnp.int8),
+    }
+    path = tmp_path / "weights.safetensors"
+    io.save_safetensors(path, variables, plan={"format": 1}, facts={"accuracy": 0.5})
+    return path, variables
+
+
+def test_safetensors_come_back(weights):
+    path, variables = weights
+    found = io.load_safetensors(path)
+    assert jax.tree.structure(found.variables) == jax.tree.structure(variables)
+    for one, other in zip(
+        jax.tree.leaves(found.variables), jax.tree.leaves(variables), strict=True
+    ):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other)
+    assert found[1:] == ({"format": 1}, {"accuracy": 0.5})
+    with pytest.raises(ValueError, match="w has dtype int4, unknown to safetensors"):
+        io.save_safetensors(path, {"w": jnp.ones(2, jnp.int4)})
+    with pytest.raises(ValueError, match="keeps the name __metadata__ for itself"):
+        io.save_safetensors(path, {"__metadata__": jnp.ones(2)})
+    assert io.load_safetensors(path).facts == {"accuracy": 0.5}
+
+
+def test_safetensors_of_other_programs_are_flat(tmp_path):
+    library = pytest.importorskip("safetensors.numpy")
+    library.save_file({"a/b": np.ones(2, np.float32)}, tmp_path / "w")
+    variables, plan, facts = io.load_safetensors(tmp_path / "w")
+    assert (list(variables), plan, facts) == (["a/b"], None, {})
+
+
+def test_every_damaged_byte_of_safetensors_is_noticed(weights):
+    path, _ = weights
+    content = path.read_bytes()
+    rng = np.random.default_rng(0)
+    for at in rng.integers(0, len(content), 40):
+        for changed in (
+            content[:at]
+            + bytes([content[at] ^ 1 << rng.integers(8)])
+            + content[at + 1 :],
+            content[:at],
+        ):
+            path.write_bytes(changed)
+            with pytest.raises(ValueError, match=r"weights\.safetensors is damaged"):
+                io.load_safetensors(path)
+
+
+@pytest.mark.parametrize(
+    ("save", "package", "extra"),
+    [
+        (io.save_tflite, "tensorflow", "tflite"),
+        (io.save_onnx, "jax2onnx", "onnx"),
+        (io.save_safetensors, "safetensors", "export"),
+    ],
+)
+def test_a_missing_converter_is_told_with_its_extra(
+    tmp_path, monkeypatch, save, package, extra
+):
+    for name in [package, f"{package}.numpy"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    args = () if extra == "export" else (jnp.ones((1, 3)),)
+    words = ({"w": jnp.ones(3)},) if extra == "export" else (double, {"w": jnp.ones(3)})
+    with pytest.raises(
+        ModuleNotFoundError, match=rf"pip install 'jaxprune\[{extra}\]'"
+    ):
+        save(tmp_path / "it", *words, *args)
+    assert not (tmp_path / "it").exists()
+
+
+@pytest.mark.parametrize(
+    ("save", "packages"),
+    [
+        (io.save_tflite, ["tensorflow", "ai_edge_litert"]),
+        (io.save_onnx, ["jax2onnx", "onnxruntime"]),
+    ],
+    ids=["tflite", "onnx"],
+)
+@pytest.mark.filterwarnings("default")
+def test_converters_compute_the_same_or_write_nothing(pruned, tmp_path, save, packages):
+    for package in packages:  # heavy: see the extras in pyproject.toml
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    save(tmp_path / "model", pruned[0], pruned[1], np.zeros((2, 8, 8, 3), np.float32))
+    assert (tmp_path / "model").stat().st_size > 1000
+    with pytest.raises(ValueError, match="differs from the function it was made from"):
+        save(
+            tmp_path / "no",
+            lambda v, x: x - x.mean(0, keepdims=True),
+            {},
+            np.ones((2, 3), np.float32),
+        )
+    with pytest.raises(ValueError, match="the converter cannot do it, so nothing was"):
+        save(
+            tmp_path / "no",
+            lambda v, x: jnp.fft.fft(x),
+            {},
+            np.ones((2, 8), np.float32),
+        )
+    assert not (tmp_path / "no").exists()

@@ -5,6 +5,7 @@ import errno
 import os
 import stat
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,9 @@ def read_regular(path: Path, limit: int) -> bytes:
     if size > limit:
         raise ValueError(f"{path.name} has {size} bytes, more than {limit}")
     with path.open("rb") as file:
-        data = file.read(limit + 1)
-    if len(data) > limit:
-        raise ValueError(f"{path.name} grew beyond {limit} bytes while it was read")
+        data = file.read(size + 1)
+    if len(data) > size:
+        raise ValueError(f"{path.name} grew while it was read")
     return data
 
 
@@ -78,6 +79,22 @@ def regular_size(path: Path) -> int:
     if not stat.S_ISREG(about.st_mode):
         raise ValueError(f"{path.name} is not a regular file")
     return about.st_size
+
+
+@contextlib.contextmanager
+def needing(what: str, extra: str) -> Iterator[None]:
+    """A missing package is told with the extra that brings it.
+
+    Raises:
+        ModuleNotFoundError: if an import inside fails.
+    """
+    try:
+        yield
+    except ImportError as error:
+        missing = error.name or first_line(error)
+        raise ModuleNotFoundError(
+            f"{what} need {missing}: pip install 'jaxprune[{extra}]'", name=error.name
+        ) from error
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:

@@ -56,7 +56,7 @@ def write_folder(
             for name, write in writers.items():
                 write(paths[name])
             files = {name: _facts(path) for name, path in paths.items()}
-            text = json.dumps(_sealed({**about, "files": files}), indent=1)
+            text = json.dumps(sealed({**about, "files": files}), indent=1)
             write_atomically(folder / manifest, text + "\n")
         except BaseException as error:
             for path in paths.values():
@@ -91,10 +91,10 @@ def read_folder(
     with naming_damage(folder, kind):
         try:
             about = json.loads(read_regular(folder / manifest, _LARGEST_JSON))
-            sealed = _sealed(about)["sealed"] if isinstance(about, dict) else None
+            right = isinstance(about, dict) and about == sealed(about)
         except RecursionError:
             raise ValueError(f"{manifest} is nested too deeply") from None
-        if sealed is None or about.get("sealed") != sealed:
+        if not right:
             raise ValueError(f"{manifest} is not what was saved")
         files = about["files"]
         for name in names:
@@ -115,7 +115,8 @@ def naming_damage(folder: Path, kind: str) -> Iterator[None]:
         ) from error
 
 
-def _sealed(about: Mapping[str, Any]) -> dict[str, Any]:
+def sealed(about: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with a checksum of all of it."""
     content = {key: value for key, value in about.items() if key != "sealed"}
     text = json.dumps(content, sort_keys=True)
     return {**content, "sealed": zlib.crc32(text.encode())}

@@ -82,6 +82,16 @@ def random_batch(args: Sequence[Any], batch: int, seed: int) -> tuple[Any, ...]:
     return jax.tree.map(draw, tuple(args))
 
 
+def on_device(leaf: Any) -> Any:
+    """A JAX array, unless that would make it narrower."""
+    if isinstance(leaf, np.ndarray):
+        dtype = leaf.dtype
+        return (
+            leaf if jax.dtypes.canonicalize_dtype(dtype) != dtype else jnp.array(leaf)
+        )
+    return leaf
+
+
 def check_agreement(
     what: str, expected: PyTree, found: Sequence[Any], tolerance: float | None
 ) -> float:

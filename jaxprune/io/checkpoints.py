@@ -27,7 +27,7 @@ from jax.experimental import multihost_utils
 
 from jaxprune.core import PyTree, named_leaves
 from jaxprune.io._checksums import MODULUS, local_checksum
-from jaxprune.io._files import as_os_error, first_line, hold, turn
+from jaxprune.io._files import as_os_error, first_line, hold, regular_size, turn
 from jaxprune.io._files import release as release
 
 FORMAT = 2
@@ -158,6 +158,19 @@ def restore_latest(
             return Restored(step, state, sealed["meta"])
     _warn_damaged(folder, problems)
     return None
+
+
+def restore_exactly(folder: str | os.PathLike[str], step: int, like: PyTree) -> PyTree:
+    """The state of one step.
+
+    Raises:
+        ValueError: if it was saved with other leaves, shapes or dtypes.
+        Exception: whatever a damaged step makes Orbax raise.
+    """
+    path = Path(folder).absolute() / str(step)
+    sealed = _read_sealed(path)
+    _check_like(path, sealed["leaves"], like)
+    return _read_state(path, like, sealed["leaves"])
 
 
 # ---------------------------------------------------------------------------- arguments
@@ -356,6 +369,9 @@ def _restore(path: Path, **items: Any) -> Any:
 
 
 def _read_sealed(path: Path) -> dict[str, Any]:
+    for file in path.rglob("*"):
+        if not file.is_dir():
+            regular_size(file)  # a device, read to its end, would fill the memory
     sealed = _restore(path, meta=_orbax().args.JsonRestore())["meta"]
     if not isinstance(sealed, dict) or sealed.get("format") != FORMAT:
         raise OSError(f"it is no checkpoint of format {FORMAT}")

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.core import PyTree, named_leaves
+from jaxprune.io._files import needing
 from jaxprune.io._folders import naming_damage, read_folder, write_folder
 from jaxprune.io._programs import (
     batch_size,
@@ -117,8 +118,8 @@ def save_exported(
     }
     blob = serialized(program)
     writers = {
-        _FUNCTION: lambda path: _write_bytes(path, blob),
-        _PARAMETERS: partial(_write_npz, leaves=leaves),
+        _FUNCTION: lambda path: write_bytes(path, blob),
+        _PARAMETERS: partial(write_npz, leaves=leaves),
     }
     write_folder(Path(path), _FACTS, about, writers)
 
@@ -199,13 +200,8 @@ def serialized(program: jax.export.Exported) -> bytes:
     Raises:
         ModuleNotFoundError: if flatbuffers is missing.
     """
-    try:
+    with needing("exported programs", "export"):
         return bytes(program.serialize())
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            "StableHLO export needs flatbuffers: pip install 'jaxprune[export]'",
-            name="flatbuffers",
-        ) from error
 
 
 def deserialized(path: Path) -> jax.export.Exported:
@@ -213,11 +209,12 @@ def deserialized(path: Path) -> jax.export.Exported:
     return jax.export.deserialize(bytearray(path.read_bytes()))
 
 
-def _write_bytes(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
+    """As a function of the path, for `write_folder`."""
     path.write_bytes(content)
 
 
-def _write_npz(path: Path, leaves: Mapping[str, Any]) -> None:
+def write_npz(path: Path, leaves: Mapping[str, Any]) -> None:
     """As `numpy.savez`, which takes no leaf named ``file`` or ``allow_pickle``."""
     with zipfile.ZipFile(path, "w") as archive:
         for name, leaf in leaves.items():
@@ -241,13 +238,14 @@ def _read_variables(
         raise ValueError(f"it names {len(dtypes)} parameters, not {len(wanted)}")
     with zipfile.ZipFile(path) as archive:
         leaves = [
-            _read_npy(archive, name, aval)
+            read_npy(archive, name, aval)
             for name, aval in zip(dtypes, wanted, strict=True)
         ]
     return jax.tree.unflatten(jax.tree.structure(inputs[0][0]), leaves)
 
 
-def _read_npy(archive: zipfile.ZipFile, name: str, aval: Any) -> np.ndarray:
+def read_npy(archive: zipfile.ZipFile, name: str, aval: Any) -> np.ndarray:
+    """One array of what `write_npz` wrote, if it has the shape and size of `aval`."""
     stored = archive.getinfo(f"{name}.npy")
     nbytes = math.prod(aval.shape) * np.dtype(aval.dtype).itemsize
     if stored.file_size > nbytes + _LONGEST_HEADER:
