@@ -234,8 +234,13 @@ def with_sorted_heads(p, x):
 @pytest.mark.parametrize(
     ("fn", "more", "name", "why"),
     [
-        (with_bias, {"shared": (5,)}, "shared:0", "they are computed together"),
-        (with_talking_heads, {"talk": (3, 3)}, "v:1#2", "they are computed together"),
+        (with_bias, {"shared": (5,)}, "shared:0", "its blocks are computed together"),
+        (
+            with_talking_heads,
+            {"talk": (3, 3)},
+            "v:1#2",
+            "its blocks are computed together",
+        ),
         (with_a_table, {}, "v:1", "places of their own in a table"),
         (with_sorted_heads, {}, "v:1", "sort does not tell its blocks apart"),
     ],

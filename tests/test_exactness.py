@@ -20,7 +20,7 @@ from zoo import linen, normal, weights
 import jaxprune
 
 X = np.random.default_rng(3).normal(size=(3, 4)).astype(np.float32)
-SUMMED = "it is summed over without being 0 where it is cut"
+SUMMED = "a sum runs over masked positions that are not 0"
 
 # --- causes --------------------------------------------------------------------------
 
@@ -139,13 +139,17 @@ WV = {"w": (4, 6), "v": (6, 2)}
 CAUSES = [
     (value_added, SHAPES, SUMMED),
     (mean_of_a_bias, {"w": (4, 6), "b": ()}, SUMMED),
-    (softmax, WV, "a maximum over it sees the masked units"),
-    (log_sum_exp, SHAPES, "a maximum over it sees the masked units"),
+    (softmax, WV, "a maximum over this axis includes masked positions"),
+    (log_sum_exp, SHAPES, "a maximum over this axis includes masked positions"),
     (two_pass_variance, SHAPES, SUMMED),
-    (maximum, SHAPES, "a maximum over it sees the masked units"),
-    (product, SHAPES, "a product over it sees the masked units"),
-    (gating_by_the_largest, WV, "a maximum over it sees the masked units"),
-    (running_product, WV, "a running sum along it sees the masked units"),
+    (maximum, SHAPES, "a maximum over this axis includes masked positions"),
+    (product, SHAPES, "a product over this axis includes masked positions"),
+    (gating_by_the_largest, WV, "a maximum over this axis includes masked positions"),
+    (
+        running_product,
+        WV,
+        "a cumulative operation runs over masked positions",
+    ),
     (two_operands_lose_zero, SHAPES, "a product is summed over it without being 0"),
     (inside_scan, SHAPES, SUMMED),
     (inside_cond, SHAPES, SUMMED),
@@ -405,4 +409,4 @@ def test_unused_variables_are_pinned():
     groups = jaxprune.trace(fn, weights(**WV, spare=(5, 3)), X)
     assert set(groups) == {"w:1"}
     why = {pin.why for pin in groups.pinned if pin.path == "spare"}
-    assert why == {"the program does not use it"}
+    assert why == {"unused variable"}

@@ -161,7 +161,7 @@ REFUSED = {
     product_over_units: "a reduction over it counts every unit",
     square_of_consumers: "a sum over it counts every unit",
     shifted_consumers: "a sum over it counts every unit",
-    tied: "its consumers go through what is not linear",
+    tied: "a consumer passes through a nonlinear operation",
     other_functions_of_other_units: "some of its units are more often on it",
 }
 
@@ -170,7 +170,7 @@ REFUSED = {
 def test_what_would_lose_something_is_refused(fn):
     variables = weights(a=(4, 6), b=(6, 2), c=(12, 2))
     groups = jaxprune.trace(fn, variables, X, roles=True)
-    assert REFUSED[fn] in groups["a:1"].obstacle
+    assert REFUSED[fn] in str(groups["a:1"].obstacle)
     clusters = {"a:1": np.array([0, 0, 1, 1, 2, 2])}
     with pytest.raises(ValueError, match="units of a:1 cannot be merged: "):
         jaxprune.merge(variables, groups, clusters)
@@ -197,7 +197,7 @@ def test_dropout_makes_units_unequal():
 
     variables = weights(a=(4, 6), b=(6, 2))
     groups = jaxprune.trace(net, variables, X, jax.random.key(0), roles=True)
-    assert "every unit has a place of its own" in groups["a:1"].obstacle
+    assert "units may be pruned but not permuted" in str(groups["a:1"].obstacle)
 
 
 def test_roles_are_found_only_when_asked():
@@ -231,7 +231,9 @@ def test_a_primitive_of_others_is_refused_until_it_is_understood():
         )
     finally:
         del RULES["bend_for_merging"]
-    assert "what bend_for_merging makes of equal units" in groups["a:1"].obstacle
+    assert "the effect of bend_for_merging on equal units" in str(
+        groups["a:1"].obstacle
+    )
 
 
 def test_a_linear_chain_needs_a_choice_and_gets_one():

@@ -18,13 +18,13 @@ from zoo.structures import STRUCTURES
 import jaxprune
 from jaxprune.coupling._registry import RULES, Rule
 
-# Axes that an input, an output or the space of a convolution holds go without saying.
+# Axes that an input, an output or spatial axis of a convolution input holds go without saying.
 # So does the axis of 3 in a fused kernel of q, k and v, whose other factors can be cut.
 OBVIOUS = (
     "coupled to the input",
     "coupled to the output",
-    "the window of a convolution",
-    "the space of a convolution",
+    "spatial axis of a convolution kernel",
+    "spatial axis of a convolution input",
     "one of its factors",
     "an axis of size 1",
 )

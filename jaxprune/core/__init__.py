@@ -4,6 +4,7 @@ from jaxprune.core._groups import Group as Group
 from jaxprune.core._groups import Groups as Groups
 from jaxprune.core._groups import Member as Member
 from jaxprune.core._groups import Pinned as Pinned
+from jaxprune.core._groups import Reason as Reason
 from jaxprune.core._leaves import named_leaves as named_leaves
 from jaxprune.core._leaves import parameter_paths as parameter_paths
 from jaxprune.core._limits import Each as Each

@@ -44,6 +44,37 @@ class Member:
         return self.index.shape[1]
 
 
+@dataclasses.dataclass(frozen=True)
+class Reason:
+    """Why an axis cannot be cut, a group is not exact, or units cannot be merged.
+
+    Prints as its text, with the place in the user's program where known.
+
+    Attributes:
+        kind: which reason, as a word to compare with, such as "no_rule" or "output".
+        text: the reason for a person.
+        primitive: name of the JAX primitive that is the cause; "" if none is.
+        source: ``file.py:12 (function)`` of the user's line; "" if not known.
+
+    Example:
+        >>> print(Reason("sorted", "values are sorted along this axis", "sort"))
+        values are sorted along this axis (sort)
+    """
+
+    kind: str
+    text: str
+    primitive: str = ""
+    source: str = ""
+
+    @property
+    def place(self) -> str:
+        """The primitive and the user's line, as far as known."""
+        return " at ".join(filter(None, (self.primitive, self.source)))
+
+    def __str__(self) -> str:
+        return f"{self.text} ({self.place})" if self.place else self.text
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Group:
     """Units that live and die on the same parameter axes.
@@ -53,23 +84,28 @@ class Group:
         size: how many units can be cut, each alone.
         members: every parameter axis a cut touches, in order of first use.
         exact: True if cutting any units equals masking them, up to rounding.
-        why: the reason when not exact, with the place in the user's program.
+        reason: why not, if not exact; `why` is its text.
         ordered: the place of a unit matters (it is tied to an entry of a table, such
             as a rotary frequency), so units can be cut but not reordered.
         blocks: the units come in this many blocks of equal size, one after the other
             (see `balanced` of `trace`); a cut takes as many from every block.
-        obstacle: why units that are equal cannot be merged (see `merge`), with the
-            place in the user's program; "" if they can be.
+        obstacle: why units that are equal cannot be merged (see `merge`); None if they
+            can be.
     """
 
     name: str
     size: int
     members: tuple[Member, ...]
     exact: bool = True
-    why: str = ""
+    reason: Reason | None = None
     ordered: bool = False
     blocks: int = 1
-    obstacle: str = "traced without roles=True"
+    obstacle: Reason | None = Reason("roles", "traced without roles=True")
+
+    @property
+    def why(self) -> str:
+        """The reason for a person when not exact, with the place; else ""."""
+        return "" if self.reason is None else str(self.reason)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,13 +116,18 @@ class Pinned:
         path: the leaf.
         axis: which axis of that leaf.
         positions: how many positions of the axis are pinned.
-        why: the reason, with the place in the user's program where known.
+        reason: why not; `why` is its text.
     """
 
     path: str
     axis: int
     positions: int
-    why: str
+    reason: Reason
+
+    @property
+    def why(self) -> str:
+        """The reason for a person, with the place in the user's program where known."""
+        return str(self.reason)
 
 
 class PinnedAxes(tuple[Pinned, ...]):

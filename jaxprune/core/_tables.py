@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 _COLLECTION = re.compile(r"^(params|batch_stats)/")
 _AXIS = re.compile(r"(?:(?P<layer>.*?)/)?(?P<leaf>[^/]+(?:/value)?:[^/]*)")
-_REASON = re.compile(r"(?P<text>.*?)(?: \((?P<place>\w+(?: at .*)?)\))?")
 
 _Tokens = tuple[str, ...]
 
@@ -29,6 +28,7 @@ class _Row(NamedTuple):
         cuts: layer and leaf of every member of a group.
         size: units of each group.
         note: what a reader has to know besides, or "".
+        place: where in the user's program the reason for the note is, or "".
         times: how many rows this one stands for.
     """
 
@@ -38,6 +38,7 @@ class _Row(NamedTuple):
     cuts: tuple[tuple[_Tokens, str], ...] = ()
     size: int = 0
     note: str = ""
+    place: str = ""
     times: int = 1
 
     @property
@@ -64,7 +65,8 @@ def groups_table(
     table.caption = _pinned_caption(pinned)
     for row in _fold([_group_row(group) for group in groups.values()]):
         each = f"{row.times} x " if row.times > 1 else ""
-        notes = [rich.text.Text(row.note, "italic")] if row.note else []
+        note = " ".join(filter(None, [row.note, row.place and f"({row.place})"]))
+        notes = [rich.text.Text(note, "italic")] if note else []
         cell = rich.console.Group(_heading(row.name), _layers(row.cuts), *notes)
         table.add_row(f"{each}{row.size}", cell)
     return table
@@ -74,8 +76,7 @@ def pinned_table(pinned: Sequence["Pinned"]) -> rich.table.Table:
     """A row for every reason: what it is, which axes it holds, where it is met."""
     reasons: dict[str, list[tuple[Pinned, str]]] = {}
     for pin in pinned:
-        text, place = _split_reason(pin.why)
-        reasons.setdefault(text, []).append((pin, place))
+        reasons.setdefault(pin.reason.text, []).append((pin, pin.reason.place))
     title = f"{_plural(len(pinned), 'axis', 'axes')} pinned, whole or in part"
     table = _table(title, "axes", "why, and the layers it holds: leaf:axis")
     for text, held in reasons.items():
@@ -120,12 +121,16 @@ def _group_row(group: "Group") -> _Row:
         _, layer, leaf = split_axis(f"{member.path}:{member.axis}")
         repeats = f" x{member.repeats}" if member.repeats > 1 else ""
         cuts.append((layer, leaf + repeats))
-    notes = [] if group.exact else [f"not exact: {group.why}"]
+    reason = group.reason
+    notes = [] if reason is None else [f"not exact: {reason.text}"]
+    place = "" if reason is None else reason.place
     if group.blocks > 1:
         each = _plural(group.size // group.blocks, "unit")
         notes.append(f"{group.blocks} blocks of {each}: cut as many from each")
-    notes += ["every unit has a place of its own: cut, never reorder"] * group.ordered
-    return _Row(*split_axis(group.name), tuple(cuts), group.size, "; ".join(notes))
+    notes += ["units may be pruned but not permuted"] * group.ordered
+    return _Row(
+        *split_axis(group.name), tuple(cuts), group.size, "; ".join(notes), place
+    )
 
 
 def split_axis(name: str) -> tuple[str, _Tokens, str]:
@@ -199,7 +204,7 @@ def _fold(rows: list[_Row]) -> list[_Row]:
 def _but_for(row: _Row, slot: int) -> Hashable:
     """The row without the number in this slot."""
     blank = _numbered(row, slot, "")
-    return blank._replace(note=_split_reason(row.note)[0], times=0)
+    return blank._replace(place="", times=0)
 
 
 def _join(rows: list[_Row], slot: int) -> _Row:
@@ -238,12 +243,6 @@ def _ranges(numbers: list[str]) -> str:
             runs.append([number])
     parts = [f"{r[0]}..{r[-1]}" if len(r) > 2 else ",".join(r) for r in runs]
     return ordered[0] if len(ordered) == 1 else "{" + ",".join(parts) + "}"
-
-
-def _split_reason(why: str) -> tuple[str, str]:
-    """The text of a reason, and the place in the user's program or ""."""
-    found = _REASON.fullmatch(why)
-    return (found["text"], found["place"] or "") if found else (why, "")
 
 
 def _some(places: list[str]) -> str:

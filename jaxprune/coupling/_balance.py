@@ -6,11 +6,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jaxprune.core._groups import Group, Groups, Member
+from jaxprune.core._groups import Group, Groups, Member, Reason
 from jaxprune.core._names import listed, matching, nearest
 from jaxprune.coupling import _row_rules as row_rules
 from jaxprune.coupling._collect import Found
 from jaxprune.coupling._labels import Value
+from jaxprune.coupling._reasons import text_of
 from jaxprune.coupling._rows import Rows, Slots, State
 from jaxprune.coupling._solution import NONE, Solution
 from jaxprune.coupling._walk import Walked
@@ -93,7 +94,7 @@ def _apart(
         size=size,
         members=members,
         blocks=blocks,
-        obstacle="its blocks lose units of their own; trace it without balanced",
+        obstacle=Reason("balanced", text_of("balanced")),
     )
 
 
@@ -148,10 +149,12 @@ class Balance:
             owner = block[table[:, 0, 0]]
             parts = [table[owner == one] for one in order]
             if sum(map(len, parts)) < len(table) or len({len(p) for p in parts}) > 1:
-                return "its blocks do not have as many positions on every axis"
+                return "its blocks occupy different numbers of positions on some axis"
             lines = [p.swapaxes(0, 1).reshape(table.shape[1], -1) for p in parts]
             every.append(np.sort(np.concatenate(lines), axis=1).astype(np.int32))
-        return (len(order), every) if len(order) > 1 else "they are computed together"
+        if len(order) == 1:
+            return "its blocks are computed together"
+        return len(order), every
 
     def canonical(
         self, inputs: Sequence[Value], keep: Mapping[tuple[int, int], np.ndarray]

@@ -180,9 +180,10 @@ def _named(ledger: Ledger, solution: Solution, found: list[Found]) -> dict[str, 
         axes = sorted((*axis, index) for axes, index in each.members for axis in axes)
         members = tuple([Member(path, d, index) for _, path, d, index in axes])
         name = _unique(f"{members[0].path}:{members[0].axis}", groups)
-        exact = bool(doubt == NEVER)
-        why = "" if exact else explain(ledger, doubt)
-        groups[name] = Group(name, len(each.units), members, exact, why, fixed)
+        reason = None if doubt == NEVER else explain(ledger, doubt)
+        groups[name] = Group(
+            name, len(each.units), members, reason is None, reason, fixed
+        )
     return groups
 
 
@@ -202,7 +203,7 @@ def _with_roles(
         for m in group.members:
             role = "consumer" if (m.path, m.axis, g) in reads else "producer"
             members.append(dataclasses.replace(m, role=role))
-        obstacle = explain(ledger, refused[g]) if g in refused else ""
+        obstacle = explain(ledger, refused[g]) if g in refused else None
         found[name] = dataclasses.replace(
             group, members=tuple(members), obstacle=obstacle
         )

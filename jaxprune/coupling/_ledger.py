@@ -21,18 +21,21 @@ from jaxprune.coupling._labels import (
     same_units,
     with_flags,
 )
+from jaxprune.coupling._reasons import text_of
 
 
-class Reason(NamedTuple):
+class Cause(NamedTuple):
     """Why something cannot be cut or is not exact, and where.
 
     Attributes:
-        text: the reason.
+        kind: a key of `jaxprune.coupling._reasons.TEXTS`.
+        text: what a person reads.
         eqn: the equation that is the cause.
         calls: the equations around it, outermost first: the programs that were being
             walked. Inside a jitted library function only they know the user's line.
     """
 
+    kind: str
     text: str
     eqn: Any = None
     calls: tuple[Any, ...] = ()
@@ -51,9 +54,9 @@ class Ledger:
         self.freezes: list[tuple[Units, int]] = []
         self.doubts: list[tuple[Units, int]] = []
         self.ordered: list[Units] = []
-        self.reasons: dict[int, Reason] = {ALIVE: Reason("never cut")}
+        self.reasons: dict[int, Cause] = {ALIVE: Cause("alive", text_of("alive"))}
         self.calls: list[Any] = []  # the equations being walked, outermost first
-        self._reason_of: dict[str | tuple[str | int, ...], int] = {}
+        self._reason_of: dict[tuple[str | int, ...], int] = {}
         self._factors: dict[Any, tuple[Units, list[tuple[Column, ...]]]] = {}
 
     def copy(self) -> "Ledger":
@@ -90,18 +93,25 @@ class Ledger:
     def fresh_axis(self, n: int, *, zero: bool = False) -> Axis:
         """An axis whose positions are units of their own; size 1 is never cut."""
         if n == 1:
-            return self.reason("an axis of size 1")
+            return self.reason("size_one")
         return (Column(self.fresh(n), zero),)
 
-    def reason(self, text: str, eqn: Any = None) -> int:
-        """The unit that stands for a reason; doubles as a frozen `Axis`."""
-        key = text if eqn is None else (text, id(eqn), *map(id, self.calls))
+    def reason(self, kind: str, eqn: Any = None, **details: str) -> int:
+        """The unit that stands for a reason; doubles as a frozen `Axis`.
+
+        Args:
+            kind: a key of `jaxprune.coupling._reasons.TEXTS`.
+            eqn: the equation that is the cause, if one is.
+            **details: what the text of this kind names.
+        """
+        where = () if eqn is None else (id(eqn), *map(id, self.calls))
+        key = (kind, *details.values(), *where)
         unit = self._reason_of.get(key)
         if unit is None:
             unit = self._reason_of[key] = self.size
             self.size += 1
             calls = () if eqn is None else tuple(self.calls)
-            self.reasons[unit] = Reason(text, eqn, calls)
+            self.reasons[unit] = Cause(kind, text_of(kind, **details), eqn, calls)
         return unit
 
     def freeze(self, axis: Axis, why: int) -> None:
@@ -155,23 +165,23 @@ class Ledger:
         matrix = np.stack([column.units for column in several], axis=1)
         self.definitions.append((single.units, matrix))
 
-    def sum_over(self, axis: Axis, what: str, eqn: Any) -> None:
+    def sum_over(self, axis: Axis, kind: str, eqn: Any, **details: str) -> None:
         """A sum over `axis`: exact only where dead positions hold 0."""
         if isinstance(axis, int):
             return
         for units, zero in axis:
             if zero is not True and not np.all(zero):
                 bad = units if isinstance(zero, bool) else units[~zero]
-                self.doubt(bad, self.reason(what, eqn))
+                self.doubt(bad, self.reason(kind, eqn, **details))
 
-    def contract(self, a: Axis, b: Axis, what: str, eqn: Any) -> None:
+    def contract(self, a: Axis, b: Axis, kind: str, eqn: Any) -> None:
         """A sum over products of `a` and `b`: exact if one of them is 0 when dead."""
         self.tie(a, b)
         if isinstance(a, int) or isinstance(b, int):
             return  # nothing dies here
         flags = [column.zero for column in a]
         product = list(map(either, flags, flags_on(a, b)))
-        self.sum_over(with_flags(a, product), what, eqn)
+        self.sum_over(with_flags(a, product), kind, eqn)
 
     def split(self, axis: Axis, sizes: tuple[int, ...]) -> list[Axis]:
         """Labels of the axes that a reshape makes from one axis (row-major).
@@ -188,8 +198,8 @@ class Ledger:
                 parts, self._split_column(column, sizes), strict=True
             ):
                 part.extend(found)
-        free = self.reason("an axis of size 1")
-        whole = self.reason("not cut on this side of a reshape")
+        free = self.reason("size_one")
+        whole = self.reason("not_split")
         return [
             tuple(part) if part else (free if n == 1 else whole)
             for part, n in zip(parts, sizes, strict=True)
@@ -219,7 +229,7 @@ class Ledger:
         ]
         found: list[tuple[Column, ...]] = [() for _ in sizes]
         if not varying:  # one unit throughout: it cannot die without the whole value
-            self.freezes.append((units[:1], self.reason("it holds a whole axis")))
+            self.freezes.append((units[:1], self.reason("one_unit")))
         elif len(varying) == 1:
             d = varying[0]
             line = grid[tuple(slice(None) if k == d else 0 for k in range(len(sizes)))]

@@ -1,14 +1,16 @@
 """Lines: the labels of parameter axes, solved; axes tied throughout share one."""
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from operator import itemgetter
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from jaxprune.core._groups import Pinned
+from jaxprune.core._groups import Pinned, Reason
 from jaxprune.coupling._labels import Value
 from jaxprune.coupling._ledger import Ledger
+from jaxprune.coupling._reasons import text_of
 from jaxprune.coupling._solution import ATOM, FROZEN, NEVER, Solution
 from jaxprune.program._jaxprs import source_line
 
@@ -101,13 +103,15 @@ def find_pinned(ledger: Ledger, solution: Solution, lines: Lines) -> tuple[Pinne
     if (solution.partly != NEVER).any():
         partly = np.where(why == NEVER, solution.partly[classes], NEVER)
         for line, count, unit in _held(partly, starts):
-            text = "one of its factors: " + explain(ledger, unit)
-            found.append((lines.axes[line], count, text))
+            inner = explain(ledger, unit)
+            text = text_of("factor", why=inner.text)
+            reason = dataclasses.replace(inner, kind="factor", text=text)
+            found.append((lines.axes[line], count, reason))
     for line, count, unit in _held(why, starts):
         found.append((lines.axes[line], count, explain(ledger, unit)))
     pinned = [
-        (number, Pinned(path, d, count, text))
-        for axes, count, text in found
+        (number, Pinned(path, d, count, reason))
+        for axes, count, reason in found
         for number, path, d in axes
     ]
     return tuple([each for _, each in sorted(pinned, key=itemgetter(0))])
@@ -125,12 +129,10 @@ def _held(reasons: np.ndarray, starts: np.ndarray) -> Iterator[tuple[int, int, i
     )
 
 
-def explain(ledger: Ledger, unit: int) -> str:
-    """The text of a reason, with the user's source line where known."""
-    reason = ledger.reasons[unit]
-    if reason.eqn is None:
-        return reason.text
-    lines = (source_line(eqn) for eqn in (reason.eqn, *reason.calls[::-1]))
-    place = next(filter(None, lines), "")
-    where = reason.eqn.primitive.name + (f" at {place}" if place else "")
-    return f"{reason.text} ({where})"
+def explain(ledger: Ledger, unit: int) -> Reason:
+    """A reason, with the user's source line where known."""
+    kind, text, eqn, calls = ledger.reasons[unit]
+    if eqn is None:
+        return Reason(kind, text)
+    source = next(filter(None, map(source_line, (eqn, *calls[::-1]))), "")
+    return Reason(kind, text, eqn.primitive.name, source)

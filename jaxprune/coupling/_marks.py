@@ -130,10 +130,10 @@ class Marking:
         self.eqn: Any = None
         self._ledger, self._proposing = ledger, proposing
 
-    def refuse(self, group: int, text: str) -> None:
+    def refuse(self, group: int, kind: str, **details: str) -> None:
         """This group cannot be merged."""
         if not self._proposing and group not in self.refused:
-            self.refused[group] = self._ledger.reason(text, self.eqn)
+            self.refused[group] = self._ledger.reason(kind, self.eqn, **details)
 
     def constant(self, value: Value) -> State:
         """Data. Where it varies along an axis, the units there are ordered."""
@@ -147,9 +147,9 @@ class Marking:
         for g in {**a.axes[i], **b.axes[j]}:
             x, y = a.axes[i].get(g), b.axes[j].get(g)
             if x is None or y is None:
-                self.refuse(g, "one side of a product that is summed over it lacks it")
+                self.refuse(g, "one_operand")
             elif x.summed and y.summed:
-                self.refuse(g, "a product of two of its consumers is summed over it")
+                self.refuse(g, "consumers_contracted")
             elif not x.summed and not y.summed:
                 # What comes from parameters alone reads; what an input feeds is read.
                 second, first = (x, y) if a.fed or not b.fed else (y, x)
@@ -165,11 +165,11 @@ class Marking:
         """Another reduction over axis `d`; `idempotent`: f(x, x) = x."""
         for g, mark in state.axes[d].items():
             if mark.summed or not idempotent:
-                self.refuse(g, "a reduction over it counts every unit that is merged")
+                self.refuse(g, "reduction_counts")
 
     def _propose(self, group: int, flips: frozenset[Place]) -> None:
         self.proposed |= flips
-        self.refuse(group, "a sum over it counts every unit that is merged")
+        self.refuse(group, "sum_counts")
 
     # -- marks of results
 
@@ -186,7 +186,7 @@ class Marking:
             marks = {}
             for g, grid in self.places.on(axis).items():
                 if grid is None:
-                    self.refuse(g, "some of its units are more often on it than others")
+                    self.refuse(g, "uneven")
                 found = [(n, operands[n].axes[d].get(g)) for n, d in along]
                 there = {n: mark for n, mark in found if mark is not None}
                 # A group that is on no operand is on a broadcast axis: of copies.
@@ -202,7 +202,7 @@ class Marking:
             return self._sum(group, there, operands)
         if kind == "multiply":
             if len(summed) > 1:
-                self.refuse(group, "a product of two of its consumers")
+                self.refuse(group, "consumers_multiplied")
             can = [(not operands[n].fed, n) for n, mark in there.items() if mark.flips]
             if not can:
                 return Mark(bool(summed))
@@ -212,7 +212,7 @@ class Marking:
         if kind == "divide" and 0 in there and summed in ([], [0]):
             return there[0]
         if summed:
-            self.refuse(group, "its consumers go through what is not linear")
+            self.refuse(group, "nonlinear")
         return EQUAL
 
     def _sum(
@@ -226,7 +226,7 @@ class Marking:
         if any(m.summed for m in marks) and not (
             alone and all(m.summed for m in marks)
         ):
-            self.refuse(group, "its consumers and something else are added")
+            self.refuse(group, "consumer_added")
         flips = frozenset[Place]()
         if alone and all(mark.flips for mark in marks):
             flips = flips.union(*(mark.flips for mark in marks))
@@ -240,11 +240,11 @@ class Marking:
             if grid is not None and grid.shape[1] > 1:
                 taken = np.isin(grid, positions)
                 if (taken != taken[:1]).any():
-                    self.refuse(g, "another part of each of its units is taken")
+                    self.refuse(g, "part_taken")
 
     def shuffled(self, *axes: Axis) -> None:
         """The positions of an axis change their order."""
         for axis in axes:
             for g, grid in self.places.on(axis).items():
                 if grid is None or grid.shape[1] > 1:
-                    self.refuse(g, "its units are on several positions, which move")
+                    self.refuse(g, "rearranged")

@@ -62,7 +62,7 @@ def find_roles(
     proof = Marking(ledger, places, proposing=False)
     _mark(proof, program, consumers)
     ordered = [k for k, each in enumerate(units) if solution.ordered[each].any()]
-    why = ledger.reason("every unit has a place of its own, so no two can be equal")
+    why = ledger.reason("ordered")
     return Roles(consumers, {**proof.refused, **dict.fromkeys(ordered, why)})
 
 
@@ -77,7 +77,7 @@ def _mark(marking: Marking, program: Whole, consumers: frozenset[Place]) -> None
         for d, marks in enumerate(state.axes):
             for g, mark in marks.items():
                 if mark.summed or (twin, d, g) in consumers:
-                    marking.refuse(g, "its consumers are returned by apply_fn")
+                    marking.refuse(g, "consumer_returned")
 
 
 def _input(
@@ -89,7 +89,7 @@ def _input(
         axes.append({p[2]: Mark(p in consumers, frozenset([p])) for p in places})
         for g, grid in marking.places.on(axis).items():
             if grid is None:
-                marking.refuse(g, "its units are not on one axis once each")
+                marking.refuse(g, "not_one_axis")
     return State(tuple(axes), fed)
 
 
@@ -121,7 +121,7 @@ def _check(marking: Marking, values: Sequence[Value], states: Sequence[State]) -
         for axis, marks in zip(value.axes, state.axes, strict=True):
             for g in marking.places.on(axis):
                 if g not in marks:
-                    marking.refuse(g, "what this makes of equal units is not known")
+                    marking.refuse(g, "no_merge_rule")
 
 
 def _step(marking: Marking, step: Step, operands: list[State]) -> list[State]:

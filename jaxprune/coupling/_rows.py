@@ -81,7 +81,7 @@ class Rows:
         for number, units in enumerate(groups):
             self._group[units], self._slot[units] = number, np.arange(len(units))
             if solution.ordered[units].any():
-                self.why[number] = "its units have places of their own in a table"
+                self.why[number] = "its units may be pruned but not permuted"
         self._size = NO_ROW + 1
         self._ties: list[tuple[np.ndarray, np.ndarray]] = []
         self._seen: dict[int, tuple[Axis, dict[int, Slots]]] = {}
@@ -188,7 +188,7 @@ class Rows:
         for (d, number), rows in state.items():
             slots = self.slots(value.axes[d]).get(number)
             if number in self.why or slots is None:
-                self.forbid([number], "its axis is rearranged")
+                self.forbid([number], "the positions of its axis are rearranged")
                 continue
             # Where two axes hold the units, neither tells the rows of the other apart.
             axes = enumerate(value.axes)

@@ -34,7 +34,7 @@ class _Batch(Record):
 class _State:
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
-        self.mismatch = ledger.reason("two reshapes split it in ways that do not match")
+        self.mismatch = ledger.reason("reshapes")
         self.classes = Classes(ledger)
         self.records = [Record(left, right.T) for left, right in ledger.definitions]
         self.batches: list[_Batch] = []

@@ -16,7 +16,7 @@ from jaxprune.coupling._labels import Value
 from jaxprune.coupling._ledger import Ledger
 from jaxprune.coupling._roles import Whole
 from jaxprune.coupling._solve import solve
-from jaxprune.coupling._walk import PINNED, Walked, walk_program
+from jaxprune.coupling._walk import Walked, walk_program
 from jaxprune.program._collector import collector_paused
 from jaxprune.program._jaxprs import Program, is_array, trace_program
 
@@ -97,7 +97,7 @@ def trace(
 
 
 def _pin(ledger: Ledger, known: dict[str, Value], pins: Sequence[str]) -> None:
-    why = ledger.reason(PINNED)
+    why = ledger.reason("pinned")
     axes = {f"{n}:{d}": axis for n, v in known.items() for d, axis in enumerate(v.axes)}
     for pattern in pins:
         leaves = set(matching(pattern, known))
@@ -132,7 +132,7 @@ def _close_outputs(
         free.update(found)
     twins = [_twin(p, v, known) for p, v in zip(program.out_paths, outs, strict=True)]
     for name, twin, out in zip(names, twins, outs, strict=True):
-        why = ledger.reason(f"coupled to the {name} of apply_fn")
+        why = ledger.reason("output", name=name)
         for d, axis in enumerate(out.axes):
             if twin is not None:
                 ledger.tie(axis, known[twin].axes[d])
@@ -158,7 +158,7 @@ def _order_by_use(
     """The variables in the order of their first use; the unused are pinned."""
     inputs = zip(map(id, walked.jaxpr.invars), known, strict=False)
     used = _first_uses(walked, dict(inputs))
-    why = ledger.reason("the program does not use it")
+    why = ledger.reason("unused")
     for name, value in known.items():
         if name not in used:
             for axis in value.axes:

@@ -18,9 +18,6 @@ from jaxprune.program._jaxprs import Program, input_name, live_equations, opened
 assert rules  # importing the package fills the registry
 
 
-PINNED = "pinned by the caller"
-
-
 class Step(NamedTuple):
     """One equation with the labels that its operands and results carry.
 
@@ -115,7 +112,7 @@ class Walk:
 
     def unknown(self, eqn: Any, *values: Value) -> list[Value]:
         """Pins everything an equation touches: what is not understood is not cut."""
-        why = self.ledger.reason(f"primitive {eqn.primitive.name} has no rule", eqn)
+        why = self.ledger.reason("no_rule", eqn, name=eqn.primitive.name)
         return self.frozen(eqn, why, *values)
 
     def frozen(self, eqn: Any, why: int, *values: Value) -> list[Value]:
@@ -164,7 +161,7 @@ def _walk_program(
     program: Program, count: int, known: Mapping[int, Value]
 ) -> tuple[Ledger, Walked]:
     ledger = Ledger()
-    ledger.reason(PINNED)  # of several reasons the first is told
+    ledger.reason("pinned")  # of several reasons the first is told
     ins = []
     for k, (path, var) in enumerate(
         zip(program.paths, program.jaxpr.invars, strict=True)
@@ -176,7 +173,7 @@ def _walk_program(
         if k < count:  # what is cut from a variable is zero in the masked program
             axes = tuple([ledger.fresh_axis(n, zero=True) for n in shape])
         else:
-            why = ledger.reason(f"coupled to the input {input_name(path)}")
+            why = ledger.reason("input", name=input_name(path))
             axes = (why,) * len(shape)
         ins.append(Value(shape, axes))
     return ledger, Walk(ledger).run(program.closed, ins)

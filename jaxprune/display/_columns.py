@@ -131,7 +131,8 @@ def _all_bars(groups: Groups, units: Mapping[str, np.ndarray]) -> Iterator[Bar]:
         for member in group.members:
             there = cuts.setdefault((member.path, member.axis), [])
             there.append((name, member.index))
-    windows = {(p.path, p.axis) for p in groups.pinned if _is_window(p.why)}
+    # The window of a convolution is pinned by nature: no bar.
+    windows = {(p.path, p.axis) for p in groups.pinned if p.reason.kind == "window"}
     cut_paths = {path for path, _ in cuts}
     for path in _program_order(groups):
         for axis, size in enumerate(groups.shapes[path]):
@@ -139,11 +140,6 @@ def _all_bars(groups: Groups, units: Mapping[str, np.ndarray]) -> Iterator[Bar]:
             trivial = not there and (size == 1 or (path, axis) in windows)
             if path in cut_paths and not trivial:
                 yield _bar(path, axis, size, there, units)
-
-
-def _is_window(why: str) -> bool:
-    """The window of a convolution is pinned by nature: no bar."""
-    return why.startswith("the window of a convolution")
 
 
 def _program_order(groups: Groups) -> Iterable[str]:

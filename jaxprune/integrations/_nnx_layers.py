@@ -183,5 +183,5 @@ def _written_sizes(small: nnx.Module) -> str:
     return (
         f"a width written in the code of {names or 'the caller'} (a pad, a reshape, a "
         "division by it); a layer that keeps it as an attribute can register with "
-        "modules.fit_sizes"
+        "integrations.nnx.fit_sizes"
     )

@@ -34,7 +34,7 @@ def unknown(marking: Marking, run: Run, step: Step, operands: list[State]) -> An
     }
     name = step.eqn.primitive.name
     for g in touched:
-        marking.refuse(g, f"what {name} makes of equal units is not known")
+        marking.refuse(g, "unknown_to_merge", name=name)
     return [marking.constant(value) for value in step.outs]
 
 
@@ -61,4 +61,4 @@ def refuse_summed(marking: Marking, *states: State) -> None:
         for marks in state.axes:
             for g, mark in marks.items():
                 if mark.summed:
-                    marking.refuse(g, "its consumers decide where something goes")
+                    marking.refuse(g, "consumer_indexes")

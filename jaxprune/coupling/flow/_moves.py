@@ -36,7 +36,7 @@ def _reshape(marking: Marking, run: Run, step: Step, operands: list[State]) -> A
         groups = [g for d in run_a for g in operands[0].axes[d]]
         for g in groups:
             if groups.count(g) > 1:
-                marking.refuse(g, "two of its axes are merged into one")
+                marking.refuse(g, "axes_joined")
         for d in run_b:
             sources[d] = [(0, source) for source in run_a]
     return [marking.result(out, operands[:1], sources, "add")]

@@ -105,7 +105,7 @@ def _narrow_scan(kept: Any, step: Any, *operands: Any) -> Any:
 def _scan(walk: Any, eqn: Any, *values: Value) -> list[Value]:
     n_consts, n_carry = scan_counts(eqn.params)
     consts = list(values[:n_consts])
-    why = walk.ledger.reason("the axis of a scan", eqn)
+    why = walk.ledger.reason("scan", eqn)
     inner = []
     for value in values[n_consts + n_carry :]:
         walk.ledger.freeze(value.axes[0], why)

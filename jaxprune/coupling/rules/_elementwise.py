@@ -104,7 +104,7 @@ def _pair(walk: Any, a: Axis, b: Axis, combine: Combine) -> Axis:
 def _spread(walk: Any, eqn: Any, axis: Axis) -> None:
     """An axis of size 1 is spread over a longer one: it cannot go."""
     if not isinstance(axis, int):
-        walk.ledger.freeze(axis, walk.ledger.reason("it is broadcast", eqn))
+        walk.ledger.freeze(axis, walk.ledger.reason("broadcast", eqn))
 
 
 def join_axes(
@@ -199,7 +199,7 @@ def doubt_poles(walk: Any, eqn: Any, value: Value) -> None:
                 continue
             units = units if zero is True else units[zero]
             if len(units):
-                what = "it is 0 where it is cut, and the result is not finite there"
+                what = "not_finite_at_zero"
                 walk.ledger.doubt(units, walk.ledger.reason(what, eqn))
 
 

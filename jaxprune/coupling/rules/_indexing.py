@@ -54,7 +54,7 @@ def _dynamic_slice(walk: Any, eqn: Any, value: Value, *starts: Value) -> Value:
         elif first is not None:
             axes.append(take(axis, slice(first, first + size)))
         else:
-            why = walk.ledger.reason("a slice starts where the data says", eqn)
+            why = walk.ledger.reason("dynamic_slice", eqn)
             walk.ledger.freeze(axis, why)
             axes.append(why)
     return Value(tuple(sizes), tuple(axes), value.is_zero)
@@ -81,7 +81,7 @@ def _dynamic_update_slice(
         whole, part = value.axes[d], update.axes[d]
         first = 0 if size == n else _start(starts[d], n, size)
         if first is None:
-            why = ledger.reason("an update starts where the data says", eqn)
+            why = ledger.reason("dynamic_update", eqn)
             ledger.freeze(whole, why)
             ledger.freeze(part, why)
             axes.append(whole if isinstance(whole, int) else why)
@@ -177,8 +177,9 @@ def _gather(walk: Any, eqn: Any, operand: Value, index: Value) -> Value:
     for d in numbers.collapsed_slice_dims:
         if picked is None:
             known = concrete(index) is not None
-            what = "constants that are no list of its positions" if known else "data"
-            why = ledger.reason(f"it is indexed by {what}", eqn)
+            why = ledger.reason(
+                "indexed_by_constants" if known else "indexed_by_data", eqn
+            )
             ledger.freeze(operand.axes[d], why)
     for k, axis in zip(batch, index.axes[:-1], strict=True):
         axes[k] = with_zero(axis, False)
@@ -186,7 +187,7 @@ def _gather(walk: Any, eqn: Any, operand: Value, index: Value) -> Value:
         numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True
     ):
         ledger.tie(operand.axes[d], index.axes[i])
-    ledger.freeze(index.axes[-1], ledger.reason("it holds indices", eqn))
+    ledger.freeze(index.axes[-1], ledger.reason("index_vector", eqn))
     if picked is not None:
         d, positions = picked
         ledger.tie(take(operand.axes[d], positions), axes[batch[0]])
@@ -198,6 +199,6 @@ def _window_axis(walk: Any, eqn: Any, operand: Value, index: Value, d: int) -> A
     axis, size = operand.axes[d], eqn.params["slice_sizes"][d]
     if size == operand.shape[d] or isinstance(axis, int):
         return axis
-    why = walk.ledger.reason("a window of it is taken where the data says", eqn)
+    why = walk.ledger.reason("gather_window", eqn)
     walk.ledger.freeze(axis, why)
     return why

@@ -35,7 +35,7 @@ def _resize_dot(kept: Any, step: Any) -> dict[str, Any] | None:
 def _dot_general(walk: Any, eqn: Any, lhs: Value, rhs: Value) -> Value:
     (lhs_sum, rhs_sum), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
     for i, j in zip(lhs_sum, rhs_sum, strict=True):
-        what = "a product is summed over it without being 0 where it is cut"
+        what = "contraction"
         walk.ledger.contract(lhs.axes[i], rhs.axes[j], what, eqn)
     axes = [
         _product(walk, lhs.axes[i], rhs.axes[j])
@@ -59,12 +59,12 @@ def _ragged_dot(
     rows, groups = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
     if lhs_batch or rhs_batch or not groups or rows[0] in lhs_sum:
         return walk.unknown(eqn, lhs, rhs, sizes, *offset)[0]
-    why = walk.ledger.reason("its rows are in groups whose sizes are data", eqn)
+    why = walk.ledger.reason("ragged", eqn)
     held = [lhs.axes[rows[0]], rhs.axes[groups[0]], *sizes.axes]
     for axis in held + [axis for value in offset for axis in value.axes]:
         walk.ledger.freeze(axis, why)
     for i, j in zip(lhs_sum, rhs_sum, strict=True):
-        what = "a product is summed over it without being 0 where it is cut"
+        what = "contraction"
         walk.ledger.contract(lhs.axes[i], rhs.axes[j], what, eqn)
     axes = _free(lhs, lhs_sum) + _free(rhs, (*rhs_sum, *groups))
     return Value(eqn.outvars[0].aval.shape, tuple(axes), lhs.is_zero or rhs.is_zero)
@@ -73,7 +73,7 @@ def _ragged_dot(
 @rule("fft")
 def _fft(walk: Any, eqn: Any, value: Value) -> Value:
     """Mixes the positions of its last axes; the axes before them are a batch."""
-    why = walk.ledger.reason("a Fourier transform runs along it", eqn)
+    why = walk.ledger.reason("fourier", eqn)
     batch = len(value.shape) - len(eqn.params["fft_lengths"])
     for axis in value.axes[batch:]:
         walk.ledger.freeze(axis, why)
@@ -98,7 +98,7 @@ def _conv_general_dilated(walk: Any, eqn: Any, lhs: Value, rhs: Value) -> Value:
         return walk.unknown(eqn, lhs, rhs)[0]
     numbers = params["dimension_numbers"]
     (batch, feature, *space), (out, into, *window) = numbers.lhs_spec, numbers.rhs_spec
-    why = ledger.reason("the window of a convolution", eqn)
+    why = ledger.reason("window", eqn)
     for value, spatial in ((lhs, space), (rhs, window)):
         for d in spatial:
             ledger.freeze(value.axes[d], why)
@@ -106,7 +106,7 @@ def _conv_general_dilated(walk: Any, eqn: Any, lhs: Value, rhs: Value) -> Value:
     over = lhs.axes[feature], lhs.shape[feature]
     made = rhs.axes[out], rhs.shape[out]
     out_axis = _grouped(walk, eqn, over, rhs.axes[into], made, groups)
-    why = ledger.reason("the space of a convolution", eqn)
+    why = ledger.reason("space", eqn)
     axes: list[Axis] = [why] * len(lhs.shape)
     axes[numbers.out_spec[0]] = lhs.axes[batch]
     axes[numbers.out_spec[1]] = out_axis
@@ -128,7 +128,7 @@ def _grouped(
     like a batch axis, the I/G axis is the one summed over.
     """
     ledger = walk.ledger
-    what = "a convolution sums over it without being 0 where it is cut"
+    what = "convolution"
     if groups == 1:
         ledger.contract(over[0], into, what, eqn)
         return made[0]
@@ -143,5 +143,5 @@ def _grouped(
 
 def _two(ledger: Any, axis: Axis, groups: int, each: int) -> list[Axis]:
     if each == 1:
-        return [axis, ledger.reason("an axis of size 1")]
+        return [axis, ledger.reason("size_one")]
     return ledger.split(axis, (groups, each))

@@ -191,7 +191,7 @@ def _tile(walk: Any, eqn: Any, value: Value) -> Value:
 @rule("stack")
 def _stack(walk: Any, eqn: Any, *values: Value) -> Value:
     d, shape = eqn.params["axis"], values[0].shape
-    why = walk.ledger.reason("values are stacked on it", eqn)
+    why = walk.ledger.reason("stacked", eqn)
     axes = [join_axes(walk, eqn, values, k, n, both) for k, n in enumerate(shape)]
     axes.insert(d, why)
     zero = all(value.is_zero for value in values)
@@ -201,7 +201,7 @@ def _stack(walk: Any, eqn: Any, *values: Value) -> Value:
 @rule("unstack")
 def _unstack(walk: Any, eqn: Any, value: Value) -> list[Value]:
     d = eqn.params["axis"]
-    walk.ledger.freeze(value.axes[d], walk.ledger.reason("its axis is unstacked", eqn))
+    walk.ledger.freeze(value.axes[d], walk.ledger.reason("unstacked", eqn))
     shape = (*value.shape[:d], *value.shape[d + 1 :])
     axes = (*value.axes[:d], *value.axes[d + 1 :])
     return [Value(shape, axes, value.is_zero) for _ in eqn.outvars]

@@ -20,7 +20,7 @@ def _narrow_draw(kept: Any, step: Any, *operands: Any) -> Any:
 
 @rule("random_bits", "random_gamma", "rng_uniform", narrow=_narrow_draw)
 def _draw(walk: Any, eqn: Any, *operands: Value) -> Value:
-    why = walk.ledger.reason("operand of a random draw", eqn)
+    why = walk.ledger.reason("random_operand", eqn)
     for value in operands:
         for axis in value.axes:
             walk.ledger.freeze(axis, why)
@@ -42,4 +42,4 @@ def _draw(walk: Any, eqn: Any, *operands: Value) -> Value:
     "rng_bit_generator",
 )
 def _keys(walk: Any, eqn: Any, *operands: Value) -> list[Value]:
-    return walk.frozen(eqn, walk.ledger.reason("a random key", eqn), *operands)
+    return walk.frozen(eqn, walk.ledger.reason("random_key", eqn), *operands)

@@ -15,7 +15,7 @@ def _drop(value: Value, gone: Any) -> tuple[tuple[int, ...], tuple]:
 @rule("reduce_sum")
 def _reduce_sum(walk: Any, eqn: Any, value: Value) -> Value:
     for d in eqn.params["axes"]:
-        what = "it is summed over without being 0 where it is cut"
+        what = "sum"
         walk.ledger.sum_over(value.axes[d], what, eqn)
     return Value(*_drop(value, eqn.params["axes"]), value.is_zero)
 
@@ -25,17 +25,17 @@ def _reduce_sum(walk: Any, eqn: Any, value: Value) -> Value:
 )
 def _reduce(walk: Any, eqn: Any, value: Value) -> Value:
     verb = {"max": "a maximum", "min": "a minimum", "prod": "a product"}
-    kind = verb.get(eqn.primitive.name.removeprefix("reduce_"), "a reduction")
+    name = verb.get(eqn.primitive.name.removeprefix("reduce_"), "a reduction")
     for d in eqn.params["axes"]:
-        what = f"{kind} over it sees the masked units"
-        walk.ledger.sum_over(with_zero(value.axes[d], False), what, eqn)
+        axis = with_zero(value.axes[d], False)
+        walk.ledger.sum_over(axis, "reduction", eqn, name=name)
     return Value(*_drop(value, eqn.params["axes"]), value.is_zero)
 
 
 @rule("argmax", "argmin")
 def _arg(walk: Any, eqn: Any, value: Value) -> Value:
     for d in eqn.params["axes"]:
-        why = walk.ledger.reason("positions on it are returned as numbers", eqn)
+        why = walk.ledger.reason("argument", eqn)
         walk.ledger.freeze(value.axes[d], why)
     shape, axes = _drop(value, eqn.params["axes"])
     return Value(shape, tuple(with_zero(axis, False) for axis in axes))
@@ -45,7 +45,7 @@ def _arg(walk: Any, eqn: Any, value: Value) -> Value:
 def _cumulative(walk: Any, eqn: Any, value: Value) -> Value:
     d = eqn.params["axis"]
     axis = value.axes[d]
-    what = "a running sum along it sees the masked units"
+    what = "cumulative"
     if eqn.primitive.name == "cumsum":
         walk.ledger.sum_over(axis, what, eqn)
     else:
@@ -69,7 +69,7 @@ def _window(walk: Any, eqn: Any, value: Value) -> Value:
         plain = plain and tuple(p["padding"][d]) == (0, 0)
         plain = plain and p["base_dilation"][d] == 1
         if not plain:
-            why = walk.ledger.reason("a pooling window slides over it", eqn)
+            why = walk.ledger.reason("pooling", eqn)
             walk.ledger.freeze(axes[d], why)
             axes[d] = why
     return Value(eqn.outvars[0].aval.shape, tuple(axes))
@@ -78,7 +78,7 @@ def _window(walk: Any, eqn: Any, value: Value) -> Value:
 @rule("sort")
 def _sort(walk: Any, eqn: Any, *values: Value) -> list[Value]:
     d = eqn.params["dimension"]
-    why = walk.ledger.reason("it is sorted", eqn)
+    why = walk.ledger.reason("sorted", eqn)
     for value in values:
         walk.ledger.freeze(value.axes[d], why)
     axes = tuple(
@@ -91,7 +91,7 @@ def _sort(walk: Any, eqn: Any, *values: Value) -> list[Value]:
 @rule("top_k")
 def _top_k(walk: Any, eqn: Any, value: Value, *rest: Value) -> list[Value]:
     d = eqn.params.get("axis", -1) % len(value.shape)
-    why = walk.ledger.reason("its largest positions are picked", eqn)
+    why = walk.ledger.reason("top_k", eqn)
     walk.ledger.freeze(value.axes[d], why)
     axes = (*value.axes[:d], why, *value.axes[d + 1 :])
     shape = eqn.outvars[0].aval.shape

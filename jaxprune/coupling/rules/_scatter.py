@@ -86,7 +86,7 @@ def _scatter(walk: Any, eqn: Any, operand: Value, index: Value, update: Value) -
     windows = _windows(eqn.params["dimension_numbers"], len(operand.shape))
     indexed = eqn.params["dimension_numbers"].scatter_dims_to_operand_dims
     writes = _writes(eqn, values)
-    why = ledger.reason("it is scattered into", eqn)
+    why = ledger.reason("scattered", eqn)
     axes: list[Axis] = []
     tied = set()
     for d, (axis, n) in enumerate(zip(operand.axes, operand.shape, strict=True)):
@@ -111,7 +111,7 @@ def _written(ledger: Any, eqn: Any, axis: Axis, update: Value, write: _Write) ->
     """Labels of an axis that is written to at constant positions."""
     target = take(axis, write.positions)
     if write.axis is None:
-        ledger.freeze(target, ledger.reason("it is written to", eqn))
+        ledger.freeze(target, ledger.reason("written", eqn))
         return axis
     part = update.axes[write.axis]
     ledger.tie(target, part)

@@ -31,7 +31,7 @@ def _broadcast_in_dim(walk: Any, eqn: Any, value: Value, *dynamic: Value) -> Val
         if size == shape[d]:
             axes[d] = axis
         elif not isinstance(axis, int):
-            walk.ledger.freeze(axis, walk.ledger.reason("it is broadcast", eqn))
+            walk.ledger.freeze(axis, walk.ledger.reason("broadcast", eqn))
     # A broadcast axis holds copies: it takes whatever size its use asks for.
     filled = [
         walk.ledger.fresh_axis(n, zero=value.is_zero) if axis is None else axis
@@ -97,14 +97,14 @@ def reshape_axes(
     """Labels after a row-major reshape."""
     if 0 in shape:  # nothing moves, so nothing is coupled
         return tuple(walk.ledger.fresh_axis(n, zero=True) for n in shape)
-    why = walk.ledger.reason("an axis of size 1")
+    why = walk.ledger.reason("size_one")
     sizes, moved = [], []
     for axis, n in zip(value.axes, value.shape, strict=True):
         if n != 1:
             sizes.append(n)
             moved.append(axis)
         elif not isinstance(axis, int):
-            walk.ledger.freeze(axis, walk.ledger.reason("its axis is dropped", eqn))
+            walk.ledger.freeze(axis, walk.ledger.reason("dropped", eqn))
     if sizes == [n for n in shape if n != 1]:  # only axes of size 1 come and go
         rest = iter(moved)
         return tuple([why if n == 1 else next(rest) for n in shape])
@@ -137,9 +137,7 @@ def _reshape(walk: Any, eqn: Any, value: Value, *dynamic: Value) -> Value:
 def _squeeze(walk: Any, eqn: Any, value: Value) -> Value:
     gone = eqn.params["dimensions"]
     for d in gone:
-        walk.ledger.freeze(
-            value.axes[d], walk.ledger.reason("its axis is dropped", eqn)
-        )
+        walk.ledger.freeze(value.axes[d], walk.ledger.reason("dropped", eqn))
     stay = [d for d in range(len(value.shape)) if d not in gone]
     axes = tuple(value.axes[d] for d in stay)
     return Value(tuple(value.shape[d] for d in stay), axes, value.is_zero)

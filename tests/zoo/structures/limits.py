@@ -113,8 +113,8 @@ def _(p, x):
     {"a": (4, 6), "w": (6, 3)},
     ROW,
     refused={
-        "a:1": "a Fourier transform runs along it",
-        "w:0": "a Fourier transform runs along it",
+        "a:1": "a Fourier transform runs along this axis",
+        "w:0": "a Fourier transform runs along this axis",
     },
     subject_refused=True,
 )
@@ -128,7 +128,10 @@ def _(p, x):
     {},
     {"a": (4, 6), "w": (6, 3)},
     ROW,
-    refused={"a:1": "it is sorted", "w:0": "it is sorted"},
+    refused={
+        "a:1": "values are sorted along this axis",
+        "w:0": "values are sorted along this axis",
+    },
     subject_refused=True,
 )
 def _(p, x):
@@ -198,7 +201,7 @@ def _(p, x):
     {"kernel:3": 4},
     {"a": (4, 6), "kernel": (3, 1, 1, 4), "w": (4, 2)},
     SEQUENCE,
-    refused={"a:1": "the window of a convolution"},
+    refused={"a:1": "spatial axis of a convolution kernel"},
     subject_refused=True,
 )
 def _(p, x):

@@ -120,14 +120,17 @@ def _(p, x):
     return jax.nn.relu(h) @ p["w"]
 
 
-# What is written is no unit of its own: the channel that it is written to stays.
+# What is written is no unit of its own: the channel that a scatter writes to positions computed at run time stays.
 @structure(
     "slice_assignment_of_one_channel",
     "thread",
     {"a:1": 5},
     {"a": (4, 6), "w": (6, 3)},
     ROW,
-    refused={"a:1": "it is written to", "w:0": "it is written to"},
+    refused={
+        "a:1": "a scatter writes to positions computed at run time",
+        "w:0": "a scatter writes to positions computed at run time",
+    },
 )
 def _(p, x):
     return jnp.tanh((x @ p["a"]).at[:, 3].set(x[:, 0])) @ p["w"]

@@ -161,7 +161,7 @@ def _(p, ids):
         "head": (8, 3),
     },
     SEQUENCE,
-    refused={f"{name}:0": "the axis of a scan" for name in LLAMA},
+    refused={f"{name}:0": "a scan iterates over this axis" for name in LLAMA},
 )
 def _(p, x):
     stacked = {name: p[name] for name in LLAMA}

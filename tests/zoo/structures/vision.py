@@ -251,7 +251,7 @@ def _(p, x):
         "fused": (3, 3, 6, 5),
         "w": (5, 2),
     },
-    refused={"share:0": "its axis is dropped"},
+    refused={"share:0": "this axis is removed by indexing"},
 )
 def _(p, x):
     share = jax.nn.relu(p["share"])
