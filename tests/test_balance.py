@@ -201,7 +201,7 @@ def test_rows_that_meet_lose_the_same_units():
     assert_same(*both(fn, params, masks, X))
     params = weights(**ATTENTION)
     mixed = lambda p, x: attention(p, x, pairs)  # noqa: E731
-    with pytest.raises(ValueError, match="as many positions on every axis"):
+    with pytest.raises(ValueError, match="different numbers of positions on some axis"):
         jaxprune.trace(mixed, params, X, balanced=["v:1"])
     # Two blocks, of two heads and of one: alike in each, and narrow knows it.
     first, last = np.array([1, 0, 1, 1, 0], bool), np.array([0, 1, 1, 0, 1], bool)
@@ -241,7 +241,7 @@ def with_sorted_heads(p, x):
             "v:1#2",
             "its blocks are computed together",
         ),
-        (with_a_table, {}, "v:1", "places of their own in a table"),
+        (with_a_table, {}, "v:1", "may be pruned but not permuted"),
         (with_sorted_heads, {}, "v:1", "sort does not tell its blocks apart"),
     ],
 )

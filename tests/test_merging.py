@@ -156,13 +156,13 @@ def other_functions_of_other_units(p, x):
 
 
 REFUSED = {
-    mean_over_units: "a sum over it counts every unit",
-    softmax_over_units: "a sum over it counts every unit",
-    product_over_units: "a reduction over it counts every unit",
-    square_of_consumers: "a sum over it counts every unit",
-    shifted_consumers: "a sum over it counts every unit",
+    mean_over_units: "a sum over the group counts",
+    softmax_over_units: "a sum over the group counts",
+    product_over_units: "a reduction over the group counts",
+    square_of_consumers: "a sum over the group counts",
+    shifted_consumers: "a sum over the group counts",
     tied: "a consumer passes through a nonlinear operation",
-    other_functions_of_other_units: "some of its units are more often on it",
+    other_functions_of_other_units: "units occupy different numbers of positions",
 }
 
 

@@ -20,7 +20,7 @@ def _words(node):
 
 def _given():
     """The string arguments of every call that gives a reason; assigned ones too."""
-    for path in (*ENGINE.glob("coupling/**/*.py"), *ENGINE.glob("narrowing/*.py")):
+    for path in (*ENGINE.glob("co*/**/*.py"), *ENGINE.glob("narrowing/*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call):
                 name = getattr(node.func, "attr", getattr(node.func, "id", ""))

@@ -25,7 +25,7 @@ OBVIOUS = (
     "coupled to the output",
     "spatial axis of a convolution kernel",
     "spatial axis of a convolution input",
-    "one of its factors",
+    "one factor of this axis",
     "an axis of size 1",
 )
 

@@ -230,7 +230,7 @@ def _(p, x):
     {"stem:3": 6},
     {"stem": (3, 3, 3, 6), "w": (6, 2)},
     normal(4, 4, 3),
-    inexact={"stem:3": "a maximum over it"},
+    inexact={"stem:3": "a maximum over this axis"},
 )
 def _(p, x):
     f = conv(x, p["stem"]).reshape(x.shape[0], -1, 6)
@@ -245,7 +245,7 @@ def _(p, x):
     {"q:1": 2, "q:1#2": 3, "k:1": 3},
     {**SEPARATE, "scale": (2, 1, 1)},
     SEQUENCE,
-    inexact={"k:1": "a maximum over it"},
+    inexact={"k:1": "a maximum over this axis"},
 )
 def _(p, x):
     def unit(y):

@@ -40,7 +40,7 @@ def _(p, x):
     "right",
     {"stem:3": 6},
     {**STEM, "gate": (6, 6), "w": (6, 2)},
-    inexact={"stem:3": "a maximum over it"},
+    inexact={"stem:3": "a maximum over this axis"},
 )
 def _(p, x):
     x = relu_conv(x, p["stem"])
@@ -66,7 +66,7 @@ def _(p, x):
     "idle",
     {"stem:3": 6},
     {**STEM, "gate": (3, 3, 2, 1), "w": (6, 2)},
-    inexact={"stem:3": "a maximum over it"},
+    inexact={"stem:3": "a maximum over this axis"},
 )
 def _(p, x):
     x = conv(x, p["stem"])
@@ -155,7 +155,7 @@ def _(p, x):
     "thread",
     {"stem:3": 6},
     {**STEM, "g": (1, 1, 1, 6), "w": (6, 2)},
-    inexact={"stem:3": "the result is not finite there"},
+    inexact={"stem:3": "the result is not finite"},
 )
 def _(p, x):
     norm = jnp.sqrt((p["stem"] * p["stem"]).sum((0, 1, 2), keepdims=True))
@@ -169,7 +169,7 @@ def _(p, x):
     "thread",
     {"stem:3": 6, "deep:3": 5},
     {**STEM, "deep": (3, 3, 6, 5), "w": (5, 2)},
-    inexact={"stem:3": "summed over"},
+    inexact={"stem:3": "a sum runs over"},
 )
 def _(p, x):
     def standard(kernel):

@@ -19,7 +19,7 @@ STEM = {"stem": (3, 3, 3, 6)}
     {"a:1": 6},
     {"a": (4, 6), "w": (6, 3)},
     ROW,
-    inexact={"a:1": "summed over"},
+    inexact={"a:1": "a sum runs over"},
 )
 def _(p, x):
     h = x @ p["a"]
@@ -48,7 +48,7 @@ def _(p, x):
     {"a:1": 6},
     {"a": (4, 6), "w": (6, 3)},
     SEQUENCE,
-    inexact={"a:1": "summed over"},
+    inexact={"a:1": "a sum runs over"},
 )
 def _(p, x):
     table = jnp.sin(jnp.arange(30, dtype=jnp.float32)).reshape(1, 5, 6)
@@ -74,7 +74,7 @@ def _(p, x):
     {"a:1": 6},
     {"a": (4, 6), "w": (6, 3)},
     ROW,
-    inexact={"a:1": "a product over it"},
+    inexact={"a:1": "a product over this axis"},
 )
 def _(p, x):
     h = x @ p["a"]
@@ -144,7 +144,7 @@ def _(p, x):
     {"w:1": 5},
     {"a": (4, 6), "w": (2, 5), "v": (5, 3)},
     ROW,
-    refused={"a:1": "largest positions are picked", "w:0": "largest positions"},
+    refused={"a:1": "top_k selects positions", "w:0": "top_k selects"},
     subject_refused=True,
 )
 def _(p, x):
@@ -158,7 +158,7 @@ def _(p, x):
     {"table:1": 5},
     {"a": (4, 6), "table": (6, 5), "v": (5, 3)},
     ROW,
-    refused={"a:1": "returned as numbers", "table:0": "indexed by data"},
+    refused={"a:1": "returned as numbers", "table:0": "indexed by values"},
     subject_refused=True,
 )
 def _(p, x):
@@ -171,7 +171,7 @@ def _(p, x):
     {},
     {"a": (4, 6), "w": (2, 3)},
     lambda batch, seed: (*ROW(batch, seed), jnp.int32(seed)),
-    refused={"a:1": "starts where the data says", "w:0": "starts where the data says"},
+    refused={"a:1": "is computed at run time", "w:0": "is computed at run time"},
     subject_refused=True,
 )
 def _(p, x, start):
@@ -229,7 +229,10 @@ def _(p, x):
     {},
     {"a": (4, 12), "w": (12, 3)},
     ROW,
-    refused={"a:1": "two reshapes split it", "w:0": "two reshapes split it"},
+    refused={
+        "a:1": "two reshapes factor this axis",
+        "w:0": "two reshapes factor this axis",
+    },
     subject_refused=True,
 )
 def _(p, x):

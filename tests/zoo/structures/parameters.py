@@ -65,7 +65,7 @@ def _(p, x):
     {"a:1": 2, "a:1#2": 5},
     {"a": (4, 10), "w": (5, 3)},
     ROW,
-    inexact={"a:1": "a maximum over it"},
+    inexact={"a:1": "a maximum over this axis"},
 )
 def _(p, x):
     return (x @ p["a"]).reshape(-1, 5, 2).max(-1) @ p["w"]
@@ -174,7 +174,7 @@ def _(p, x):
     {"table:1": 6, "up:1": 5},
     {"table": (9, 6), "up": (6, 5), "down": (5, 6)},
     tokens(4, 9),
-    refused={"table:0": "indexed by data"},
+    refused={"table:0": "indexed by values"},
 )
 def _(p, ids):
     x = p["table"][ids]

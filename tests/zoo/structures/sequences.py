@@ -63,7 +63,7 @@ register(
     {"router:1": 3, "up:2": 6},
     {"router": (4, 3), "up": (3, 4, 6), "down": (3, 6, 2)},
     ROW,
-    inexact={"router:1": "a maximum over it"},
+    inexact={"router:1": "a maximum over this axis"},
 )
 def _(p, x):
     share = jax.nn.softmax(x @ p["router"], axis=-1)
@@ -137,7 +137,7 @@ def _(p, x):
     {"table:1": 6, "up:1": 5},
     {"table": (9, 6), "up": (6, 5), "down": (5, 6)},
     tokens(4, 9),
-    refused={"table:0": "indexed by data"},
+    refused={"table:0": "indexed by values"},
 )
 def _(p, ids):
     x = p["table"][ids]

@@ -51,7 +51,7 @@ STEM = {"stem": (3, 3, 3, 6)}
         "out_bias": (6,),
     },
     tokens(4, 9),
-    refused={"tokens:0": "indexed by data"},
+    refused={"tokens:0": "indexed by values"},
 )
 def _(p, ids):
     def conv1d(x, kernel, bias):
@@ -134,7 +134,7 @@ def _layer(k, p):
         "head": (8, 9),
     },
     tokens(4, 9),
-    refused={"table:0": "indexed by data"},
+    refused={"table:0": "indexed by values"},
 )
 def _(p, ids):
     x = p["table"][ids]
@@ -321,7 +321,10 @@ def _rows_of_experts(batch, seed):
     {"up:2": 6},
     {"up": (3, 4, 6), "down": (3, 6, 2)},
     _rows_of_experts,
-    refused={"up:0": "its rows are in groups", "down:0": "its rows are in groups"},
+    refused={
+        "up:0": "group sizes of a ragged product",
+        "down:0": "group sizes of a ragged product",
+    },
 )
 def _(p, x, sizes):
     h = jax.nn.gelu(lax.ragged_dot(x, p["up"], sizes))
