@@ -13,7 +13,9 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import jaxprune
-from jaxprune import integrations as modules
+from jaxprune.integrations import _nnx_layers
+from jaxprune.integrations import linen as linen_modules
+from jaxprune.integrations import nnx as nnx_modules
 
 
 def new(build):
@@ -37,7 +39,7 @@ def normal(*shape):
 
 def masks_for(model, x, keep, **kwargs):
     """Masks that keep so many units of each group, chosen at random."""
-    groups = jaxprune.trace(*modules.nnx_apply(model), x, **kwargs)
+    groups = jaxprune.trace(*nnx_modules.nnx_apply(model), x, **kwargs)
     assert set(keep) <= set(groups), list(groups)
     assert all(0 < count < groups[name].size for name, count in keep.items())
     rng = np.random.default_rng(3)
@@ -46,7 +48,7 @@ def masks_for(model, x, keep, **kwargs):
 
 
 def masked_output(model, masks, x):
-    apply_fn, variables = modules.nnx_apply(model)
+    apply_fn, variables = nnx_modules.nnx_apply(model)
     return quick_jit(apply_fn)(jaxprune.apply_masks(variables, masks), x)
 
 
@@ -106,7 +108,7 @@ def pruned_net():
     """(original, masks, small)"""
     model = new(ConvNet)
     masks = masks_for(model, IMAGES, HALF)
-    return model, masks, modules.nnx_module(model, masks, IMAGES)
+    return model, masks, nnx_modules.nnx_module(model, masks, IMAGES)
 
 
 def test_a_module_is_cut_and_the_original_stays(pruned_net):
@@ -303,10 +305,10 @@ def test_a_layer_gets_the_sizes_of_one_built_small(name):
     x = jnp.array([[1, 2, 6]]) if name == "tied embedding" else normal(2, 5, 3)
     model = new(before)
     if keep is None:
-        (hidden,) = jaxprune.trace(*modules.nnx_apply(model), x)
+        (hidden,) = jaxprune.trace(*nnx_modules.nnx_apply(model), x)
         keep = {hidden: 4}
     masks = masks_for(model, x, keep)
-    small = modules.nnx_module(model, masks, x)
+    small = nnx_modules.nnx_module(model, masks, x)
     assert_built_like(small, after)
     assert_same(call(small, x), masked_output(model, masks, x))
 
@@ -317,7 +319,7 @@ def test_bfloat16_is_allowed_its_rounding():
         layer.dtype = jnp.bfloat16
     x = normal(2, 3).astype(jnp.bfloat16)
     masks = masks_for(model, x, {FIRST + "1": 3})
-    assert modules.nnx_module(model, masks, x).norm.in_features == 3
+    assert nnx_modules.nnx_module(model, masks, x).norm.in_features == 3
 
 
 class Padded(nnx.Module):
@@ -377,7 +379,7 @@ REFUSED = {
     ),
     "pad": (Padded, FIRST + "1", "raises .*a width written in the code of Padded"),
     "division": (Divided, FIRST + "1", "differs from narrow by .* code of Divided"),
-    "reshape": (Remembering, FIRST + "1", "raises TypeError: .*modules.fit_sizes"),
+    "reshape": (Remembering, FIRST + "1", "raises TypeError: .*_nnx_layers.fit_sizes"),
 }
 
 
@@ -387,7 +389,7 @@ def test_what_no_module_computes_is_refused(name):
     model, x = new(build), normal(2, 5, 3)
     masks = masks_for(model, x, {group: 3})
     with pytest.raises(ValueError, match=f"{message}.*[Uu]se narrow instead"):
-        modules.nnx_module(model, masks, x)
+        nnx_modules.nnx_module(model, masks, x)
 
 
 @pytest.mark.parametrize("name", ["layer norm", "group norm", "head_dim"])
@@ -395,10 +397,10 @@ def test_the_pin_that_a_refusal_names_helps(name):
     build, group, _ = REFUSED[name]
     model, x = new(build), normal(2, 5, 3)
     with pytest.raises(ValueError, match="Use narrow instead") as refusal:
-        modules.nnx_module(model, masks_for(model, x, {group: 3}), x)
+        nnx_modules.nnx_module(model, masks_for(model, x, {group: 3}), x)
     pin = re.findall(r"'(params/\S+)'", str(refusal.value))
-    pruned = jaxprune.prune(*modules.nnx_apply(model), x, sparsity=0.5, pin=pin)
-    small = modules.nnx_module(model, pruned.masks, x)
+    pruned = jaxprune.prune(*nnx_modules.nnx_apply(model), x, sparsity=0.5, pin=pin)
+    small = nnx_modules.nnx_module(model, pruned.masks, x)
     assert shapes(small) != shapes(model)
     assert_same(call(small, x), masked_output(model, pruned.masks, x))
 
@@ -407,13 +409,13 @@ def test_a_layer_of_ones_own_can_register_its_sizes():
     class Known(Remembering):
         pass
 
-    @modules.fit_sizes.register
+    @_nnx_layers.fit_sizes.register
     def _(layer: Known, kept):
         layer.width = layer.first.kernel.shape[-1]
 
     model, x = new(Known), normal(2, 5, 3)
     masks = masks_for(model, x, {FIRST + "1": 3})
-    small = modules.nnx_module(model, masks, x)
+    small = nnx_modules.nnx_module(model, masks, x)
     assert small.width == 3
     assert_same(call(small, x), masked_output(model, masks, x))
 
@@ -423,7 +425,7 @@ def test_zeros_in_the_weights_hide_nothing():
     model.last.kernel.set_value(jnp.zeros((4, 3)))
     masks = masks_for(model, IMAGES, {FIRST + "1": 3})
     with pytest.raises(ValueError, match="LayerNorm"):
-        modules.nnx_module(model, masks, jnp.zeros((1, 3)))
+        nnx_modules.nnx_module(model, masks, jnp.zeros((1, 3)))
 
 
 def test_masks_may_come_from_any_way_to_split(pruned_net):
@@ -442,7 +444,7 @@ def test_masks_may_come_from_any_way_to_split(pruned_net):
         jaxprune.expand_masks(groups, keep),
         nnx.to_pure_dict(jaxprune.expand_masks(groups, keep)),
     ):
-        again = modules.nnx_module(model, tree, IMAGES)
+        again = nnx_modules.nnx_module(model, tree, IMAGES)
         assert sizes(again) == sizes(small)
         assert_equal_params(again, small)
 
@@ -451,19 +453,19 @@ def test_masks_for_another_model_are_errors(pruned_net):
     model, masks, _ = pruned_net
     missing = {name: masks[name] for name in masks if name != "batch_stats"}
     with pytest.raises(ValueError, match=r"no leaf for batch_stats/norm/mean"):
-        modules.nnx_module(model, missing, IMAGES)
+        nnx_modules.nnx_module(model, missing, IMAGES)
     unknown = masks | {"params": masks["params"] | {"tail": np.array(True)}}
     with pytest.raises(ValueError, match=r"a leaf params/tail, which the model does"):
-        modules.nnx_module(model, unknown, IMAGES)
+        nnx_modules.nnx_module(model, unknown, IMAGES)
     with pytest.raises(TypeError, match="traced"):
-        jax.jit(lambda masks: modules.nnx_module(model, masks, IMAGES).head.kernel)(
+        jax.jit(lambda masks: nnx_modules.nnx_module(model, masks, IMAGES).head.kernel)(
             masks
         )
 
 
 def test_nnx_apply_evaluates_without_noise():
     model = new(ConvNet)
-    apply_fn, variables = modules.nnx_apply(model)
+    apply_fn, variables = nnx_modules.nnx_apply(model)
     assert set(variables) == {"params", "batch_stats", "rngs"}
     quiet = nnx.clone(model)
     quiet.eval()
@@ -474,7 +476,7 @@ def test_nnx_apply_evaluates_without_noise():
 
 def test_nnx_apply_in_training_mode_returns_what_changed():
     model = new(ConvNet)
-    apply_fn, variables = modules.nnx_apply(model, train=True)
+    apply_fn, variables = nnx_modules.nnx_apply(model, train=True)
     step = quick_jit(apply_fn)
     out, changed = step(variables, IMAGES)
     assert set(changed) == {"batch_stats", "rngs"}
@@ -494,7 +496,7 @@ def call_and_update(model, x):
 def test_narrow_carries_statistics_and_noise_of_a_training_step():
     model = new(ConvNet)
     masks = masks_for(model, IMAGES, HALF)
-    apply_fn, variables = modules.nnx_apply(model, train=True)
+    apply_fn, variables = nnx_modules.nnx_apply(model, train=True)
     small = jaxprune.slice_params(variables, masks)
     got = quick_jit(jaxprune.narrow(apply_fn, masks))(small, IMAGES)[1]["batch_stats"]
     masked = jaxprune.apply_masks(variables, masks)
@@ -503,7 +505,7 @@ def test_narrow_carries_statistics_and_noise_of_a_training_step():
 
 
 def test_nnx_apply_takes_abstract_modules():
-    groups = jaxprune.trace(*modules.nnx_apply(nnx.eval_shape(ConvNet)), IMAGES)
+    groups = jaxprune.trace(*nnx_modules.nnx_apply(nnx.eval_shape(ConvNet)), IMAGES)
     assert [group.size for group in groups.values()] == [6, 8]
 
 
@@ -529,7 +531,7 @@ def linen():
     groups = jaxprune.trace(net.apply, variables, ROWS)
     keep = {"params/first/kernel:1": np.array([1, 0, 1, 1, 0, 1], bool)}
     masks = jaxprune.expand_masks(groups, keep)
-    small = modules.linen_module(net, masks)
+    small = linen_modules.linen_module(net, masks)
     return net, variables, masks, small, jaxprune.slice_params(variables, masks)
 
 
@@ -629,7 +631,7 @@ def test_noise_inside_another_module_is_that_of_the_original():
     net, x = Noise(), normal(4, 5)
     variables = net.init(jax.random.key(0), x, train=False)
     masks = jax.tree.map(lambda leaf: np.array(True), variables)
-    small = modules.linen_module(net, masks)
+    small = linen_modules.linen_module(net, masks)
     inner = {"params": {"inner": variables["params"]}}
     rngs = {"dropout": jax.random.key(1)}
     first, second = Pair(small).apply(inner, x, rngs=rngs)
@@ -645,4 +647,4 @@ def test_linen_errors(linen):
     with pytest.raises(ValueError, match="were they made for the same model"):
         small.apply({"params": sliced["params"]}, ROWS)
     with pytest.raises(TypeError, match="is a tracer"):
-        jax.jit(lambda masks: modules.linen_module(LinenNet(), masks))(masks)
+        jax.jit(lambda masks: linen_modules.linen_module(LinenNet(), masks))(masks)

@@ -8,6 +8,7 @@ import pytest
 import jaxprune
 from jaxprune import select
 from jaxprune.display import _report as report
+from jaxprune.recipes import plot_sensitivity
 from jaxprune.scores import group_scores, magnitude
 
 SHAPES = {"w1": (6, 10), "b1": (10,), "w2": (10, 7), "w3": (7, 3)}
@@ -127,7 +128,7 @@ def test_its_plot_shows_every_group_from_the_baseline_on():
     )
     figure = report.new_figure()
     (axes,) = figure.axes
-    report.plot_sensitivity(axes, scan, ["#0067a5", "#f38400"])
+    plot_sensitivity(axes, scan, ["#0067a5", "#f38400"])
     lines = axes.get_lines()
     assert [line.get_label() for line in lines[:2]] == ["a", "b"]
     np.testing.assert_allclose(lines[0].get_xdata(), [0.0, 0.2, 0.4])

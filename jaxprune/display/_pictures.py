@@ -56,12 +56,12 @@ def groups_figure(groups: Groups, keep: Mapping[str, Any] | None = None) -> Figu
 
     Example:
         >>> import jax.numpy as jnp, jaxprune
-        >>> from jaxprune import pictures
+        >>> from jaxprune.display import groups_figure
         >>> def mlp(params, x):
         ...     return jnp.tanh(x @ params["w1"]) @ params["w2"]
         >>> params = {"w1": jnp.ones((3, 4)), "w2": jnp.ones((4, 2))}
         >>> groups = jaxprune.trace(mlp, params, jnp.ones((1, 3)))
-        >>> figure = pictures.groups_figure(groups, {"w1:1": jnp.arange(4) < 3})
+        >>> figure = groups_figure(groups, {"w1:1": jnp.arange(4) < 3})
         >>> [label.get_text() for label in figure.axes[0].get_xticklabels()]
         ['w1', 'w2']
     """

@@ -24,11 +24,11 @@ def fit_sizes(layer: Any, kept: Kept) -> None:
 
     Example:
         >>> from flax import nnx
-        >>> from jaxprune import modules
+        >>> from jaxprune.integrations._nnx_layers import fit_sizes
         >>> class Scaled(nnx.Module):
         ...     def __init__(self, width, rngs):
         ...         self.width, self.layer = width, nnx.Linear(3, width, rngs=rngs)
-        >>> @modules.fit_sizes.register
+        >>> @fit_sizes.register
         ... def _(layer: Scaled, kept):
         ...     layer.width = layer.layer.kernel.shape[-1]
     """

@@ -35,12 +35,12 @@ def linen_module(module: nn.Module, masks: PyTree) -> nn.Module:
 
     Example:
         >>> import flax.linen as nn, jax, jax.numpy as jnp, jaxprune
-        >>> from jaxprune import modules
+        >>> from jaxprune.integrations import linen
         >>> net = nn.Sequential([nn.Dense(8), nn.relu, nn.Dense(2)])
         >>> x = jnp.ones((1, 3))
         >>> variables = net.init(jax.random.key(0), x)
         >>> pruned = jaxprune.prune(net.apply, variables, x, sparsity=0.5)
-        >>> small = modules.linen_module(net, pruned.masks)
+        >>> small = linen.linen_module(net, pruned.masks)
         >>> small.apply(pruned.variables, x).shape
         (1, 2)
         >>> small.init(jax.random.key(0), x)["params"]["layers_0"]["kernel"].shape

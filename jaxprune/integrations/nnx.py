@@ -50,7 +50,7 @@ def nnx_apply(
     Example:
         >>> import jax.numpy as jnp, jaxprune
         >>> from flax import nnx
-        >>> from jaxprune import modules
+        >>> from jaxprune.integrations import nnx as nnx_integration
         >>> class Net(nnx.Module):
         ...     def __init__(self, rngs):
         ...         self.hidden = nnx.Linear(3, 8, rngs=rngs)
@@ -58,8 +58,8 @@ def nnx_apply(
         ...     def __call__(self, x):
         ...         return self.head(nnx.relu(self.hidden(x)))
         >>> model, x = Net(nnx.Rngs(0)), jnp.ones((1, 3))
-        >>> pruned = jaxprune.prune(*modules.nnx_apply(model), x, sparsity=0.5)
-        >>> small = modules.nnx_module(model, pruned.masks, x)
+        >>> pruned = jaxprune.prune(*nnx_integration.nnx_apply(model), x, sparsity=0.5)
+        >>> small = nnx_integration.nnx_module(model, pruned.masks, x)
         >>> small.hidden.out_features, small(x).shape
         (4, (1, 2))
     """
@@ -109,14 +109,14 @@ def nnx_module(
     Example:
         >>> import jax.numpy as jnp, jaxprune
         >>> from flax import nnx
-        >>> from jaxprune import modules
+        >>> from jaxprune.integrations import nnx as nnx_integration
         >>> model = nnx.Sequential(
         ...     nnx.Linear(3, 8, rngs=nnx.Rngs(0)), nnx.relu,
         ...     nnx.Linear(8, 2, rngs=nnx.Rngs(1)))
         >>> graphdef, state = nnx.split(model)
         >>> apply = lambda state, x: nnx.merge(graphdef, state)(x)
         >>> pruned = jaxprune.prune(apply, state, jnp.ones((1, 3)), sparsity=0.5)
-        >>> small = modules.nnx_module(model, pruned.masks, jnp.ones((1, 3)))
+        >>> small = nnx_integration.nnx_module(model, pruned.masks, jnp.ones((1, 3)))
         >>> small.layers[0].kernel.shape
         (3, 4)
     """
