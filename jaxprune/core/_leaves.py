@@ -1,6 +1,7 @@
 """Leaves of a tree by name: the paths that groups, masks and messages use."""
 
 from collections.abc import Iterable, Sequence
+from types import NoneType
 from typing import Any
 
 import jax
@@ -14,7 +15,9 @@ def keystr(path: Any) -> str:
 def leaf_names(tree: Any, treedef: Any) -> tuple[str, ...]:
     """`keystr` of every leaf of a tree, whose structure is `treedef`.
 
-    Remembered: a model's thousands of leaves are named at every step of pruning it.
+    Remembered: a model's thousands of leaves are named at every step of pruning it. But
+    not of trees with nodes of other libraries, whose structure may hold anything: users'
+    functions, and the arrays that they close over.
 
     Raises:
         ValueError: if two leaves have the same name.
@@ -22,6 +25,8 @@ def leaf_names(tree: Any, treedef: Any) -> tuple[str, ...]:
     try:
         names = _NAMES.get(treedef)
     except TypeError:  # something static cannot be hashed
+        return _leaf_names(tree)
+    if names is None and not _is_plain(treedef):
         return _leaf_names(tree)
     if names is None:
         if len(_NAMES) >= _MOST_NAMES:
@@ -32,6 +37,18 @@ def leaf_names(tree: Any, treedef: Any) -> tuple[str, ...]:
 
 _NAMES: dict[Any, tuple[str, ...]] = {}
 _MOST_NAMES = 64
+
+
+def _is_plain(treedef: Any) -> bool:
+    """Is this a tree of dictionaries, lists and tuples?"""
+    todo = [treedef]
+    while todo:
+        node = todo.pop()
+        kind = node.node_data()
+        if kind is not None and not issubclass(kind[0], (dict, list, tuple, NoneType)):
+            return False
+        todo += node.children()
+    return True
 
 
 def _leaf_names(tree: Any) -> tuple[str, ...]:

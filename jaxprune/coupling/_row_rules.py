@@ -39,6 +39,11 @@ def _elementwise(rows: Rows, step: Step, states: Sequence[State]) -> list[State]
     return [_met(rows, states)]
 
 
+@row_rule("optimization_barrier", "device_put")
+def _each_alone(rows: Rows, step: Step, states: Sequence[State]) -> list[State]:
+    return list(states)
+
+
 # --- moves ---------------------------------------------------------------------------
 
 

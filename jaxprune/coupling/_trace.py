@@ -86,7 +86,7 @@ def trace(
     _pin(ledger, known, patterns("pin", pin))
     unpinned = patterns("unpin", unpin)
     twins = _close_outputs(ledger, program, walked.outs, known, unpinned)
-    ordered = _order_by_use(ledger, walked, known)
+    ordered = _order_by_use(ledger, walked, known, twins)
     solution = solve(ledger)
     whole = Whole(walked, arrays, twins) if roles else None
     groups = collect_groups(ledger, solution, ordered, shapes, treedef, whole)
@@ -153,11 +153,22 @@ def _twin(path: str, out: Value, known: dict[str, Value]) -> str | None:
 
 
 def _order_by_use(
-    ledger: Ledger, walked: Walked, known: dict[str, Value]
+    ledger: Ledger,
+    walked: Walked,
+    known: dict[str, Value],
+    twins: Sequence[int | None],
 ) -> dict[str, Value]:
-    """The variables in the order of their first use; the unused are pinned."""
-    inputs = zip(map(id, walked.jaxpr.invars), known, strict=False)
-    used = _first_uses(walked, dict(inputs))
+    """The variables in the order of their first use; the unused are pinned.
+
+    A variable that is written and never read, as running statistics in training, is
+    used too: it is cut along with its new value.
+    """
+    inputs = dict(zip(map(id, walked.jaxpr.invars), known, strict=False))
+    used = _first_uses(walked, inputs)
+    names = list(known)
+    for out, twin in zip(walked.jaxpr.outvars, twins, strict=True):
+        if twin is not None and inputs.get(id(out)) != names[twin]:
+            used.setdefault(names[twin], None)
     why = ledger.reason("unused")
     for name, value in known.items():
         if name not in used:

@@ -1,6 +1,5 @@
 """The interpreter: walks a jaxpr once, moving labels through every equation."""
 
-import functools
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -153,7 +152,15 @@ def walk_program(
     """
     if known or not program.lasting:
         return _walk_program(program, count, known)
-    ledger, walked = _remembered(program, count, tuple(RULES.items()))
+    # By the rules too: what was registered since makes it another walk. And with the
+    # jaxpr, so that no other can have its id.
+    key = id(program.closed), count, tuple(program.paths), tuple(RULES.items())
+    if key not in program.memory:
+        while len(program.memory) >= _MOST_WALKS:  # the oldest goes
+            del program.memory[next(iter(program.memory))]
+        walk = _walk_program(program, count, {})
+        program.memory[key] = program.closed, *walk
+    _, ledger, walked = program.memory[key]
     return ledger.copy(), walked
 
 
@@ -179,10 +186,7 @@ def _walk_program(
     return ledger, Walk(ledger).run(program.closed, ins)
 
 
-@functools.lru_cache(maxsize=4)
-def _remembered(program: Program, count: int, rules: Any) -> tuple[Ledger, Walked]:
-    # `rules`: what was registered since makes it another walk.
-    return _walk_program(program, count, {})
+_MOST_WALKS = 2
 
 
 def unused(var: Any) -> Value:

@@ -196,12 +196,14 @@ class _Told:
         if len(columns) == 1 and not trouble:
             atoms = columns[0][wrong]
             other = self._keeper(atoms[0])
+            whole = [n for n in (number, other) if self.keep[self._span(n)].all()]
             raise ValueError(
                 f"{name} and {self._name(self.places[other])} are coupled but the "
                 f"masks keep {int(keep.sum())} positions of one and "
                 f"{int(self.keep[self._span(other)].sum())} of the other (or not the "
                 f"same ones): {len(np.unique(atoms))} units are kept in one and cut in "
                 "the other; build masks with expand_masks"
+                + "".join(self._untraced(n) for n in whole[:1])
             )
         raise ValueError(
             f"{name}: the kept positions {np.flatnonzero(keep)[:8].tolist()}... "
@@ -209,6 +211,15 @@ class _Told:
             "channels), so no smaller program computes them"
             + (f" ({trouble})" if trouble else "")
             + "; cut whole units of its groups"
+        )
+
+    def _untraced(self, number: int) -> str:
+        """What it may mean that a whole axis is kept."""
+        name = self.names[self.places[number][0]]
+        return (
+            f". Were the groups traced in a function that does not use {name}, as in "
+            "evaluation mode? Then trace the function that does (training mode): its "
+            "masks fit both"
         )
 
     def _keeper(self, atom: int) -> int:

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import itertools
 import pathlib
+import weakref
 from collections.abc import Callable, Sequence, Set
 from typing import Any
 
@@ -90,12 +91,14 @@ class Program:
         paths: name of every input leaf, aligned with invars.
         out_paths: name of every output leaf, aligned with outvars.
         out_tree: structure of the result.
+        memory: for what is worth keeping of it as long as its function is there.
     """
 
     closed: Any
     paths: list[str]
     out_paths: list[str]
     out_tree: Any
+    memory: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def jaxpr(self) -> Any:
@@ -136,18 +139,50 @@ def input_name(path: str) -> str:
     return f"{'args' if head == '0' else 'kwargs'}/{rest}"
 
 
-@functools.lru_cache(maxsize=64)
-def _flat(
-    fn: Callable[..., Any], tree: Any, static: tuple[Any, ...], types: tuple[type, ...]
-):
-    # One jitted function per (function, structure, static leaves), so that JAX's own
-    # cache makes the second trace of the same program free. 1, 1.0 and True are equal
-    # but not the same static leaf: their types are part of the key.
+def _jitted(
+    fn: Callable[..., Any], tree: Any, static: Sequence[Any]
+) -> tuple[Any, dict[Any, Any]]:
+    """`fn` of its array leaves alone, jitted, and what is remembered of its programs.
+
+    One jitted function per (function, structure, static leaves), so that JAX's own
+    cache makes the second trace of the same program free. 1, 1.0 and True are equal but
+    not the same static leaf: their types are part of the key.
+
+    All of this is forgotten with the function: it refers to the function weakly, so
+    that neither it nor what it closes over lives longer than for its other users.
+    """
+    owner = getattr(fn, "__self__", fn)
+    try:
+        refer = (weakref.ref if owner is fn else weakref.WeakMethod)(fn)
+        key = tree, tuple(static), tuple(map(type, static))
+        hash(key)
+    except TypeError:  # of what can be neither referred to nor hashed nothing is kept
+        return _jit_flat(lambda: fn, fn, tree, static), {}
+    place = id(owner), getattr(fn, "__func__", None)
+    if place not in _JITTED:
+        _JITTED[place] = {}
+        weakref.finalize(owner, _JITTED.pop, place, None).atexit = False
+    known = _JITTED[place]
+    if key not in known:
+        while len(known) >= _MOST:  # the oldest goes
+            del known[next(iter(known))]
+        known[key] = _jit_flat(refer, fn, tree, static), {}
+    return known[key]
+
+
+# (id of a function's owner, the function if that is a method) -> what `_jitted` returns.
+_JITTED: dict[tuple[int, Any], dict[Any, tuple[Any, dict[Any, Any]]]] = {}
+_MOST = 4
+
+
+def _jit_flat(
+    refer: Callable[[], Any], fn: Any, tree: Any, static: Sequence[Any]
+) -> Any:
     def flat(*arrays: Any) -> Any:
         rest = iter(arrays)
         leaves = [next(rest) if leaf is _ARRAY else leaf for leaf in static]
         args, kwargs = jax.tree.unflatten(tree, leaves)
-        return fn(*args, **kwargs)
+        return refer()(*args, **kwargs)
 
     flat.__name__ = getattr(fn, "__name__", type(fn).__name__)  # for profiles
     return jax.jit(flat)
@@ -159,14 +194,10 @@ _ARRAY = object()
 def trace_program(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Program:
     """Traces `fn` from arrays or shapes; leaves that are no arrays are static."""
     flat, tree = jax.tree.flatten((args, kwargs))
-    static = tuple([_ARRAY if is_array(leaf) else leaf for leaf in flat])
-    types = tuple(map(type, static))
+    static = [_ARRAY if is_array(leaf) else leaf for leaf in flat]
     traced = [leaf is _ARRAY for leaf in static]
     avals = list(map(abstract, itertools.compress(flat, traced)))
-    try:
-        jitted = _flat(fn, tree, static, types)
-    except TypeError:  # something static cannot be hashed: trace without the cache
-        jitted = _flat.__wrapped__(fn, tree, static, types)
+    jitted, memory = _jitted(fn, tree, static)
     done = jitted.trace(*avals)
     closed, out_info = done.jaxpr, done.out_info
     if len(opened(closed)[0].invars) != len(avals):
@@ -180,6 +211,7 @@ def trace_program(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Program:
         list(itertools.compress(leaf_names((args, kwargs), tree), traced)),
         [keystr(path) for path, _ in outs],
         out_tree,
+        memory,
     )
 
 

@@ -292,7 +292,7 @@ def _check_called(places: list[tuple[str, str]], name: str) -> None:
 def _absolute(xp: Any, leaf: Any) -> Any:
     if xp is jnp:
         return jnp.abs(leaf)
-    return np.abs(leaf, out=empty(leaf.shape, np.abs(leaf[..., :0]).dtype))
+    return np.abs(leaf, out=empty(leaf.shape, np.abs(leaf.ravel()[:0]).dtype))
 
 
 def _power(xp: Any, leaf: Any, p: float) -> Any:

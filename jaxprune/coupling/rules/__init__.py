@@ -1,5 +1,6 @@
 """Rules, one file per family of primitives; importing the package registers them."""
 
+from jaxprune.coupling.rules import _collective as _collective
 from jaxprune.coupling.rules import _control as _control
 from jaxprune.coupling.rules import _custom as _custom
 from jaxprune.coupling.rules import _elementwise as _elementwise

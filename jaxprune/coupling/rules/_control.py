@@ -3,6 +3,7 @@
 Those with derivatives of their own are in `jaxprune.coupling.rules._custom`.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from jax.extend.core import DropVar
 
 from jaxprune.coupling._labels import Axis, Value, both, flags_on, with_flags
 from jaxprune.coupling._registry import rule
-from jaxprune.program._jaxprs import scan_counts
+from jaxprune.program._jaxprs import abstract, scan_counts
 
 # --- calls ---------------------------------------------------------------------------
 
@@ -28,6 +29,14 @@ def _used(eqn: Any) -> list[bool]:
 def _call(walk: Any, eqn: Any, *values: Value) -> list[Value]:
     inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
     return walk.enter(inner, list(values), _used(eqn))
+
+
+@rule("call_hi_primitive", inline=True, whole=_all_operands)
+def _high(walk: Any, eqn: Any, *values: Value) -> list[Value]:
+    """A primitive of JAX that is itself a program (`jnp.digitize`, from 0.12 on)."""
+    avals = [abstract(var.aval) for var in eqn.invars]
+    expand = functools.partial(eqn.primitive.to_lojax, **eqn.params)
+    return walk.enter(jax.make_jaxpr(expand)(*avals), list(values), _used(eqn))
 
 
 def _narrow_remat(kept: Any, step: Any, *operands: Any) -> Any:

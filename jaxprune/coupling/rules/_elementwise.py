@@ -167,7 +167,8 @@ _IDEMPOTENT = (either, both, _first)
 KEEPS_ZERO = """
     neg sign floor ceil round abs sqrt cbrt tanh sin tan asin atan sinh asinh atanh erf
     erf_inv expm1 log1p square real imag conj reduce_precision stop_gradient
-    sharding_constraint name pvary pcast population_count
+    sharding_constraint layout_constraint reshard relayout name pvary
+    with_memory_space_constraint reduced_vary_cast vary_unreduced_cast pcast population_count
 """.split()
 # f(0) != 0, or a comparison; atan2(0, -0) is pi
 LOSES_ZERO = """
@@ -175,7 +176,7 @@ LOSES_ZERO = """
     lt_to nextafter igamma igammac polygamma zeta bessel_i0e bessel_i1e
     regularized_incomplete_beta atan2 one_minus_square
 """.split()
-POLE_AT_ZERO = "log rsqrt acosh lgamma digamma".split()
+POLE_AT_ZERO = "log log2 rsqrt acosh lgamma digamma".split()
 SUMS = "add sub add_any or xor complex".split()
 PRODUCTS = "mul and".split()
 SHIFTS = "shift_left shift_right_logical shift_right_arithmetic".split()
@@ -261,6 +262,11 @@ def _clamp(walk: Any, eqn: Any, low: Value, x: Value, high: Value) -> Value:
     return elementwise("first" if keeps else "never")(walk, eqn, x, low, high)
 
 
+def _polynomial(walk: Any, eqn: Any, value: Value, *coefficients: Value) -> Value:
+    kind = "first" if coefficients[0].is_zero else "never"
+    return elementwise(kind)(walk, eqn, value, *coefficients)
+
+
 def _bitcast(walk: Any, eqn: Any, value: Value) -> Value:
     if eqn.outvars[0].aval.shape != value.shape:
         return walk.unknown(eqn, value)[0]
@@ -277,6 +283,7 @@ for _name in ("div", "rem"):
     register_rule(_name, _divide)
 register_rule("integer_pow", _integer_pow)
 register_rule("pow", _pow)
+register_rule("polynomial", _polynomial)
 register_rule("select_n", _select_n)
 register_rule("clamp", _clamp)
 register_rule("max", _extreme)

@@ -12,12 +12,36 @@ def _drop(value: Value, gone: Any) -> tuple[tuple[int, ...], tuple]:
     return tuple([value.shape[d] for d in stay]), tuple([value.axes[d] for d in stay])
 
 
+def reduced(
+    walk: Any,
+    eqn: Any,
+    value: Value,
+    axes: Any,
+    kind: str,
+    *,
+    keeps_zero: bool,
+    **details: str,
+) -> Value:
+    """The value without some axes, which a reduction ran over.
+
+    Args:
+        walk: the walk.
+        eqn: the equation.
+        value: the operand.
+        axes: which of its axes are reduced.
+        kind: why cutting them is not exact, where it is not.
+        keeps_zero: is the result the same with more zeros on these axes?
+        **details: what the text of the reason names.
+    """
+    for d in axes:
+        axis = value.axes[d] if keeps_zero else with_zero(value.axes[d], False)
+        walk.ledger.sum_over(axis, kind, eqn, **details)
+    return Value(*_drop(value, axes), value.is_zero)
+
+
 @rule("reduce_sum")
 def _reduce_sum(walk: Any, eqn: Any, value: Value) -> Value:
-    for d in eqn.params["axes"]:
-        what = "sum"
-        walk.ledger.sum_over(value.axes[d], what, eqn)
-    return Value(*_drop(value, eqn.params["axes"]), value.is_zero)
+    return reduced(walk, eqn, value, eqn.params["axes"], "sum", keeps_zero=True)
 
 
 @rule(
@@ -26,10 +50,8 @@ def _reduce_sum(walk: Any, eqn: Any, value: Value) -> Value:
 def _reduce(walk: Any, eqn: Any, value: Value) -> Value:
     verb = {"max": "a maximum", "min": "a minimum", "prod": "a product"}
     name = verb.get(eqn.primitive.name.removeprefix("reduce_"), "a reduction")
-    for d in eqn.params["axes"]:
-        axis = with_zero(value.axes[d], False)
-        walk.ledger.sum_over(axis, "reduction", eqn, name=name)
-    return Value(*_drop(value, eqn.params["axes"]), value.is_zero)
+    axes = eqn.params["axes"]
+    return reduced(walk, eqn, value, axes, "reduction", keeps_zero=False, name=name)
 
 
 @rule("argmax", "argmin")
