@@ -16,8 +16,8 @@ def leaf_names(tree: Any, treedef: Any) -> tuple[str, ...]:
     """`keystr` of every leaf of a tree, whose structure is `treedef`.
 
     Remembered: a model's thousands of leaves are named at every step of pruning it. But
-    not of trees with nodes of other libraries, whose structure may hold anything: users'
-    functions, and the arrays that they close over.
+    not of trees with nodes of other libraries, whose structure may hold anything, such
+    as functions and the arrays that they close over.
 
     Raises:
         ValueError: if two leaves have the same name.

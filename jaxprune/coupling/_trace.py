@@ -130,7 +130,7 @@ def _close_outputs(
                 f"{listed(names)}{nearest(pattern, names)}"
             )
         free.update(found)
-    twins = [_twin(p, v, known) for p, v in zip(program.out_paths, outs, strict=True)]
+    twins = [twin_of(p, v, known) for p, v in zip(program.out_paths, outs, strict=True)]
     for name, twin, out in zip(names, twins, outs, strict=True):
         why = ledger.reason("output", name=name)
         for d, axis in enumerate(out.axes):
@@ -142,7 +142,7 @@ def _close_outputs(
     return [None if twin is None else place[twin] for twin in twins]
 
 
-def _twin(path: str, out: Value, known: dict[str, Value]) -> str | None:
+def twin_of(path: str, out: Value, known: dict[str, Value]) -> str | None:
     """The variable that this output is the new value of, if any."""
     parts = path.split("/")
     for start in range(len(parts)):

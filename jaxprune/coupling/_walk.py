@@ -10,6 +10,7 @@ from jaxprune.coupling import _data as data
 from jaxprune.coupling import rules
 from jaxprune.coupling._labels import Value
 from jaxprune.coupling._ledger import Ledger
+from jaxprune.coupling._refused import REFUSED
 from jaxprune.coupling._registry import RULES, Rule
 from jaxprune.coupling.rules._shuffle import join_shuffles
 from jaxprune.program._jaxprs import Program, input_name, live_equations, opened
@@ -111,7 +112,11 @@ class Walk:
 
     def unknown(self, eqn: Any, *values: Value) -> list[Value]:
         """Pins everything an equation touches: what is not understood is not cut."""
-        why = self.ledger.reason("no_rule", eqn, name=eqn.primitive.name)
+        name = eqn.primitive.name
+        if name in REFUSED:
+            why = self.ledger.reason("refused", eqn, name=name, why=REFUSED[name])
+        else:
+            why = self.ledger.reason("no_rule", eqn, name=name)
         return self.frozen(eqn, why, *values)
 
     def frozen(self, eqn: Any, why: int, *values: Value) -> list[Value]:

@@ -203,7 +203,7 @@ class _Told:
                 f"{int(self.keep[self._span(other)].sum())} of the other (or not the "
                 f"same ones): {len(np.unique(atoms))} units are kept in one and cut in "
                 "the other; build masks with expand_masks"
-                + "".join(self._untraced(n) for n in whole[:1])
+                + "".join(untraced(self.names[self.places[n][0]]) for n in whole[:1])
             )
         raise ValueError(
             f"{name}: the kept positions {np.flatnonzero(keep)[:8].tolist()}... "
@@ -211,15 +211,6 @@ class _Told:
             "channels), so no smaller program computes them"
             + (f" ({trouble})" if trouble else "")
             + "; cut whole units of its groups"
-        )
-
-    def _untraced(self, number: int) -> str:
-        """What it may mean that a whole axis is kept."""
-        name = self.names[self.places[number][0]]
-        return (
-            f". Were the groups traced in a function that does not use {name}, as in "
-            "evaluation mode? Then trace the function that does (training mode): its "
-            "masks fit both"
         )
 
     def _keeper(self, atom: int) -> int:
@@ -237,6 +228,15 @@ class _Told:
 
     def _name(self, place: Place) -> str:
         return f"{self.names[place[0]]} axis {place[1]}"
+
+
+def untraced(name: str) -> str:
+    """What it may mean that a variable is whole where its neighbours are cut."""
+    return (
+        f". Were the groups traced in a function that does not use {name}, as in "
+        "evaluation mode? Then trace the function that does (training mode): its masks "
+        "fit both"
+    )
 
 
 def _one_of(rows: np.ndarray, chosen: np.ndarray) -> np.ndarray:

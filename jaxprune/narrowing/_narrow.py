@@ -11,7 +11,8 @@ from jax.core import Tracer
 from jaxprune.core._leaves import leaf_names
 from jaxprune.core._names import listed
 from jaxprune.core._positions import axis_keep
-from jaxprune.narrowing._decide import SILENT, Alive
+from jaxprune.coupling._trace import twin_of
+from jaxprune.narrowing._decide import SILENT, Alive, untraced
 from jaxprune.narrowing._replay import Restricted, restrict
 from jaxprune.program._collector import collector_paused
 from jaxprune.program._jaxprs import Program, abstract, is_array, trace_program
@@ -76,12 +77,28 @@ def narrow(apply_fn: Callable[..., Any], masks: Any) -> Callable[..., Any]:
         if ready is None:
             names = [path.split("/", 2)[-1] for path in program.paths[: len(alive)]]
             ready = restrict(program, alive, names)
+            _check_new_values(ready, names)
         if program.lasting:
             restricted[program] = ready
         arrays = jax.tree.leaves(((variables, *args), kwargs))
         return ready.flat([x for x in arrays if is_array(x)])
 
     return small_apply
+
+
+def _check_new_values(ready: Restricted, names: Sequence[str]) -> None:
+    """New values of variables have the shapes of the variables."""
+    known = dict(zip(names, ready.walked.ins, strict=False))
+    for path, out in zip(ready.program.out_paths, ready.walked.outs, strict=True):
+        name = twin_of(path, out, known)
+        if name is None:
+            continue
+        got, expected = ready.kept.shape(out), ready.kept.shape(known[name])
+        if got != expected:
+            raise ValueError(
+                f"apply_fn returns a new {name} of shape {got}, but the masks leave "
+                f"{expected} of it{untraced(name)}"
+            )
 
 
 def _concrete(name: str, mask: Any) -> np.ndarray:

@@ -170,7 +170,7 @@ def _jitted(
     return known[key]
 
 
-# (id of a function's owner, the function if that is a method) -> what `_jitted` returns.
+# (id of a function's owner, the function if that is a method) -> key -> `_jitted`
 _JITTED: dict[tuple[int, Any], dict[Any, tuple[Any, dict[Any, Any]]]] = {}
 _MOST = 4
 

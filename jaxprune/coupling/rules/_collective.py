@@ -18,23 +18,22 @@ from jaxprune.coupling.rules._reduction import reduced
 
 @rule("psum", "psum2", "psum_invariant", "unreduced_psum")
 def _psum(walk: Any, eqn: Any, *values: Value) -> list[Value]:
-    what = "it is summed over without being 0 where it is cut"
-    return [_over_dimensions(walk, eqn, v, what, keeps_zero=True) for v in values]
+    return [_over_dimensions(walk, eqn, v, "sum", keeps_zero=True) for v in values]
 
 
 @rule("pmax", "pmin", "unreduced_pmax", "unreduced_pmin")
 def _extreme(walk: Any, eqn: Any, *values: Value) -> list[Value]:
-    kind = "a maximum" if "pmax" in eqn.primitive.name else "a minimum"
-    what = f"{kind} over it sees the masked units"
-    return [_over_dimensions(walk, eqn, v, what, keeps_zero=False) for v in values]
+    name = "a maximum" if "pmax" in eqn.primitive.name else "a minimum"
+    options = {"keeps_zero": False, "name": name}
+    return [_over_dimensions(walk, eqn, v, "reduction", **options) for v in values]
 
 
 def _over_dimensions(
-    walk: Any, eqn: Any, value: Value, what: str, *, keeps_zero: bool
+    walk: Any, eqn: Any, value: Value, kind: str, **options: Any
 ) -> Value:
     """Reduces the dimensions that are named by numbers."""
     numbers = [d for d in eqn.params["axes"] if isinstance(d, int)]
-    return reduced(walk, eqn, value, numbers, what, keeps_zero=keeps_zero)
+    return reduced(walk, eqn, value, numbers, kind, **options)
 
 
 for _name in ("ppermute", "pbroadcast", "preduced"):  # what nobody sends is 0
@@ -53,7 +52,7 @@ def _all_gather(walk: Any, eqn: Any, *values: Value) -> list[Value]:
     p, outs = eqn.params, []
     d, copies = p["all_gather_dimension"], p["axis_size"]
     for value, var in zip(values, eqn.outvars, strict=True):
-        axis: Axis = walk.ledger.reason("it is gathered from all devices", eqn)
+        axis: Axis = walk.ledger.reason("gathered", eqn)
         if p["tiled"]:  # the copies stand one after the other
             axis = take(value.axes[d], _tiled(value.shape[d], copies))
         outs.append(_with_axis(value, var.aval.shape, d, axis))
@@ -67,7 +66,7 @@ def _tiled(size: int, copies: int) -> np.ndarray:
 @rule("reduce_scatter", "unreduced_reduce_scatter")
 def _reduce_scatter(walk: Any, eqn: Any, value: Value) -> Value:
     d = eqn.params["scatter_dimension"]
-    why = walk.ledger.reason("its parts go to different devices", eqn)
+    why = walk.ledger.reason("distributed", eqn)
     walk.ledger.freeze(value.axes[d], why)
     shape = eqn.outvars[0].aval.shape
     if eqn.params["tiled"]:
@@ -80,7 +79,7 @@ def _reduce_scatter(walk: Any, eqn: Any, value: Value) -> Value:
 def _all_to_all(walk: Any, eqn: Any, value: Value) -> Value:
     p = eqn.params
     split, joined = p["split_axis"], p["concat_axis"]
-    why = walk.ledger.reason("its parts go to different devices", eqn)
+    why = walk.ledger.reason("distributed", eqn)
     axes = list(value.axes)
     for d in (split, joined):
         walk.ledger.freeze(axes[d], why)

@@ -25,7 +25,15 @@ def _used(eqn: Any) -> list[bool]:
     return [not isinstance(v, DropVar) for v in eqn.outvars]
 
 
-@rule("jit", "pjit", "closed_call", "core_call", inline=True, whole=_all_operands)
+@rule(
+    "jit",
+    "pjit",
+    "closed_call",
+    "core_call",
+    "composite",
+    inline=True,
+    whole=_all_operands,
+)
 def _call(walk: Any, eqn: Any, *values: Value) -> list[Value]:
     inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
     return walk.enter(inner, list(values), _used(eqn))

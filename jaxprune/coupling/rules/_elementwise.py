@@ -168,17 +168,19 @@ KEEPS_ZERO = """
     neg sign floor ceil round abs sqrt cbrt tanh sin tan asin atan sinh asinh atanh erf
     erf_inv expm1 log1p square real imag conj reduce_precision stop_gradient
     sharding_constraint layout_constraint reshard relayout name pvary
-    with_memory_space_constraint reduced_vary_cast vary_unreduced_cast pcast population_count
+    zeros_like with_memory_space_constraint reduced_vary_cast
+    reduced_vary_cast_p vary_unreduced_cast vary_unreduced_cast_p pcast population_count
 """.split()
 # f(0) != 0, or a comparison; atan2(0, -0) is pi
 LOSES_ZERO = """
     exp exp2 logistic cos cosh acos erfc is_finite not clz eq ne lt le gt ge eq_to le_to
     lt_to nextafter igamma igammac polygamma zeta bessel_i0e bessel_i1e
     regularized_incomplete_beta atan2 one_minus_square
+    igamma_grad_a
 """.split()
 POLE_AT_ZERO = "log log2 rsqrt acosh lgamma digamma".split()
 SUMS = "add sub add_any or xor complex".split()
-PRODUCTS = "mul and".split()
+PRODUCTS = "mul mulhi and".split()
 SHIFTS = "shift_left shift_right_logical shift_right_arithmetic".split()
 
 for _names, _zero in (
