@@ -11,7 +11,16 @@ from jaxprune.core import Reason
 from jaxprune.coupling._reasons import TEXTS
 
 ENGINE = pathlib.Path(jaxprune.__file__).parent
-GIVERS = {"reason", "refuse", "sum_over", "contract", "Reason", "text_of"}
+GIVERS = {
+    "reduced",
+    "_over_dimensions",
+    "reason",
+    "refuse",
+    "sum_over",
+    "contract",
+    "Reason",
+    "text_of",
+}
 
 
 def _words(node):
