@@ -94,10 +94,19 @@ def slice_opt_state(tx: Any, opt_state: PyTree, masks: PyTree) -> PyTree:
     keys stay. Where `optax.masked` keeps nothing for a leaf, nothing is sliced. The
     packed masks of sparse training are sliced as masks.
 
-    The steps agree for transformations that treat entries alone or through sums in
-    which a zero does not count (momentum, Adam, Lion, weight decay, global norm
-    clipping). A statistic that mixes entries of one leaf is refused where its shape
-    shows it, as in Adafactor.
+    Of optax's whole list (``tests/test_optax_list.py``):
+
+    * Exact, for transformations that treat entries alone or through sums in which a
+      zero does not count: all but those below, and every state of this library.
+    * Approximate, where a mean, the number of entries or what was removed enters a
+      statistic: ``lamb``, ``muon``, ``dog``, ``dowg``, ``momo_adam``, ``centralize``,
+      ``clip_by_block_rms``, ``scale_by_param_block_rms``. The first steps after
+      slicing differ a little from those of the masked model.
+    * Refused, where a statistic has other axes than its weights: ``adafactor``,
+      ``sm3``, ``lbfgs``, ``galore``, ``flatten``, ``scale_by_distance_over_gradients``.
+
+    Links that know traced groups (`group_lasso`, `proximal_group_lasso`,
+    `centripetal`) keep their counters; make new ones from new groups.
 
     Args:
         tx: the `optax.GradientTransformation` that made the state.
