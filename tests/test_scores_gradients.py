@@ -283,7 +283,9 @@ def test_refusals_say_what_is_wrong(key):
         scores.grasp(loss_fn, params, iter(UNEVEN))
     with pytest.raises(ValueError, match=r"form must be one of .*got 'l1'"):
         scores.taylor(loss_fn, params, UNEVEN, form="l1")
-    with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
+    with pytest.raises(
+        ValueError, match="samples must be a whole number of at least 1, got 0"
+    ):
         scores.hessian_diagonal(loss_fn, params, UNEVEN, key, samples=0)
 
 

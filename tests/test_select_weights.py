@@ -157,7 +157,7 @@ def test_a_traced_sparsity_follows_a_schedule():
     rng = np.random.default_rng(0)
     scores = {"a": rng.random((8, 9), np.float32), "b": rng.random(30, np.float32)}
     everywhere = quick_jit(lambda s: select.across_leaves(scores, sparsity=s))
-    each = quick_jit(lambda s: select.per_leaf(scores, sparsity=s))
+    each = quick_jit(lambda s: select.per_leaf(scores, sparsity=s, only="*"))
     for share in (0.0, 0.25, 0.8, 1.0):
         masks = everywhere(share)
         removed = sum(int((~mask).sum()) for mask in masks.values())
@@ -177,6 +177,33 @@ def test_leaves_without_scores_are_left_alone():
     np.testing.assert_array_equal(apply_masks(params, masks)["w"], [0, 0, 0, 3, 4, 5])
 
 
+def test_biases_and_scales_are_left_alone_unless_asked_for():
+    stacked = {"bias": np.ones((3, 4)), "scale": np.ones((3, 4))}
+    scores = {"a": {"kernel": np.ones((4, 4)), "bias": np.ones(4)}, "b": stacked}
+    masks = select.per_leaf(scores, sparsity=0.5)
+    assert masks["a"]["kernel"].sum() == 8
+    others = masks["a"]["bias"], masks["b"]["bias"], masks["b"]["scale"]
+    assert all(mask.shape == () and mask for mask in others)
+    masks = select.per_leaf(scores, sparsity=0.5, only="*")
+    assert masks["a"]["bias"].sum() == 2 and masks["b"]["scale"].sum() == 6
+    # scores of units: nothing here is a kernel
+    assert select.per_leaf({"bias": np.ones(4)}, sparsity=0.5)["bias"].sum() == 2
+
+
+def test_normalised_leaves_of_tiny_and_huge_weights_compete_alike():
+    rng = np.random.default_rng(0)
+    leaves = [rng.random((8, 8), np.float32) for _ in range(3)]
+    scales = np.array([1e-25, 1, 1e20], np.float32)
+    plain = dict(zip("abc", leaves, strict=True))
+    scaled = {n: leaf * s for (n, leaf), s in zip(plain.items(), scales, strict=True)}
+    for kind in (np.asarray, jnp.asarray):
+        found = [
+            select.across_leaves(jax.tree.map(kind, s), sparsity=0.4, normalize=True)
+            for s in (plain, scaled)
+        ]
+        jax.tree.map(np.testing.assert_array_equal, *found)
+
+
 def test_patterns_and_fractions_by_path():
     scores = {"a": {"kernel": np.arange(8.0), "bias": np.arange(4.0)}}
     masks = select.per_leaf(scores, sparsity=0.5, only="*/kernel")
@@ -192,7 +219,7 @@ def test_patterns_and_fractions_by_path():
 @pytest.mark.parametrize(
     "how",
     [
-        lambda s: select.per_leaf(s, sparsity=0.5),
+        lambda s: select.per_leaf(s, sparsity=0.5, only="*"),
         lambda s: select.across_leaves(s, sparsity=0.5),
         lambda s: select.n_of_m(s, 1, 2),
         lambda s: select.blocks(s, shape=(1, 2), sparsity=0.5),

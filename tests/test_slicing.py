@@ -37,7 +37,7 @@ def with_unstructured_rest(seed=1):
 @pytest.mark.parametrize("to", [np.asarray, jnp.asarray])
 def test_slice_is_apply_then_delete(masks, to):
     variables = jax.tree.map(to, chain.variables())
-    small = named_leaves(slice_params(variables, masks))
+    small = named_leaves(slice_params(variables, masks, mixed=True))
     smaller = 0
     for path, leaf in named_leaves(variables).items():
         expected = by_hand(np.asarray(leaf), named_leaves(masks)[path])
@@ -71,9 +71,9 @@ def test_dtypes_weak_types_and_untouched_leaves_survive():
 def test_abstract_leaves_give_abstract_leaves():
     masks = with_unstructured_rest()
     abstract = jax.eval_shape(lambda: jax.tree.map(jnp.asarray, chain.variables()))
-    small = slice_params(chain.variables(), masks)
+    small = slice_params(chain.variables(), masks, mixed=True)
     shapes = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), small)
-    abstract_small = slice_params(abstract, masks)
+    abstract_small = slice_params(abstract, masks, mixed=True)
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), abstract_small) == shapes
     assert jax.tree.leaves(abstract_small)[0].sharding is None
     assert unslice_params(abstract_small, masks) == abstract
@@ -93,16 +93,36 @@ def test_values_may_be_traced_but_masks_may_not():
 @pytest.mark.parametrize("to", [np.asarray, jnp.asarray])
 def test_unslice_inverts_slice_on_what_is_kept(masks, to):
     variables = jax.tree.map(to, chain.variables())
-    small = slice_params(variables, masks)
+    small = slice_params(variables, masks, mixed=True)
     back = unslice_params(small, masks)
     jax.tree.map(np.testing.assert_array_equal, back, apply_masks(variables, masks))
-    jax.tree.map(np.testing.assert_array_equal, slice_params(back, masks), small)
+    again = slice_params(back, masks, mixed=True)
+    jax.tree.map(np.testing.assert_array_equal, again, small)
 
 
 def test_unslice_ignores_what_training_put_on_removed_entries():
     masks = {"w": np.array([[True, False], [True, True], [False, False]])}
     back = unslice_params({"w": np.full((2, 2), 7.0)}, masks)
     np.testing.assert_array_equal(back["w"], [[7, 0], [7, 7], [0, 0]])
+
+
+def test_masks_of_single_weights_do_not_cut_shapes():
+    weights = np.array([[True, False], [False, False], [True, True]])
+    params = {"a": np.ones((3, 2)), "b": np.ones(2)}
+    masks = {"a": weights, "b": np.array(True)}
+    with pytest.raises(
+        ValueError,
+        match=r"masks\[a\] removes single weights.*masks\[a\] whole .*axis 0",
+    ):
+        slice_params(params, masks)
+    assert slice_params(params, masks, mixed=True)["a"].shape == (2, 2)
+    # nothing is cut: the same as apply_masks
+    masks["a"] = weights | np.eye(3, 2, dtype=bool)
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        slice_params(params, masks),
+        apply_masks(params, masks),
+    )
 
 
 def test_an_axis_that_dies_wholly_is_cut_to_nothing():
@@ -180,7 +200,7 @@ def test_a_step_after_slicing_is_the_masked_step_sliced(name, steps):
     for _ in range(steps):
         params, opt_state = step(params, opt_state, keep_all)
 
-    small = slice_params(params, masks)
+    small = slice_params(params, masks, mixed=True)
     small_state = slice_opt_state(tx, opt_state, masks)
     like = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tx.init(small))
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), small_state) == like
@@ -190,6 +210,7 @@ def test_a_step_after_slicing_is_the_masked_step_sliced(name, steps):
             lambda leaf, mask: np.broadcast_to(mask, leaf.shape), params, masks
         ),
         masks,
+        mixed=True,
     )
     masked = apply_masks(params, masks)
     for _ in range(2):
@@ -200,7 +221,7 @@ def test_a_step_after_slicing_is_the_masked_step_sliced(name, steps):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-6),
         small,
-        slice_params(masked, masks),
+        slice_params(masked, masks, mixed=True),
     )
 
 

@@ -5,6 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.core._checks import concrete_array
 from jaxprune.core._groups import Group, Groups, Member
 from jaxprune.core._masks import expand_masks
 
@@ -61,7 +62,8 @@ def checked_clusters(groups: Groups, name: str, ids: Any) -> np.ndarray:
         ValueError: as `check_mergeable`, or if there are not as many as units.
         TypeError: if the clusters are not integers.
     """
-    group, ids = check_mergeable(groups, name), np.asarray(ids)
+    group = check_mergeable(groups, name)
+    ids = concrete_array(f"clusters[{name}]", ids)
     if ids.dtype.kind not in "iu":
         raise TypeError(f"clusters[{name}] must be integers, got {ids.dtype}")
     if ids.shape != (group.size,):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxprune.core._checks import check_leaves
 from jaxprune.core._masks import PyTree
 from jaxprune.core._placement import all_placed_like, on_host
 
@@ -24,6 +25,7 @@ def each_leaf(
     What lies on the host is counted by numpy, the rest in one program for all leaves
     that share their devices.
     """
+    check_leaves(params)
     leaves, treedef = jax.tree.flatten(params)
     found: list[Any] = [None] * len(leaves)
     here: dict[int, np.ndarray] = {}
@@ -31,6 +33,11 @@ def each_leaf(
     for k, leaf in enumerate(leaves):
         if not has_score(leaf):
             continue
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"params hold shapes without values ({leaf}), which have no score; "
+                "give arrays"
+            )
         if on_host(leaf):
             with np.errstate(all="ignore"):  # as in JAX, inf and NaN are no events
                 here[k] = score(np, np.asarray(leaf), *options)
@@ -54,8 +61,9 @@ def _compiled(score: Callable[..., Any], leaves: Sequence[Any], options: Any) ->
 
 
 def is_float(leaf: Any) -> bool:
-    """Can this leaf have a score?"""
-    return jnp.issubdtype(leaf.dtype, jnp.inexact)
+    """Can this leaf have a score? Integers, bools, keys and functions have none."""
+    dtype = getattr(leaf, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
 
 
 def widened(leaf: Any) -> jax.Array:
@@ -78,3 +86,26 @@ def wide(leaf: Any) -> Any:
 def wide_dtype(dtype: Any) -> Any:
     """A type of floats in at least single precision."""
     return dtype if jnp.finfo(dtype).bits >= 32 else np.dtype(np.float32)
+
+
+@functools.cache
+def real_dtype(dtype: Any) -> Any:
+    """`wide_dtype`, of the absolute values where numbers are complex."""
+    return np.dtype(jnp.finfo(wide_dtype(dtype)).dtype)
+
+
+def power_of_two(xp: Any, largest: Any) -> Any:
+    """The power of two below some non-negative numbers, to divide by before squaring.
+
+    Squares of numbers around 1e-25 or 1e20 leave single precision, their quotients by
+    the largest of them do not, and a power of two rounds nothing. 1 for 0, infinity
+    and NaN. A constant to differentiation.
+    """
+    if xp is jnp:
+        largest = jax.lax.stop_gradient(largest)
+    limits = jnp.finfo(largest.dtype)
+    _, exponent = xp.frexp(largest)
+    exponent = xp.clip(exponent - 1, limits.minexp, limits.maxexp - 1)
+    usable = (largest > 0) & xp.isfinite(largest)
+    exponent = xp.where(usable, exponent, xp.zeros_like(exponent))
+    return xp.ldexp(xp.ones_like(largest), exponent)

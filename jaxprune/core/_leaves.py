@@ -1,10 +1,11 @@
 """Leaves of a tree by name: the paths that groups, masks and messages use."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import NoneType
 from typing import Any
 
 import jax
+import numpy as np
 
 
 def keystr(path: Any) -> str:
@@ -90,6 +91,27 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     """
     leaves, treedef = jax.tree.flatten(tree)
     return dict(zip(leaf_names(tree, treedef), leaves, strict=True))
+
+
+# What Flax, Haiku and Equinox call them. The number of axes alone does not tell:
+# attention biases, and biases and scales stacked over scanned layers, have two.
+NOT_KERNELS = frozenset({"bias", "b", "scale", "offset"})
+
+
+def kernel_paths(leaves: Mapping[str, Any]) -> list[str]:
+    """The paths of kernels: two axes or more, and not called bias, b, scale or offset.
+
+    Example:
+        >>> import numpy as np
+        >>> kernel_paths({"w": np.ones((2, 2)), "b": np.ones(2)})
+        ['w']
+    """
+    return [
+        path
+        for path, leaf in leaves.items()
+        if np.ndim(leaf) >= 2
+        and path.removesuffix("/value").rpartition("/")[2] not in NOT_KERNELS
+    ]
 
 
 def parameter_paths(paths: Iterable[str]) -> set[str]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 import numpy as np
 from jax.core import Tracer
 
+from jaxprune.core._checks import number, whole_number
 from jaxprune.core._names import listed, matching, nearest, patterns
 
 T = TypeVar("T")
@@ -74,13 +75,12 @@ def limits_of(
     for name in names:
         options = {option: values[name] for option, values in columns.items()}
         group = names[name] if isinstance(names, Mapping) else None
-        limits = Limits(**options, parts=getattr(group, "blocks", 1))
-        fraction("max_sparsity", limits.max_sparsity)
-        if limits.min_keep < 1 or limits.multiple_of < 1:
-            raise ValueError(
-                f"min_keep and multiple_of must be 1 or more, got {limits} for {name}"
-            )
-        found[name] = limits
+        found[name] = Limits(
+            min_keep=whole_number("min_keep", options["min_keep"]),
+            multiple_of=whole_number("multiple_of", options["multiple_of"]),
+            max_sparsity=fraction("max_sparsity", options["max_sparsity"]),
+            parts=getattr(group, "blocks", 1),
+        )
     return found
 
 
@@ -121,7 +121,7 @@ def fraction(what: str, value: Any) -> float:
         raise TypeError(
             f"{what} is traced, but decides how many units go: make it static"
         )
-    if not 0 <= value <= 1:
+    if not 0 <= number(what, value) <= 1:
         raise ValueError(f"{what} must be a fraction in [0, 1], got {value}")
     return float(value)
 

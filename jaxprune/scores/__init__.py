@@ -31,6 +31,7 @@ from jaxprune.scores._grouping import Reduce as Reduce
 from jaxprune.scores._grouping import group_scores as group_scores
 from jaxprune.scores._grouping import normalized as normalized
 from jaxprune.scores._products import wanda as wanda
+from jaxprune.scores._published import REDUCTIONS as REDUCTIONS
 from jaxprune.scores._weights import activation_probability as activation_probability
 from jaxprune.scores._weights import batch_norm_scale as batch_norm_scale
 from jaxprune.scores._weights import l1 as l1

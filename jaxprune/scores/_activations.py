@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.core._checks import whole_number
 from jaxprune.core._groups import Groups
 from jaxprune.core._leafwise import widened
 from jaxprune.core._masks import PyTree
@@ -164,8 +165,7 @@ def entropy(
         Luo and Wu, `An Entropy-based Pruning Method for CNN Compression
         <https://arxiv.org/abs/1706.05791>`_, 2017
     """
-    if bins < 2:
-        raise ValueError(f"bins must be at least 2, got {bins}")
+    bins = whole_number("bins", bins, 2)
 
     def pooled(variables: PyTree, example: PyTree) -> dict[str, jax.Array]:
         return {

@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxprune.core._checks import whole_number
 from jaxprune.core._leafwise import widened
 from jaxprune.core._masks import PyTree
 from jaxprune.scores._gradients import mean_gradient
-from jaxprune.scores._trees import scaled, times
+from jaxprune.scores._trees import refuse_complex, scaled, times
 from jaxprune.statistics._streaming import (
     Batches,
     LossFn,
@@ -66,6 +67,7 @@ def grasp(
         Wang et al., `Picking Winning Tickets Before Training by Preserving Gradient
         Flow <https://arxiv.org/abs/2002.07376>`_, 2020
     """
+    refuse_complex(params, "grasp")
     batches = twice(batches, "grasp")
     flow = mean_gradient(loss_fn, params, batches, "grasp, pass 1", progress)
 
@@ -117,9 +119,11 @@ def fisher(
         Theis et al., `Faster gaze prediction with dense networks and Fisher pruning
         <https://arxiv.org/abs/1801.05787>`_, 2018
     """
+    refuse_complex(params, "fisher")
 
     def step(params: PyTree, batch: PyTree, k: Any) -> PyTree:
-        each = jax.vmap(gradient(loss_fn), in_axes=(None, 0))(params, singles(batch))
+        slopes = gradient(loss_fn)
+        each = jax.vmap(lambda example: slopes(params, example))(singles(batch))
         return jax.tree.map(lambda g: jnp.square(widened(g)).sum(0), each)
 
     return averaged(step, params, batches, title="fisher", progress=progress)
@@ -167,8 +171,8 @@ def hessian_diagonal(
         Bekas et al., `An estimator for the diagonal of a matrix
         <https://doi.org/10.1016/j.apnum.2007.01.003>`_, 2007
     """
-    if samples < 1:
-        raise ValueError(f"samples must be at least 1, got {samples}")
+    samples = whole_number("samples", samples)
+    refuse_complex(params, "hessian_diagonal")
 
     def step(params: PyTree, batch: PyTree, k: Any, key: jax.Array) -> PyTree:
         def sample(total: PyTree, key: jax.Array) -> tuple[PyTree, None]:

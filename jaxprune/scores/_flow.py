@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 
-from jaxprune.core._leafwise import is_float, widened
+from jaxprune.core._checks import check_leaves
+from jaxprune.core._leafwise import is_float, real_dtype
 from jaxprune.core._leaves import keystr, named_leaves, parameter_paths
 from jaxprune.core._masks import PyTree
 from jaxprune.program._jaxprs import is_array
@@ -56,6 +57,7 @@ def synflow(
         Tanaka et al., `Pruning neural networks without any data by iteratively
         conserving synaptic flow <https://arxiv.org/abs/2006.05467>`_, 2020
     """
+    check_leaves(variables, "variables")
     inputs = (args, kwargs)
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((variables, inputs))):
         return _flow(apply_fn, variables, inputs)[1]
@@ -81,7 +83,8 @@ def _flow(
         out = apply_fn(joined(floats, absolute), *args, **kwargs)
         smooth = [leaf for leaf in jax.tree.leaves(out) if is_float(leaf)]
         wide = jnp.result_type(float)
-        return sum((leaf.astype(wide).sum() for leaf in smooth), jnp.zeros((), wide))
+        total = jnp.zeros((), wide)
+        return sum((jnp.real(leaf).astype(wide).sum() for leaf in smooth), total)
 
     sizes = _parameters(absolute)
     total, slopes = jax.jit(jax.value_and_grad(flow))(sizes)
@@ -112,10 +115,12 @@ def _ones(leaf: Any) -> Any:
 def _double(leaf: Any) -> Any:
     if not is_array(leaf) or not is_float(leaf):
         return leaf
+    is_complex = jnp.issubdtype(leaf.dtype, jnp.complexfloating)
+    dtype = jnp.complex128 if is_complex else jnp.float64
     if isinstance(leaf, jax.ShapeDtypeStruct):
-        return jax.ShapeDtypeStruct(leaf.shape, jnp.float64)
-    return jnp.asarray(leaf, jnp.float64)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype)
+    return jnp.asarray(leaf, dtype)
 
 
 def _like(score: jax.Array, leaf: Any) -> jax.Array:
-    return score.astype(widened(leaf).dtype)
+    return score.astype(real_dtype(leaf.dtype))

@@ -72,8 +72,8 @@ def group_fisher(
         count, examples = examples_in(batch), singles(batch)
 
         def total(gates: Mapping[str, jax.Array]) -> jax.Array:
-            losses = jax.vmap(gated, in_axes=(0, None, 0))(gates, variables, examples)
-            return losses.sum()
+            loss = lambda own, example: gated(own, variables, example)  # noqa: E731
+            return jax.vmap(loss)(gates, examples).sum()
 
         ones = {name: jnp.ones((count, group.size)) for name, group in groups.items()}
         slopes = jax.grad(total)(ones)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.core._groups import Groups, Member
-from jaxprune.core._leafwise import numbers, widened
+from jaxprune.core._leafwise import numbers, power_of_two, widened
 from jaxprune.core._masks import PyTree
 from jaxprune.core._placement import on_host, placed_like
 from jaxprune.scores._grouping import Members, scored_leaves, scored_members
@@ -69,11 +69,14 @@ def geometric_median(
 
 def _summed_distances(xp: Any, members: list[Member], leaves: list[Any]) -> Any:
     vectors = [_unit_vectors(xp, *pair) for pair in zip(members, leaves, strict=True)]
-    squares = sum(_squared_distances(xp, each) for each in vectors)
+    # By a power of two, so that no square leaves the range of the numbers.
+    largest = xp.stack([xp.max(xp.abs(each), initial=0) for each in vectors]).max()
+    scale = power_of_two(xp, largest)
+    squares = sum(_squared_distances(xp, each / scale) for each in vectors)
     # A unit is at distance 0 from itself, whatever rounding says.
     off = ~xp.eye(len(vectors[0]), dtype=bool)
     squares = xp.where(off, squares, xp.zeros_like(squares)).clip(min=0)
-    return xp.sqrt(squares).sum(1)
+    return scale * xp.sqrt(squares).sum(1)
 
 
 def _unit_vectors(xp: Any, member: Member, leaf: Any) -> Any:

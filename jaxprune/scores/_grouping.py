@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.core._checks import check_leaves
 from jaxprune.core._groups import Group, Groups, Member
+from jaxprune.core._leafwise import is_float, power_of_two
 from jaxprune.core._leaves import named_leaves, parameter_paths
 from jaxprune.core._masks import PyTree
 from jaxprune.core._placement import all_placed_like, on_host
+from jaxprune.scores._lamp import share_of_larger
 from jaxprune.scores._unit_sums import Reduce, add_up_units
-from jaxprune.scores._weights import share_of_larger
 
 Normalize = Literal["sum", "mean", "max", "gaussian", "lamp"]
 Members = Literal["all", "first"]
@@ -34,15 +36,17 @@ def group_scores(
 
         "l1"  sum |s|     "l2"  sqrt(sum s^2)     "sum"  sum s
         "max" max s       "mean" sum s / number of entries
-        "abs_of_sum" |sum s|     "square_of_sum" (sum s)^2
+        "abs_of_sum" |sum s|     "square_of_sum" (sum s)^2     "signed_sum" sum s
 
-    (the last two for signed scores, such as ``taylor(form="signed")``, that may
-    cancel) and ``normalize`` divides the scores of each group by their sum, mean or
-    maximum, or ("gaussian") subtracts their mean and divides by their standard
+    (the last three for signed scores, such as ``taylor(form="signed")``, that may
+    cancel; "sum", "mean" and "max" refuse negative scores, which would rank live units
+    below dead ones) and ``normalize`` divides the scores of each group by their sum,
+    mean or maximum, or ("gaussian") subtracts their mean and divides by their standard
     deviation, or ("lamp", see `lamp`) divides their squares by the sum of all squares
     that are not smaller, so that groups of different scale can be ranked together. A
     group of equal scores keeps finite numbers. Accumulates in float32 or wider;
-    jit-able in `scores`.
+    jit-able in `scores` (whose signs are not checked then). `REDUCTIONS` names the
+    reduction that each criterion is published with.
 
     A norm of the weights themselves needs no score before: give the parameters, as in
     ``group_scores(groups, params, reduce="l1")``.
@@ -65,7 +69,10 @@ def group_scores(
 
     Raises:
         ValueError: if a group has no member with a score, the scores are for other
-            variables, or an option is unknown.
+            variables, negative where the reduction ranks by sign, or an option is
+            unknown.
+        TypeError: if a leaf is a number or text instead of an array, or complex where
+            the reduction needs an order.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpy as np
@@ -128,6 +135,10 @@ def normalized(
 
 
 def _normalized(xp: Any, scores: Any, normalize: Normalize) -> Any:
+    if not jnp.issubdtype(scores.dtype, jnp.floating):
+        scores = scores.astype(np.float32)
+    # By a power of two, so that no square or sum leaves the range of the numbers.
+    scores = scores / power_of_two(xp, xp.max(xp.abs(scores), initial=0))
     if normalize == "gaussian":
         # Rounding leaves a tiny deviation on equal scores; it must not be blown up.
         equal = scores.max() == scores.min()
@@ -158,13 +169,17 @@ def scored_members(
     scored = [member for member in chosen if member.path in leaves]
     if not scored:
         paths = ", ".join(member.path for member in chosen)
-        raise ValueError(f"group {group.name} has no score: none of {paths} has one")
+        raise ValueError(
+            f"group {group.name} has no score: none of {paths} has one (only leaves of "
+            "floating point do); select other groups with only=, or give its scores"
+        )
     return scored
 
 
 def scored_leaves(groups: Groups, scores: PyTree) -> dict[str, Any]:
     """Traced path -> score, for parameters only."""
-    leaves = named_leaves(scores)
+    check_leaves(scores, "scores")
+    leaves = {p: x for p, x in named_leaves(scores).items() if hasattr(x, "dtype")}
     if not all(path in groups.shapes for path in leaves):
         below = {f"params/{path}": leaf for path, leaf in leaves.items()}
         if not all(path in groups.shapes for path in below):
@@ -181,7 +196,7 @@ def scored_leaves(groups: Groups, scores: PyTree) -> dict[str, Any]:
                 f"{groups.shapes[path]}; were they made after slicing?"
             )
     parameters = parameter_paths(groups.shapes)
-    return {path: s for path, s in leaves.items() if path in parameters}
+    return {p: s for p, s in leaves.items() if p in parameters and is_float(s)}
 
 
 def _check_choice(what: str, value: Any, choices: Any) -> None:

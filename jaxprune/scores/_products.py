@@ -89,7 +89,9 @@ def wanda(
     total, _ = summed(step, variables, batches, **options)
     return jax.tree.map(
         lambda squares, leaf: (
-            None if squares is None else jnp.abs(widened(leaf)) * jnp.sqrt(squares)
+            None
+            if squares is None
+            else jnp.abs(widened(leaf)) * jnp.sqrt(jnp.real(squares))
         ),
         total,
         variables,
@@ -107,8 +109,9 @@ def _squared(product: Product) -> Callable[..., tuple[Any, Any]]:
     def act(value: Any, eqn: Any, operands: Any) -> tuple[Any, Any]:
         factors = [*operands]
         k = product.site.position
-        factors[k] = jnp.square(jax.lax.stop_gradient(value).astype(jnp.float32))
-        factors[1 - k] = factors[1 - k].astype(jnp.float32)
+        sizes = jnp.abs(jax.lax.stop_gradient(value)).astype(jnp.float32)
+        factors[k] = jnp.square(sizes)
+        factors[1 - k] = jnp.real(factors[1 - k]).astype(jnp.float32)
         params = {**eqn.params, "preferred_element_type": np.dtype(np.float32)}
         return value, eqn.primitive.bind(*factors, **params).sum()
 

@@ -7,10 +7,18 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.special
 
-from jaxprune.core._leafwise import each_leaf, is_float, numbers, wide, widened
+from jaxprune.core._checks import check_leaves, finite
+from jaxprune.core._leafwise import (
+    each_leaf,
+    is_float,
+    numbers,
+    wide,
+    widened,
+)
 from jaxprune.core._leaves import named_leaves
 from jaxprune.core._masks import PyTree
 from jaxprune.core._placement import empty, on_host, placed_like
+from jaxprune.scores._lamp import lamp_of_leaf, sharded_lamp, spread
 
 
 def magnitude(params: PyTree) -> PyTree:
@@ -97,7 +105,7 @@ def lp(params: PyTree, p: float) -> PyTree:
         >>> lp({"w": jnp.array([-2.0, 1.0])}, p=3.0)
         {'w': Array([8., 1.], dtype=float32)}
     """
-    if not p > 0:
+    if not finite("p", p) > 0:
         raise ValueError(f"p must be above 0, got {p}")
     return each_leaf(_power, params, is_float, p)
 
@@ -113,7 +121,8 @@ def lamp(params: PyTree) -> PyTree:
 
     Equal weights score the same (the paper breaks ties by position), so the largest
     weight of a leaf scores 1 divided by the number of weights as large. An all-zero
-    leaf scores 0. Ranks a whole leaf, so a sharded leaf is gathered.
+    leaf scores 0. A leaf sharded over several devices is ranked in turns: the shards
+    pass through all devices, and none ever holds the whole leaf.
 
     For whole units, ``group_scores(magnitude(params), normalize="lamp")`` puts the
     norms of the units of a group in the place of weights.
@@ -136,7 +145,17 @@ def lamp(params: PyTree) -> PyTree:
         Lee et al., `Layer-adaptive sparsity for the Magnitude-based Pruning
         <https://arxiv.org/abs/2010.07611>`_, 2020
     """
-    return each_leaf(_lamp, params, lambda leaf: is_float(leaf) and leaf.ndim > 1)
+
+    def has_score(leaf: Any) -> bool:
+        return is_float(leaf) and leaf.ndim > 1
+
+    found = each_leaf(lamp_of_leaf, params, lambda x: has_score(x) and not spread(x))
+    return jax.tree.map(
+        lambda score, x: sharded_lamp(x) if has_score(x) and spread(x) else score,
+        found,
+        params,
+        is_leaf=lambda leaf: leaf is None,
+    )
 
 
 def random(params: PyTree, key: jax.Array) -> PyTree:
@@ -157,6 +176,7 @@ def random(params: PyTree, key: jax.Array) -> PyTree:
         >>> random({"w": jnp.zeros((2, 3))}, jax.random.key(0))["w"].shape
         (2, 3)
     """
+    check_leaves(params)
     leaves, treedef = jax.tree.flatten(params)
     keys = jax.random.split(key, len(leaves))
     return treedef.unflatten(
@@ -200,7 +220,7 @@ def batch_norm_scale(params: PyTree, *, name: str = "scale") -> PyTree:
         for (_, own), (path, leaf) in zip(places, leaves.items(), strict=True)
         if own == name
     }
-    found = each_leaf(_absolute, scored, lambda leaf: True)
+    found = each_leaf(_absolute, scored, is_float)
     return jax.tree.structure(params).unflatten(map(found.get, leaves))
 
 
@@ -297,16 +317,3 @@ def _absolute(xp: Any, leaf: Any) -> Any:
 
 def _power(xp: Any, leaf: Any, p: float) -> Any:
     return xp.abs(wide(leaf)) ** p
-
-
-def _lamp(xp: Any, leaf: Any) -> Any:
-    squares = xp.square(xp.abs(wide(leaf)))
-    return share_of_larger(squares.ravel(), xp).reshape(leaf.shape)
-
-
-def share_of_larger(values: Any, xp: Any = jnp) -> Any:
-    """Every value over the sum of those that are not smaller: ``[n]`` to ``[n]``."""
-    ordered = xp.sort(values)
-    tails = xp.cumsum(ordered[::-1])[::-1]
-    total = tails[xp.searchsorted(ordered, values)]
-    return values / xp.where(total == 0, xp.ones_like(total), total)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
+from jaxprune.core._checks import finite
 from jaxprune.costing import Cost
 
 
@@ -63,6 +64,8 @@ def ends(
     high: float,
 ) -> tuple[dict[str, int], dict[str, int]]:
     """The widths that fit, and those of the next number, which does not."""
+    budget = finite("budget", budget)
+    low, high = finite("low", low), finite("high", high)
     low, high = sorted((low, high), key=lambda number: cost.value(widths(number)))
     if cost.value(widths(low)) > budget:
         raise ValueError(

@@ -1,11 +1,13 @@
 """Budgets: as much score as a cost allows."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from jaxprune.core._checks import finite, number
 from jaxprune.core._groups import Groups
 from jaxprune.core._limits import Each
 from jaxprune.costing import Cost
@@ -142,6 +144,9 @@ def to_budget(
             f"method must be one of {[*_METHODS, 'exact']}, got {method!r}"
         )
     _check_cost(cost)
+    budget = finite("budget", budget)
+    if math.isnan(number("time_limit", time_limit)) or time_limit <= 0:
+        raise ValueError(f"time_limit must be above 0 seconds, got {time_limit}")
     found = queues(groups, scores, cost, only, min_keep, multiple_of, max_sparsity)
     state = State(found, cost)
     least = {name: int(q.widths[-1]) for name, q in found.items()}

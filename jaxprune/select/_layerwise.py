@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from jaxprune.core._checks import concrete_array
 from jaxprune.core._groups import Groups
 from jaxprune.core._leaves import named_leaves
 from jaxprune.core._limits import Each, fraction, limits_of, selected
@@ -132,7 +133,10 @@ def lamp(
         Lee et al., `Layer-adaptive sparsity for the Magnitude-based Pruning
         <https://arxiv.org/abs/2010.07611>`_, 2021
     """
-    leaves = {name: np.asarray(leaf) for name, leaf in named_leaves(scores).items()}
+    leaves = {
+        name: concrete_array(f"scores[{name}]", leaf)
+        for name, leaf in named_leaves(scores).items()
+    }
     rated = {name: _lamp(leaf.astype(np.float64)) for name, leaf in leaves.items()}
     rated = {name: rated[name] for name in selected(rated, only, "layers")}
     limits = {"min_keep": min_keep, "max_sparsity": max_sparsity}

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxprune.core._checks import concrete_array, concrete_bools
 from jaxprune.core._groups import Groups
 from jaxprune.core._limits import Each
 from jaxprune.costing import Cost
@@ -44,6 +45,7 @@ def remove_one(
 
     Raises:
         ValueError: if the limits allow no group to lose more, or as `to_budget`.
+        TypeError: if scores or `keep` are traced, or `keep` is not boolean.
 
     Example:
         Group Fisher pruning accumulates scores between two removals, until the cost
@@ -69,13 +71,12 @@ def remove_one(
         <https://arxiv.org/abs/2108.00708>`_, 2021
     """
     there = {name: np.ones(group.size, bool) for name, group in groups.items()}
-    there |= {name: np.asarray(units, bool) for name, units in (keep or {}).items()}
+    there |= {n: concrete_bools(f"keep[{n}]", k) for n, k in (keep or {}).items()}
     # What is gone already leaves first, so that a queue can be entered half way.
     masked = {
-        name: np.where(units, np.asarray(scores[name], np.float64), -np.inf)
-        if name in scores
-        else units
+        name: np.where(units, concrete_array(f"scores[{name}]", scores[name]), -np.inf)
         for name, units in there.items()
+        if name in scores
     }
     found = queues(groups, masked, cost, only, min_keep, multiple_of, max_sparsity)
     left = {name: int(there[name].sum()) for name in found}

@@ -1,11 +1,12 @@
 """Patterns: masks of single weights that hardware can use, n of m and blocks."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.core._checks import whole_number
 from jaxprune.core._limits import Each, selected
 from jaxprune.core._masks import PyTree
 from jaxprune.core._placement import readable
@@ -134,7 +135,7 @@ def blocks(
         Narang et al., `Block-Sparse Recurrent Neural Networks
         <https://arxiv.org/abs/1711.02782>`_, 2017
     """
-    if len(shape) != 2 or min(shape) < 1:
+    if len(shape) != 2 or min(whole_number("shape", side, 0) for side in shape) < 1:
         raise ValueError(f"shape must be the height and width of a block, got {shape}")
     if pool not in _POOLS:
         raise ValueError(f"pool must be one of {list(_POOLS)}, got {pool!r}")
@@ -145,7 +146,11 @@ def blocks(
     pooled = {path: _pooled(leaf, shape, pool) for path, leaf in leaves.items()}
     select = across_leaves if across else per_leaf
     masks = select(
-        pooled, sparsity=sparsity, min_keep=min_keep, max_sparsity=max_sparsity
+        pooled,
+        sparsity=sparsity,
+        min_keep=min_keep,
+        max_sparsity=max_sparsity,
+        only=None if isinstance(sparsity, Mapping) else list(pooled),
     )
     removed = {}
     for path, leaf in leaves.items():

@@ -74,6 +74,8 @@ def unit_scores(name: str, size: int, scores: Mapping[str, Any]) -> Any:
         )
     if isinstance(values, Tracer):
         return values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    if np.iscomplexobj(values):
+        raise TypeError(f"scores[{name}] are complex, which has no order")
     values = np.asarray(values).astype(np.float64)
     if np.isnan(values).any():
         raise ValueError(f"scores[{name}] is NaN for {np.isnan(values).sum()} units")

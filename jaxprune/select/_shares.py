@@ -5,9 +5,10 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from jaxprune.core._checks import concrete_bools, whole_number
 from jaxprune.core._groups import Groups
 from jaxprune.core._leaves import named_leaves
-from jaxprune.core._masks import PyTree
+from jaxprune.core._masks import PyTree, check_broadcast
 
 
 def proportional(
@@ -43,12 +44,15 @@ def proportional(
         Abbas et al., `Effective pruning of web-scale datasets
         <https://arxiv.org/abs/2401.04578>`_, 2024 (shares clusters of examples so)
     """
+    total = whole_number("total", total, 0)
     names = list(weights)
     low = np.array([least if isinstance(least, int) else least[n] for n in names], int)
     high = np.array([most[name] for name in names], int)
     shares = np.array([weights[name] for name in names], float)
-    if not (shares >= 0).all() or (low > high).any():
-        raise ValueError("weights must not be negative, nor least above most")
+    if not (np.isfinite(shares) & (shares >= 0)).all() or (low > high).any():
+        raise ValueError(
+            "weights must be finite and not negative, and least not above most"
+        )
     if not low.sum() <= total <= high.sum():
         raise ValueError(
             f"{total} units do not fit between the bounds, which hold {low.sum()} to "
@@ -84,7 +88,8 @@ def widths_from_nonzeros(groups: Groups, masks: PyTree) -> dict[str, int]:
         Group name -> width, at least 1; for `to_sizes`.
 
     Raises:
-        ValueError: if a kernel has no mask.
+        ValueError: if a kernel has no mask, or one of another shape.
+        TypeError: if a mask is traced or not boolean.
 
     Example:
         >>> import jax, numpy as np
@@ -113,7 +118,8 @@ def widths_from_nonzeros(groups: Groups, masks: PyTree) -> dict[str, int]:
             for d, n in enumerate(shape)
             if d != kernel.axis
         ]
-        mask = np.broadcast_to(np.asarray(leaves[kernel.path]), shape)
+        own = concrete_bools(f"masks[{kernel.path}]", leaves[kernel.path])
+        mask = np.broadcast_to(check_broadcast(kernel.path, shape, own), shape)
         share = left.get((kernel.path, kernel.axis), 1.0)
         each = max(math.prod(others) * share * shape[kernel.axis] / group.size, 1.0)
         widths[name] = min(max(round(int(mask.sum()) / each), 1), group.size)

@@ -1,6 +1,6 @@
 """Trees of scores: which leaves have any, what they may lose, masks like them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxprune.core._leaves import named_leaves
+from jaxprune.core._checks import check_leaves
+from jaxprune.core._leaves import kernel_paths, named_leaves
 from jaxprune.core._limits import Each, limits_of
 from jaxprune.core._masks import PyTree
 from jaxprune.core._placement import readable
@@ -21,12 +22,27 @@ def _is_none(leaf: Any) -> bool:
 
 def scored(scores: PyTree) -> dict[str, Any]:
     """Path -> scores, for the leaves that have any."""
+    check_leaves(scores, "scores")
     return named_leaves(scores)
+
+
+def default_leaves(
+    leaves: Mapping[str, Any], only: str | Sequence[str] | None
+) -> str | Sequence[str] | None:
+    """What `only` selects where it is None: the kernels; all leaves if there are none.
+
+    Trees without a kernel hold scores of whole units, or what a caller has chosen.
+    """
+    return only if only is not None else (kernel_paths(leaves) or None)
 
 
 def checked(path: str, leaf: Any, nan: bool = True) -> Any:
     """The scores of a leaf as floats; without NaN, where that is known and wanted."""
     leaf = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        raise TypeError(
+            f"scores[{path}] are {leaf.dtype}, which has no order; take jnp.abs first"
+        )
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         leaf = leaf.astype(np.float32)
     if isinstance(leaf, Tracer) or not nan:

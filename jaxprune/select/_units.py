@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from jaxprune.core._checks import whole_number
 from jaxprune.core._groups import Groups
 from jaxprune.core._limits import (
     Each,
@@ -175,7 +176,7 @@ def to_sizes(
     for name, left in sizes.items():
         selected(groups, name)
         size = groups[name].size
-        if not 1 <= left <= size or left != int(left):
+        if not 1 <= whole_number(f"sizes[{name}]", left) <= size:
             raise ValueError(
                 f"sizes[{name}] must be a whole number from 1 to {size}, got {left}"
             )

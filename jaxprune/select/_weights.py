@@ -1,18 +1,25 @@
 """Weights: scores of single weights decide masks, in each leaf or in all together."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jaxprune.core._leafwise import power_of_two
 from jaxprune.core._limits import Each, fraction, fractions, selected
 from jaxprune.core._masks import PyTree
 from jaxprune.core._placement import readable
 from jaxprune.select._lowest import kth, lowest, lowest_alone
 from jaxprune.select._thresholds import Wide, wide_share
-from jaxprune.select._trees import caps, checked, masks_like, scored
+from jaxprune.select._trees import (
+    caps,
+    checked,
+    default_leaves,
+    masks_like,
+    scored,
+)
 
 
 def per_leaf(
@@ -37,7 +44,9 @@ def per_leaf(
             path or pattern -> value.
         max_sparsity: no leaf loses more than this fraction; likewise.
         only: paths or patterns (as `fnmatch`) of the leaves to prune, such as
-            ``"*/kernel"``; None for all with a score, or for those `sparsity` names.
+            ``"*/kernel"``, or ``"*"`` for all with a score. None for those `sparsity`
+            names, else for kernels: leaves of two axes or more that are not called
+            bias, b, scale or offset (all leaves, if there is no kernel).
 
     Returns:
         Masks like `scores`, True = kept; the scalar True for leaves left alone. numpy
@@ -55,6 +64,8 @@ def per_leaf(
     """
     leaves = scored(scores)
     most = caps(leaves, min_keep, max_sparsity)
+    if not isinstance(sparsity, Mapping):
+        only = default_leaves(leaves, only)
     shares = fractions(leaves, sparsity, only, "leaves")
     chosen = [checked(path, leaves[path]) for path in shares]
     counts = [
@@ -119,7 +130,7 @@ def across_leaves(
     most = [every[path] for path in paths]
     chosen = [checked(path, leaves[path]) for path in paths]
     if normalize:
-        chosen = [leaf / (_norm(leaf) + 1e-8) for leaf in chosen]
+        chosen = [_unit_norm(leaf) for leaf in chosen]
     total = sum(leaf.size for leaf in chosen)
     if isinstance(sparsity, Tracer):
         count: int | Wide = wide_share(sparsity, total)
@@ -179,7 +190,11 @@ def _count(path: str, share: Any, size: int, cap: int) -> Any:
     return jnp.minimum((high << 16) | low, jnp.uint32(cap))
 
 
-def _norm(leaf: Any) -> Any:
+def _unit_norm(leaf: Any) -> Any:
+    """The leaf, in single precision or wider, divided by its L2 norm."""
     xp: Any = np if readable(leaf) else jnp
     wide = leaf.astype(np.promote_types(leaf.dtype, np.float32))
-    return xp.sqrt(xp.sum(wide * wide)).astype(leaf.dtype)
+    # By the largest first, so that no square leaves the range of the numbers.
+    wide = wide / power_of_two(xp, xp.max(xp.abs(wide), initial=0))
+    norm = xp.sqrt(xp.sum(wide * wide))
+    return wide / xp.where(norm == 0, xp.ones_like(norm), norm)

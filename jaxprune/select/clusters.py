@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxprune.core._checks import concrete_array
 from jaxprune.core._clusters import check_mergeable, first_units, units_first
 from jaxprune.core._groups import Group, Groups
 from jaxprune.core._leaves import named_leaves, parameter_paths
@@ -219,7 +220,7 @@ def _kernels(groups: Groups, group: Group, leaves: Mapping[str, Any]) -> np.ndar
     trained = parameter_paths(groups.shapes)
     makers = [m for m in group.members if m.role == "producer" and m.path in trained]
     kernels = [m for m in makers if len(groups.shapes[m.path]) > 1] or makers
-    rows = [units_first(np.asarray(leaves[m.path]), m) for m in kernels]
+    rows = [units_first(concrete_array(m.path, leaves[m.path]), m) for m in kernels]
     return np.concatenate(rows, axis=1).astype(np.float32)
 
 

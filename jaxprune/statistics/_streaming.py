@@ -11,6 +11,7 @@ import rich.errors
 import rich.progress
 from jax.core import Tracer
 
+from jaxprune.core._checks import check_leaves
 from jaxprune.core._leafwise import is_float, widened
 from jaxprune.core._leaves import keystr, named_leaves
 from jaxprune.core._masks import PyTree
@@ -47,9 +48,14 @@ def summed(
     Raises:
         ValueError: if there are no batches, or one has no leading axis.
     """
+    check_leaves(params)
+    arrays, static = _parted(params)
 
-    def accumulate(total: PyTree, params: PyTree, batch: PyTree, k: Any, extra: Any):
-        part = jax.tree.map(widened, step(params, batch, k, *extra))
+    def sums(arrays: PyTree, batch: PyTree, k: Any, extra: Any) -> PyTree:
+        return step(joined(arrays, static), batch, k, *extra)
+
+    def accumulate(total: PyTree, arrays: PyTree, batch: PyTree, k: Any, extra: Any):
+        part = jax.tree.map(widened, sums(arrays, batch, k, extra))
         return jax.tree.map(jnp.add, total, part)
 
     compiled = jax.jit(accumulate, donate_argnums=0)
@@ -57,11 +63,20 @@ def summed(
     for k, batch in enumerate(shown(batches, title, progress)):
         count += examples_in(batch)
         if total is None:
-            total = _zeros(jax.eval_shape(step, params, batch, k, *extra), params)
-        total = compiled(total, params, batch, k, extra)
+            total = _zeros(jax.eval_shape(sums, arrays, batch, k, extra), params)
+        total = compiled(total, arrays, batch, k, extra)
     if total is None:
         raise ValueError(f"batches is empty, so {title} has nothing to look at")
     return total, count
+
+
+def _parted(params: PyTree) -> tuple[PyTree, PyTree]:
+    """The arrays, None elsewhere; and what is no array (functions), None elsewhere."""
+    is_data = lambda leaf: hasattr(leaf, "dtype")  # noqa: E731
+    return (
+        jax.tree.map(lambda leaf: leaf if is_data(leaf) else None, params),
+        jax.tree.map(lambda leaf: None if is_data(leaf) else leaf, params),
+    )
 
 
 def _zeros(part: PyTree, params: PyTree) -> PyTree:

@@ -5,6 +5,8 @@ abstract: a ShapeDtypeStruct is sliced to a smaller ShapeDtypeStruct.
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprune.core._leaves import named_leaves
 from jaxprune.core._masks import (
@@ -26,22 +30,29 @@ from jaxprune.core._placement import all_placed_like, empty, on_all_cores, on_ho
 from jaxprune.core._positions import axis_keep, keeps_whole_positions
 
 
-def slice_params(params: PyTree, masks: PyTree) -> PyTree:
+def slice_params(params: PyTree, masks: PyTree, *, mixed: bool = False) -> PyTree:
     """Drops every index of an axis whose mask is False throughout.
 
-    What a mask removes inside the surviving part is set to zero, so the result is
-    ``apply_masks(params, masks)`` without its dead rows, columns and channels.
+    The result is ``apply_masks(params, masks)`` without its dead rows, columns and
+    channels. Masks of single weights keep all shapes: where they happen to empty a row
+    that other leaves still have, nothing may be dropped. So masks that remove single
+    weights and whole positions in one tree are refused, unless `mixed` says that they
+    are meant to. A sharded leaf stays sharded alike; an axis that its mesh axes no
+    longer divide is sharded over fewer of them.
 
     Args:
         params: tree of jax or numpy arrays or ShapeDtypeStructs; also variables.
         masks: tree of bools like `params`, True = kept, broadcastable to it; concrete.
+        mixed: masks of units, of which some remove single weights as well: what they
+            remove inside of what stays is set to zero.
 
     Returns:
         Tree like `params`, smaller; dtypes, weak types and numpy leaves stay what
         they are. Leaves that lose nothing are returned as they are.
 
     Raises:
-        ValueError: if the trees have different leaves or a mask does not broadcast.
+        ValueError: if the trees have different leaves, a mask does not broadcast, or
+            masks remove single weights and whole positions without `mixed`.
         TypeError: if a mask is traced or not boolean.
 
     Example:
@@ -50,9 +61,31 @@ def slice_params(params: PyTree, masks: PyTree) -> PyTree:
         >>> slice_params(params, {"w": np.array([[True, False, True]])})
         {'w': array([[0., 2.], [3., 5.]])}
     """
-    return jax.tree.structure(params).unflatten(
-        _slice_leaves(pair_masks(params, masks))
-    )
+    paired = pair_masks(params, masks)
+    if not mixed:
+        _refuse_single_weights(paired)
+    return jax.tree.structure(params).unflatten(_slice_leaves(paired))
+
+
+def _refuse_single_weights(paired: Sequence[tuple[str, Any, Any]]) -> None:
+    """Refuses to cut shapes by masks of single weights."""
+    cut = single = None
+    for path, leaf, mask in paired:
+        mask = concrete(path, check_broadcast(path, np.shape(leaf), mask))
+        kept = axis_keep(mask, np.shape(leaf))
+        axes = [axis for axis, positions in enumerate(kept) if positions is not None]
+        if axes and cut is None:
+            cut = path, axes[0]
+        if single is None and not keeps_whole_positions(mask, kept):
+            single = path
+        if cut and single is not None:
+            raise ValueError(
+                f"masks[{single}] removes single weights, and masks[{cut[0]}] whole "
+                f"positions of axis {cut[1]}: slicing by masks of single weights drops "
+                "what they happen to empty. apply_masks(params, masks) keeps all "
+                "shapes; if whole units are cut on purpose (expand_masks) and single "
+                "weights inside them set to zero, pass mixed=True"
+            )
 
 
 def unslice_params(small: PyTree, masks: PyTree) -> PyTree:
@@ -256,14 +289,38 @@ def _slice_leaf(path: str, leaf: Any, mask: Any, here: bool) -> Any:
 
 
 def _take(whole: Any, where: np.ndarray, axis: int) -> Any:
-    return jnp.take(
-        whole,
-        where,
+    place = _place_after(whole, axis, len(where))
+    take = functools.partial(
+        jnp.take,
+        indices=where,
         axis=axis,
         unique_indices=True,
         indices_are_sorted=True,
         mode="clip",
     )
+    return take(whole) if place is None else jax.jit(take, out_shardings=place)(whole)
+
+
+def _place_after(whole: Any, axis: int, size: int) -> NamedSharding | None:
+    """The sharding of a leaf whose axis has another size; None to leave it to JAX.
+
+    Of the mesh axes that share the axis, as many as divide the new size.
+    """
+    if isinstance(whole, Tracer) or not isinstance(whole, jax.Array):
+        return None
+    place = whole.sharding
+    if not isinstance(place, NamedSharding) or len(place.device_set) == 1:
+        return None
+    spec = [*place.spec, *[None] * (whole.ndim - len(place.spec))]
+    own = spec[axis]
+    names = () if own is None else (own if isinstance(own, tuple) else (own,))
+    kept: list[str] = []
+    for name in names:
+        if size % math.prod(place.mesh.shape[other] for other in (*kept, name)):
+            break
+        kept.append(name)
+    spec[axis] = tuple(kept) if len(kept) > 1 else (kept[0] if kept else None)
+    return place.update(spec=PartitionSpec(*spec))
 
 
 def _take_on_host(whole: np.ndarray, where: np.ndarray, axis: int) -> np.ndarray:

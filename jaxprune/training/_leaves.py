@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxprune.core._leaves import unique_names
+from jaxprune.core._leaves import NOT_KERNELS, unique_names
 
 
 def select_leaves(
@@ -72,16 +72,11 @@ def reaches(inputs: int, target_fraction: Any) -> bool:
     return math.floor(inputs * float(target_fraction) * (1 + 1e-6)) >= 1
 
 
-# What Flax, Haiku and Equinox call them. The number of axes alone does not tell:
-# attention biases, and biases and scales stacked over scanned layers, have two.
-_NOT_KERNELS = frozenset({"bias", "b", "scale", "offset"})
-
-
 def _default_mask(params: Any) -> dict[str, bool]:
     return {
         name: np.ndim(w) >= 2
         and jnp.issubdtype(w.dtype, jnp.floating)
-        and name.rsplit("/", 1)[-1] not in _NOT_KERNELS
+        and name.rsplit("/", 1)[-1] not in NOT_KERNELS
         for name, w in named_leaves(params).items()
     }
 

@@ -1,0 +1,134 @@
+"""Checks of what is handed in: leaves that are arrays, numbers that are numbers.
+
+Each names what was given and what was expected. They run on static values and on
+dtypes, never on the numbers of an array that may be traced.
+"""
+
+import math
+from numbers import Number, Real
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+PyTree = Any
+
+
+def check_leaves(tree: PyTree, what: str = "params") -> None:
+    """Refuses leaves that look like data but are no arrays.
+
+    A leaf that is neither an array, a number nor text (an activation function in an
+    Equinox module) is configuration, as is a number or a text that is an attribute of
+    a module. Everywhere else a number or a text is an array that somebody forgot.
+
+    Raises:
+        TypeError: naming the path and the type.
+
+    Example:
+        >>> check_leaves({"w": np.ones(2), "activation": jax.nn.relu})
+        >>> check_leaves({"w": [1.0, 2.0]})
+        Traceback (most recent call last):
+        TypeError: params[w/0] is a float, not an array; ...
+    """
+    if all(_is_fine(leaf) for leaf in jax.tree.leaves(tree)):
+        return
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        attribute = any(isinstance(key, jax.tree_util.GetAttrKey) for key in path)
+        if not _is_fine(leaf) and not attribute:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise TypeError(
+                f"{what}[{name}] is a {type(leaf).__name__}, not an array; convert "
+                "numbers and lists of numbers with jnp.asarray, and put None where a "
+                "leaf is no parameter"
+            )
+
+
+def _is_fine(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") or not isinstance(leaf, Number | str | bytes)
+
+
+def whole_number(what: str, value: Any, least: int = 1) -> int:
+    """A static whole number, no less than `least`.
+
+    Raises:
+        TypeError: if it is traced or no number.
+        ValueError: if it is NaN, infinite, fractional or too small.
+
+    Example:
+        >>> whole_number("min_keep", np.int64(3)), whole_number("min_keep", 2.0)
+        (3, 2)
+        >>> whole_number("min_keep", float("nan"))
+        Traceback (most recent call last):
+        ValueError: min_keep must be a whole number of at least 1, got nan
+    """
+    value = number(what, value)
+    if not math.isfinite(value) or value != int(value) or value < least:
+        raise ValueError(
+            f"{what} must be a whole number of at least {least}, got {value}"
+        )
+    return int(value)
+
+
+def finite(what: str, value: Any) -> float:
+    """A static finite number.
+
+    Raises:
+        TypeError: if it is traced or no number.
+        ValueError: if it is NaN or infinite.
+
+    Example:
+        >>> finite("budget", np.float32(2.0))
+        2.0
+        >>> finite("budget", float("inf"))
+        Traceback (most recent call last):
+        ValueError: budget must be a finite number, got inf
+    """
+    value = number(what, value)
+    if not math.isfinite(value):
+        raise ValueError(f"{what} must be a finite number, got {value}")
+    return float(value)
+
+
+def number(what: str, value: Any) -> Any:
+    """A static real number, perhaps as an array of no axes.
+
+    Raises:
+        TypeError: if it is traced or no real number.
+    """
+    if isinstance(value, Tracer):
+        raise TypeError(
+            f"{what} is traced, but its value decides shapes or counts: pass a Python "
+            "number (static_argnums, or a closure) instead of an argument of jit"
+        )
+    if isinstance(value, np.ndarray | np.generic | jax.Array) and not value.ndim:
+        value = value.item()
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{what} must be a number, got {value!r}")
+    return value
+
+
+def concrete_array(what: str, values: Any) -> np.ndarray:
+    """The values as a numpy array.
+
+    Raises:
+        TypeError: if they are traced, because they decide shapes or counts.
+    """
+    if isinstance(values, Tracer):
+        raise TypeError(
+            f"{what} is traced, but its values decide shapes or counts: call this "
+            "outside of jit, grad and vmap, or close over concrete values"
+        )
+    return np.asarray(values)
+
+
+def concrete_bools(what: str, values: Any) -> np.ndarray:
+    """`concrete_array` of bools, True = kept.
+
+    Raises:
+        TypeError: if they are traced or of another dtype.
+    """
+    values = concrete_array(what, values)
+    if values.dtype != np.bool_:
+        raise TypeError(f"{what} must be boolean (True = kept), got {values.dtype}")
+    return values

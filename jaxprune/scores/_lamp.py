@@ -1,0 +1,79 @@
+"""LAMP scores of one leaf, also of a leaf spread over devices."""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.core import Tracer
+from jax.sharding import NamedSharding
+
+from jaxprune.core._leafwise import power_of_two, wide
+
+
+def lamp_of_leaf(xp: Any, leaf: Any) -> Any:
+    """The LAMP scores of a leaf that lies in one place, see `lamp`."""
+    return share_of_larger(_squares(xp, leaf, lambda x: x).ravel(), xp).reshape(
+        leaf.shape
+    )
+
+
+def _squares(xp: Any, leaf: Any, over_all: Any) -> Any:
+    """The squares, divided by one power of two so that none leaves its range."""
+    sizes = xp.abs(wide(leaf))
+    return xp.square(sizes / power_of_two(xp, over_all(xp.max(sizes, initial=0))))
+
+
+def share_of_larger(values: Any, xp: Any = jnp) -> Any:
+    """Every value over the sum of those that are not smaller: ``[n]`` to ``[n]``."""
+    ordered, tails = _tails(values, xp)
+    total = tails[xp.searchsorted(ordered, values)]
+    return values / xp.where(total == 0, xp.ones_like(total), total)
+
+
+def _tails(values: Any, xp: Any) -> tuple[Any, Any]:
+    """The values in ascending order, and the sum from each to the largest."""
+    ordered = xp.sort(values)
+    return ordered, xp.cumsum(ordered[::-1])[::-1]
+
+
+def spread(leaf: Any) -> bool:
+    """Do several devices hold parts of this leaf?"""
+    if isinstance(leaf, Tracer) or not isinstance(leaf, jax.Array):
+        return False
+    place = leaf.sharding
+    return isinstance(place, NamedSharding) and not place.is_fully_replicated
+
+
+def sharded_lamp(leaf: jax.Array) -> jax.Array:
+    """The LAMP scores of a spread leaf, where it lies; only shards are exchanged."""
+    place: Any = leaf.sharding
+    names: list[str] = []
+    for entry in place.spec:
+        names += [] if entry is None else [entry] if isinstance(entry, str) else entry
+    turns = math.prod(place.mesh.shape[name] for name in names)
+    ranked = functools.partial(_in_turns, tuple(names), turns)
+    mapped = jax.shard_map(
+        ranked, mesh=place.mesh, in_specs=place.spec, out_specs=place.spec
+    )
+    return jax.jit(mapped)(leaf)
+
+
+def _in_turns(names: tuple[str, ...], turns: int, shard: jax.Array) -> jax.Array:
+    """The scores of a shard: all shards, sorted, pass by and add their tails."""
+    squares = _squares(jnp, shard, lambda x: lax.pmax(x, names)).ravel()
+    ring = [(k, (k + 1) % turns) for k in range(turns)]
+
+    def turn(_: Any, carry: Any) -> Any:
+        ordered, tails, total = carry
+        padded = jnp.append(tails, jnp.zeros((), tails.dtype))
+        total = total + padded[jnp.searchsorted(ordered, squares)]
+        ordered, tails = (lax.ppermute(x, names, ring) for x in (ordered, tails))
+        return ordered, tails, total
+
+    start = (*_tails(squares, jnp), jnp.zeros_like(squares))
+    *_, total = lax.fori_loop(0, turns, turn, start)
+    scores = squares / jnp.where(total == 0, jnp.ones_like(total), total)
+    return scores.reshape(shard.shape)
