@@ -1,6 +1,7 @@
 """Budgets in any cost, against enumeration, dynamic programming and brute slicing."""
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ from jaxprune.costing import Polynomial, cost_model, costs
 from jaxprune.costing._polynomial import Term
 from jaxprune.scores import group_scores, magnitude
 
-METHODS = ("greedy", "global", "uniform", "exact")
+METHODS = ("lamp", "greedy", "global", "uniform", "exact")
+FREE: dict[str, Any] = {"max_sparsity": 1.0}  # no floor but min_keep
 
 
 def bare(**sizes):
@@ -61,12 +63,14 @@ def best_of_all(scores, cost, budget, allowed):
 def test_exact_is_the_best_of_all_widths(seed):
     groups, cost, scores = random_case(seed)
     budget = (0.35 + 0.05 * seed) * cost.full
-    found = select.to_budget(groups, scores, cost, budget=budget, method="exact")
+    found = select.to_budget(
+        groups, scores, cost, budget=budget, method="exact", **FREE
+    )
     allowed = {name: range(1, group.size + 1) for name, group in groups.items()}
     best = best_of_all(scores, cost, budget, allowed)
     assert found.score == pytest.approx(best, abs=1e-9)
     assert found.bound == pytest.approx(best, rel=1e-5)
-    for method in METHODS[:3]:
+    for method in METHODS[:-1]:
         other = select.to_budget(groups, scores, cost, budget=budget, method=method)
         assert other.score <= best + 1e-9
         assert other.bound is None
@@ -136,7 +140,7 @@ def test_equal_costs_are_the_global_top_k():
     top = select.across_groups(groups, scores, sparsity=0.4)
     for method in ("greedy", "global", "exact"):
         found = select.to_budget(
-            groups, scores, cost, budget=0.6 * cost.full, method=method
+            groups, scores, cost, budget=0.6 * cost.full, method=method, **FREE
         )
         for name in sizes:
             np.testing.assert_array_equal(found[name], top[name])
@@ -166,11 +170,13 @@ def test_greedy_is_within_one_percent_of_dynamic_programming(seed):
                 best[c:] = np.maximum(best[c:], reach[: budget + 1 - c] + top[n - 1])
         reach = best
     optimum = reach.max()
-    found = select.to_budget(groups, scores, cost, budget=budget)
+    how = FREE | {"method": "greedy"}
+    found = select.to_budget(groups, scores, cost, budget=budget, **how)
     assert found.cost <= budget
     assert 0.99 * optimum <= found.score <= optimum + 1e-9
     if seed == 0:
-        exact = select.to_budget(groups, scores, cost, budget=budget, method="exact")
+        how["method"] = "exact"
+        exact = select.to_budget(groups, scores, cost, budget=budget, **how)
         assert exact.score == pytest.approx(optimum)
 
 
@@ -206,7 +212,8 @@ def test_one_at_a_time_with_fixed_scores_is_greedy():
     while cost.value(sizes) > budget:
         keep = select.remove_one(groups, scores, cost, keep)
         sizes = {name: int(units.sum()) for name, units in keep.items()}
-    greedy = select.to_budget(groups, scores, cost, budget=budget)
+    how = FREE | {"method": "greedy"}
+    greedy = select.to_budget(groups, scores, cost, budget=budget, **how)
     # Greedy then takes back what still fits.
     for name, units in keep.items():
         assert (units <= greedy[name]).all()
@@ -336,3 +343,65 @@ def test_a_second_round_removes_once_what_was_asked():
         fn, params = jaxprune.narrow(fn, masks), jaxprune.slice_params(params, masks)
         sizes.append([params["w1"].shape[1], params["w2"].shape[1]])
     assert sizes == [[10, 6], [5, 3]]
+
+
+# --- defaults ------------------------------------------------------------------------
+
+
+def test_no_group_is_emptied_because_its_numbers_are_small():
+    """Group "a" scores a millionth of "b", and costs as much."""
+    rng = np.random.default_rng(0)
+    scores = {"a": 1e-6 * (1 + rng.random(20)), "b": 1 + rng.random(20)}
+    groups, sizes = bare(a=20, b=20), {"a": 20, "b": 20}
+    cost = polynomial(sizes, (3, {"a": 1}), (3, {"b": 1}))
+    found = select.to_budget(groups, scores, cost, budget=0.6 * cost.full)
+    assert abs(found.sizes["a"] - found.sizes["b"]) <= 2
+    plain = select.to_budget(
+        groups, scores, cost, budget=0.6 * cost.full, method="greedy"
+    )
+    assert plain.sizes == {"a": 4, "b": 20}  # the floor, a fifth
+    greedy = {"method": "greedy", "max_sparsity": 1.0}
+    plain = select.to_budget(groups, scores, cost, budget=0.5 * cost.full, **greedy)
+    assert plain.sizes["a"] == 1
+
+
+def test_lamp_is_the_share_in_what_stays():
+    """Against the published formula, one unit at a time."""
+    groups, cost, scores = random_case(5, 6, 12)
+    rated = []
+    for name, values in scores.items():
+        ordered = np.sort(values)
+        rated += [
+            (u**2 / (ordered[k:] ** 2).sum(), name, u) for k, u in enumerate(ordered)
+        ]
+    gone = {name: set() for name in scores}
+    for _, name, value in sorted(rated):
+        sizes = {n: len(scores[n]) - len(gone[n]) for n in scores}
+        if cost.value(sizes) <= 0.5 * cost.full:
+            break
+        if sizes[name] > 1:
+            gone[name].add(value)
+    found = select.to_budget(groups, scores, cost, budget=0.5 * cost.full, **FREE)
+    for name, values in scores.items():
+        np.testing.assert_array_equal(found[name], ~np.isin(values, list(gone[name])))
+
+
+def test_equal_scores_leave_all_groups_in_turn():
+    groups, sizes = bare(a=8, b=16), {"a": 8, "b": 16}
+    cost = polynomial(sizes, (1, {"a": 1}), (1, {"b": 1}))
+    for value in (0.0, 1.0):
+        scores = {name: np.full(n, value) for name, n in sizes.items()}
+        found = select.to_budget(groups, scores, cost, budget=16)
+        assert found.sizes["a"] in (7, 8) if value else found.sizes["a"] in (5, 6)
+
+
+def test_the_floor_gives_way_to_the_budget():
+    groups, sizes = bare(a=100), {"a": 100}
+    cost = polynomial(sizes, (1, {"a": 1}))
+    scores = {"a": np.arange(100.0)}
+    for budget in (50, 20, 15, 7, 2):
+        assert select.to_budget(groups, scores, cost, budget=budget).sizes == {
+            "a": budget
+        }
+    with pytest.raises(ValueError, match="budget=10 cannot be met"):
+        select.to_budget(groups, scores, cost, budget=10, max_sparsity=0.8)

@@ -1,0 +1,1 @@
+"""Safe defaults: what a person gets who gives nothing but a budget."""
