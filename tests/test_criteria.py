@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.criteria import leave_one_out
 from experiments.criteria import study as criteria
 from experiments.harness import methods
 from experiments.harness.methods import Hyper
@@ -68,3 +69,15 @@ def test_the_committed_run_is_of_five_seeds_and_says_where():
     assert COMMITTED["settings"]["seeds"] == 5
     assert COMMITTED["machine"]["versions"]["jax"]
     assert COMMITTED["command"]
+
+
+def test_the_page_shows_what_leaving_units_out_says():
+    document = (ROOT / "docs" / "criteria.md").read_text()
+    found = json.loads(Path(leave_one_out.__file__).with_suffix(".json").read_text())
+    assert leave_one_out.table(found["records"]) in document
+    expected = [
+        f"{net}/seed{seed}"
+        for net in leave_one_out.SUBJECTS
+        for seed in range(leave_one_out.SEEDS)
+    ]
+    assert list(found["records"]) == expected

@@ -10,6 +10,7 @@ from jaxprune import select
 from jaxprune.core._masks import apply_masks
 from jaxprune.select import _lowest as thresholds
 from jaxprune.select import _thresholds as bisection
+from jaxprune.statistics import taps
 
 
 def ranked(leaves, count, caps):
@@ -221,7 +222,7 @@ def test_patterns_and_fractions_by_path():
     [
         lambda s: select.per_leaf(s, sparsity=0.5, only="*"),
         lambda s: select.across_leaves(s, sparsity=0.5),
-        lambda s: select.n_of_m(s, 1, 2),
+        lambda s: select.n_of_m(s, 1, 2, axis=-1),
         lambda s: select.blocks(s, shape=(1, 2), sparsity=0.5),
         lambda s: select.threshold(s, sparsity=0.5),
     ],
@@ -255,11 +256,11 @@ def test_n_of_m_keeps_the_best_of_every_run(n, m, axis):
 
 def test_n_of_m_leaves_other_leaves_alone_and_refuses_nonsense():
     scores = {"bias": np.ones(4), "kernel": np.ones((4, 1))}
-    masks = select.n_of_m(scores, 2, 4)
+    masks = select.n_of_m(scores, 2, 4, axis=-2)
     assert masks["bias"].shape == ()
     np.testing.assert_array_equal(masks["kernel"][:, 0], [True, True, False, False])
     with pytest.raises(ValueError, match=r"1 <= n <= m, got n=5 and m=4"):
-        select.n_of_m(scores, 5, 4)
+        select.n_of_m(scores, 5, 4, axis=-2)
 
 
 @pytest.mark.parametrize("pool", ["mean", "sum", "max"])
@@ -292,3 +293,74 @@ def test_blocks_across_leaves_and_under_jit():
         select.blocks(scores, shape=(0, 2), sparsity=0.5)
     with pytest.raises(ValueError, match="pool must be one of.*'median'"):
         select.blocks(scores, shape=(2, 2), sparsity=0.5, pool="median")
+
+
+# --- along what a layer sums over ----------------------------------------------------
+
+
+def attention(p, x):
+    q = jnp.einsum("nf,fhd->nhd", x, p["q"])
+    return jnp.einsum("nhd,hdf->nf", jnp.tanh(q), p["out"]) @ p["equinox"].T
+
+
+ATTENTION = {"q": (8, 4, 2), "out": (4, 2, 8), "equinox": (3, 8)}
+
+
+def test_runs_lie_along_the_contracted_axes_whatever_the_layout():
+    rng = np.random.default_rng(0)
+    scores = {name: rng.random(shape) for name, shape in ATTENTION.items()}
+    axes = taps.contracted_axes(attention, scores, jnp.ones((1, 8)))
+    assert axes == {"q": (0,), "out": (0, 1), "equinox": (1,)}
+    masks = select.n_of_m(scores, 2, 4, axis=axes)
+    # [runs, 4, outputs], heads and features of an output side by side
+    runs = {
+        "q": masks["q"].reshape(2, 4, 8),
+        "out": masks["out"].reshape(2, 4, 8),
+        "equinox": masks["equinox"].T.reshape(2, 4, 3),
+    }
+    for name, kept in runs.items():
+        np.testing.assert_array_equal(kept.sum(1), 2, err_msg=name)
+    by_hand = {"q": 0, "out": (0, 1), "equi*": -1}
+    jax.tree.map(
+        np.testing.assert_array_equal, select.n_of_m(scores, 2, 4, axis=by_hand), masks
+    )
+    with pytest.raises(ValueError, match="axis is missing: along which axis a layer"):
+        select.n_of_m(scores, 2, 4)
+    with pytest.raises(ValueError, match="axis names no axis of out, which only="):
+        select.n_of_m(scores, 2, 4, axis={"q": 0}, only="out")
+
+
+def test_contracted_axes_of_convolutions_scans_and_what_cannot_be_known():
+    def conv(spec):
+        return lambda p, x: jax.lax.conv_general_dilated(
+            x, p["w"], (1, 1), "SAME", dimension_numbers=("NHWC", spec, "NHWC")
+        )
+
+    x, of = jnp.ones((1, 4, 4, 2)), taps.contracted_axes
+    assert of(conv("HWIO"), {"w": jnp.ones((3, 3, 2, 5))}, x) == {"w": (0, 1, 2)}
+    assert of(conv("OIHW"), {"w": jnp.ones((5, 2, 3, 3))}, x) == {"w": (2, 3, 1)}
+
+    def layers(p, x):
+        return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["w"])[0]
+
+    assert of(layers, {"w": jnp.ones((2, 4, 4))}, jnp.ones((1, 4))) == {"w": (1,)}
+
+    def both_ways(p, x):
+        return x @ p["w"] @ p["w"].T
+
+    assert of(both_ways, {"w": jnp.ones((4, 3))}, jnp.ones((1, 4))) == {}
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 1.0])
+def test_every_output_loses_as_many_weights(sparsity):
+    scores = {"w": np.random.default_rng(0).random((3, 3, 4, 5), np.float32)}
+    scores["w"][..., 0] = 1.0  # equal ones: the earlier stay
+    how = {"sparsity": sparsity, "axis": {"w": (0, 1, 2)}}
+    lines = select.per_output(scores, **how)["w"].reshape(36, 5)
+    count = min(round(sparsity * 36), 35)
+    for k in range(5):
+        line = scores["w"].reshape(36, 5)[:, k]
+        kept = np.sort(np.argsort(-line, kind="stable")[: 36 - count])
+        np.testing.assert_array_equal(np.flatnonzero(lines[:, k]), kept)
+    traced = quick_jit(lambda s: select.per_output(s, **how))(scores)["w"]
+    np.testing.assert_array_equal(traced.reshape(36, 5), lines)

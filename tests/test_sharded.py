@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxprune
 from jaxprune import scores, select
+from jaxprune.scores._lamp import ranked_in_turns
 from jaxprune.training import (
     bridgeout,
     centripetal,
@@ -263,3 +264,41 @@ def test_centripetal_and_global_sparse_momentum():
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), got, trained(params)
     )
+
+
+# --- slices and LAMP of sharded leaves ------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_cut_axis_stays_sharded(kind):
+    where = mesh(kind, fsdp=2, tensor=4)
+    rng = np.random.default_rng(0)
+    host = {"w": normal(rng, 16, 32), "b": normal(rng, 32), "both": normal(rng, 32, 3)}
+    specs = {"w": P("fsdp", "tensor"), "b": P("tensor"), "both": P(("fsdp", "tensor"))}
+    put = placed(host, where, specs)
+    for kept, both in ((16, P(("fsdp", "tensor"))), (12, P("fsdp")), (5, P())):
+        keep = np.arange(32) < kept
+        masks = {"w": keep[None], "b": keep, "both": keep[:, None]}
+        small = jaxprune.slice_params(put, masks)
+        expected = jaxprune.slice_params(host, masks)
+        jax.tree.map(np.testing.assert_array_equal, small, expected)
+        tensor = "tensor" if kept % 4 == 0 else None
+        wanted = {"w": P("fsdp", tensor), "b": P(tensor), "both": both}
+        for name, spec in wanted.items():
+            ours = small[name].sharding
+            assert ours.is_equivalent_to(NamedSharding(where, spec), small[name].ndim)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_lamp_passes_shards_on_and_gathers_nothing(kind):
+    where = mesh(kind, fsdp=2, tensor=4)
+    leaf = normal(np.random.default_rng(0), 16, 8)
+    leaf[:2] = 0.5  # ties
+    for spec in (P("fsdp", "tensor"), P("tensor"), P(None, ("tensor", "fsdp"))):
+        put = jax.device_put(leaf, NamedSharding(where, spec))
+        found = scores.lamp({"w": put})["w"]
+        assert found.sharding.is_equivalent_to(put.sharding, 2)
+        np.testing.assert_allclose(found, scores.lamp({"w": leaf})["w"], rtol=1e-5)
+    ranked = ranked_in_turns(put.sharding)
+    text = ranked.lower(put).compile(NOT_OPTIMISED).as_text()
+    assert not all_gathered(text) and "collective-permute" in text

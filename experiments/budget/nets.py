@@ -37,19 +37,15 @@ def digits() -> tuple[Split, Split]:
 def fashion() -> tuple[Split, Split]:
     """Fashion-MNIST at half its resolution: the first 8000 and 2000 images."""
 
+    def read(name: str, start: int) -> np.ndarray:
+        packed = (FASHION / f"{name}-ubyte.gz").read_bytes()
+        return np.frombuffer(gzip.decompress(packed)[start:], np.uint8)
+
     def split(name: str, count: int) -> Split:
-        images, labels = (
-            np.frombuffer(
-                gzip.decompress((FASHION / f"{name}-{kind}-ubyte.gz").read_bytes())[
-                    at:
-                ],
-                np.uint8,
-            )
-            for kind, at in (("images-idx3", 16), ("labels-idx1", 8))
-        )
-        halved = images.reshape(-1, 14, 2, 14, 2)[:count].mean((2, 4))[..., None]
-        pixels = (halved / 255.0 - 0.286) / 0.353
-        return pixels.astype(np.float32), labels[:count].astype(np.int32)
+        images = read(f"{name}-images-idx3", 16).reshape(-1, 14, 2, 14, 2)[:count]
+        pixels = (images.mean((2, 4))[..., None] / 255.0 - 0.286) / 0.353
+        labels = read(f"{name}-labels-idx1", 8)[:count]
+        return pixels.astype(np.float32), labels.astype(np.int32)
 
     return split("train", 8000), split("t10k", 2000)
 

@@ -16,7 +16,6 @@ share that a group may lose. "default" gives none of these.
 
 import itertools
 import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,12 +45,11 @@ RULES: Sequence[tuple[str, Any, float]] = (
 def main() -> None:
     """Makes what is missing of the result."""
     found = json.loads(RESULT.read_text()) if RESULT.exists() else {"records": {}}
-    records, begin = found["records"], time.monotonic()
+    records = found["records"]
     for name in NETS:
         _one_net(name, records)
     found |= {
         "command": "python -m experiments.budget.study",
-        "seconds": round(found.get("seconds", 0) + time.monotonic() - begin, 1),
         "settings": {"seeds": SEEDS, "budgets": BUDGETS, "cost": "multiply-adds"},
         "machine": machine(),
         "summary": summary(records),
@@ -76,7 +74,8 @@ def _one_net(name: str, records: dict[str, Any]) -> None:
                 net.apply, variables, train[0][:1], groups=groups
             ).multiply_adds
         every = scored(net, groups, variables, *train)
-        for key, units in zip(keys, every.values(), strict=True):
+        for key in keys:
+            units = every[key.rpartition("/")[2]]
             record = records.setdefault(key, {})
             for rule in RULES:
                 if title(rule) not in record:
@@ -142,7 +141,7 @@ def _accuracy(
 
 
 def summary(records: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Rule -> mean accuracy by score and over all; the worst mean of a net and score."""
+    """Rule -> mean accuracy by score, over all, and of the worst net and score."""
     found = {}
     for rule in map(title, RULES):
         cells: dict[tuple[str, str], list[float]] = {}
@@ -151,12 +150,11 @@ def summary(records: Mapping[str, Any]) -> dict[str, dict[str, float]]:
             of = [accuracy for accuracy, _ in record[rule]]
             cells.setdefault((net, score), []).extend(of)
         means = {cell: float(np.mean(values)) for cell, values in cells.items()}
-        by_score = {
-            score: round(
-                float(np.mean([m for (_, s), m in means.items() if s == score])), 3
-            )
+        of_score = {
+            score: [mean for (_, own), mean in means.items() if own == score]
             for score in ("l2", "taylor", "group_fisher")
         }
+        by_score = {s: round(float(np.mean(own)), 3) for s, own in of_score.items()}
         every = list(means.values())
         extremes = {"all": float(np.mean(every)), "worst": min(every)}
         found[rule] = by_score | {k: round(v, 3) for k, v in extremes.items()}

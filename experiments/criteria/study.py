@@ -144,7 +144,7 @@ def _group_fisher(t: Trained) -> UnitScores:
 
 def _obd(t: Trained) -> UnitScores:
     curvature = t.gradient(scores.hessian_diagonal, t.key)
-    return t.of_units(scores.obd(_params(t), curvature), "sum")
+    return t.of_units(scores.obd(_params(t), curvature), "signed_sum")
 
 
 CRITERIA: dict[str, Callable[[Trained], UnitScores]] = {
@@ -167,8 +167,9 @@ CRITERIA: dict[str, Callable[[Trained], UnitScores]] = {
         scores.obd(_params(t), t.gradient(scores.fisher)), "sum"
     ),
     "group_fisher": _group_fisher,
-    "obd": _obd,
-    "grasp": lambda t: t.of_units(t.gradient(scores.grasp), "sum"),
+    # A control: signed scores, ranked by sign. `leave_one_out` has them without it.
+    "obd, by sign": _obd,
+    "grasp, by sign": lambda t: t.of_units(t.gradient(scores.grasp), "signed_sum"),
     "mean_activation": lambda t: t.activation(scores.mean_activation),
     "apoz": lambda t: t.activation(scores.apoz),
     "entropy": lambda t: t.activation(scores.entropy),
@@ -269,7 +270,12 @@ def cut(
     }
     method = "greedy" if way == "greedy" else "uniform"
     keep = select.to_budget(
-        trained.net.groups, scaled, flops, budget=budget * flops.full, method=method
+        trained.net.groups,
+        scaled,
+        flops,
+        budget=budget * flops.full,
+        method=method,
+        max_sparsity=1.0,
     )
     masks = jaxprune.expand_masks(trained.net.groups, keep)
     logits = trained.net.predict(jaxprune.apply_masks(trained.variables, masks), test)

@@ -49,7 +49,11 @@ def spread(leaf: Any) -> bool:
 
 def sharded_lamp(leaf: jax.Array) -> jax.Array:
     """The LAMP scores of a spread leaf, where it lies; only shards are exchanged."""
-    place: Any = leaf.sharding
+    return ranked_in_turns(leaf.sharding)(leaf)
+
+
+def ranked_in_turns(place: Any) -> Any:
+    """The compiled function of a leaf that is sharded so."""
     names: list[str] = []
     for entry in place.spec:
         names += [] if entry is None else [entry] if isinstance(entry, str) else entry
@@ -58,7 +62,7 @@ def sharded_lamp(leaf: jax.Array) -> jax.Array:
     mapped = jax.shard_map(
         ranked, mesh=place.mesh, in_specs=place.spec, out_specs=place.spec
     )
-    return jax.jit(mapped)(leaf)
+    return jax.jit(mapped)
 
 
 def _in_turns(names: tuple[str, ...], turns: int, shard: jax.Array) -> jax.Array:

@@ -23,6 +23,7 @@ from jaxprune.select._layerwise import uniform as uniform
 from jaxprune.select._one_unit import remove_one as remove_one
 from jaxprune.select._patterns import blocks as blocks
 from jaxprune.select._patterns import n_of_m as n_of_m
+from jaxprune.select._patterns import per_output as per_output
 from jaxprune.select._shares import proportional as proportional
 from jaxprune.select._shares import widths_from_nonzeros as widths_from_nonzeros
 from jaxprune.select._units import across_groups as across_groups

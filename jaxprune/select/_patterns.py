@@ -1,19 +1,22 @@
 """Patterns: masks of single weights that hardware can use, n of m and blocks."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, TypeAlias
 
 import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.core._checks import whole_number
-from jaxprune.core._limits import Each, selected
+from jaxprune.core._limits import Each, fraction, selected
 from jaxprune.core._masks import PyTree
 from jaxprune.core._placement import readable
 from jaxprune.select._trees import checked, masks_like, scored
 from jaxprune.select._weights import across_leaves, per_leaf
 
 Pool = Literal["mean", "sum", "max"]
+# One axis for all leaves, or path or pattern -> axis or axes.
+Along: TypeAlias = int | Mapping[str, int | Sequence[int]]
 
 
 def n_of_m(
@@ -21,10 +24,14 @@ def n_of_m(
     n: int,
     m: int,
     *,
-    axis: int = -2,
+    axis: Along | None = None,
     only: str | Sequence[str] | None = None,
 ) -> PyTree:
     """Keeps the n highest-scoring of every m consecutive entries along an axis.
+
+    Sparse tensor cores want runs along the axis that a layer sums over, and only the
+    program knows which that is: ``axis=taps.contracted_axes(apply_fn, variables,
+    *args)`` asks it. Several axes count as one, the last of them innermost.
 
     The last entries of an axis that m does not divide form a shorter run, which keeps
     n of them too, or all if there are no more. Of equal scores the earlier stay. Leaves
@@ -35,21 +42,23 @@ def n_of_m(
             leaf has no score. May be traced.
         n: how many of each run stay.
         m: length of a run.
-        axis: along which axis runs lie. Sparse tensor cores want the axis that is
-            summed over: -2 in ``x @ kernel`` and in convolution kernels HWIO.
+        axis: along which axis runs lie: what `taps.contracted_axes` returns; or one
+            axis for all leaves (-2 for kernels ``x @ kernel`` and HWIO, -1 for weights
+            ``[out, in]``); or path or pattern -> axis or axes. Leaves that a mapping
+            does not name are left alone.
         only: paths or patterns (as `fnmatch`) of the leaves to prune; None for all.
 
     Returns:
         Masks like `scores`, True = kept; the scalar True for leaves left alone.
 
     Raises:
-        ValueError: unless 1 <= n <= m, if a pattern matches nothing, or a concrete
-            score is NaN.
+        ValueError: if no axis is given, unless 1 <= n <= m, if a pattern matches
+            nothing, or a concrete score is NaN.
 
     Example:
         >>> import numpy as np
         >>> scores = {"kernel": np.array([[1.0], [4.0], [3.0], [2.0], [7.0]])}
-        >>> n_of_m(scores, 2, 4)["kernel"].ravel()
+        >>> n_of_m(scores, 2, 4, axis=-2)["kernel"].ravel()
         array([False,  True,  True, False,  True])
 
     References:
@@ -58,21 +67,119 @@ def n_of_m(
         Zhou et al., `Learning N:M Fine-grained Structured Sparse Neural Networks From
         Scratch <https://arxiv.org/abs/2102.04010>`_, 2021
     """
-    if not 1 <= n <= m:
+    n, m = whole_number("n", n), whole_number("m", m)
+    if n > m:
         raise ValueError(f"n of m needs 1 <= n <= m, got n={n} and m={m}")
     leaves = scored(scores)
     removed = {}
-    for path in selected(leaves, only, "leaves"):
+    for path, axes in _along(leaves, axis, only).items():
         leaf = checked(path, leaves[path])
-        if -leaf.ndim <= axis < leaf.ndim:
-            removed[path] = _lowest_of_runs(leaf, axis, m, n)
+        removed[path] = _in_lines(leaf, axes, partial(_lowest_of_runs, m=m, n=n))
     return masks_like(scores, removed)
 
 
-def _lowest_of_runs(leaf: Any, axis: int, m: int, n: int) -> Any:
-    """All but the highest n of every run: an entry goes if n others rank above it."""
+def per_output(
+    scores: PyTree,
+    *,
+    sparsity: float,
+    axis: Along | None = None,
+    only: str | Sequence[str] | None = None,
+) -> PyTree:
+    """Removes the same fraction of the weights into every output, lowest first.
+
+    Weights are compared within one output, never between outputs: Wanda's rule, for
+    which the scores of different outputs mean different things. In a convolution an
+    output has height x width x input channels weights.
+
+    Args:
+        scores: tree of floats like the parameters, larger matters more; None where a
+            leaf has no score. May be traced.
+        sparsity: fraction to remove, in [0, 1]; of k weights into an output
+            ``round(sparsity * k)`` go, but never all.
+        axis: the axes that are summed over, as for `n_of_m`.
+        only: paths or patterns (as `fnmatch`) of the leaves to prune; None for all.
+
+    Returns:
+        Masks like `scores`, True = kept; the scalar True for leaves left alone.
+
+    Raises:
+        ValueError: as `n_of_m`.
+
+    Example:
+        >>> import numpy as np
+        >>> scores = {"kernel": np.array([[1.0, 30.0], [4.0, 20.0], [3.0, 10.0]])}
+        >>> per_output(scores, sparsity=1 / 3, axis=0)["kernel"].astype(int)
+        array([[0, 1],
+               [1, 1],
+               [1, 0]])
+
+    References:
+        Sun et al., `A Simple and Effective Pruning Approach for Large Language Models
+        <https://arxiv.org/abs/2306.11695>`_, 2023
+    """
+    share = fraction("sparsity", sparsity)
+    leaves = scored(scores)
+    removed = {}
+    for path, axes in _along(leaves, axis, only).items():
+        leaf = checked(path, leaves[path])
+        removed[path] = _in_lines(leaf, axes, partial(_lowest_of_lines, share=share))
+    return masks_like(scores, removed)
+
+
+def _along(
+    leaves: Mapping[str, Any], axis: Along | None, only: str | Sequence[str] | None
+) -> dict[str, tuple[int, ...]]:
+    """Path -> the axes that make up a line, for the leaves that have them."""
+    if axis is None:
+        raise ValueError(
+            "axis is missing: along which axis a layer sums cannot be seen from its "
+            "scores; pass axis=taps.contracted_axes(apply_fn, variables, *args), or -2 "
+            "for kernels of x @ kernel and HWIO, -1 for weights [out, in]"
+        )
+    chosen = selected(leaves, only, "leaves")
+    if isinstance(axis, int):
+        known = dict.fromkeys(chosen, (axis,))
+        return {
+            p: a
+            for p, a in known.items()
+            if -np.ndim(leaves[p]) <= axis < np.ndim(leaves[p])
+        }
+    known = {}
+    for pattern, axes in axis.items():
+        # Scores of the parameters alone go with axes of the variables.
+        here = pattern.removeprefix("params/")
+        pattern = here if pattern not in leaves and here in leaves else pattern
+        own = (axes,) if isinstance(axes, int) else tuple(axes)
+        known |= dict.fromkeys(selected(leaves, pattern, "leaves"), own)
+    unknown = [path for path in chosen if path not in known]
+    if only is not None and unknown:
+        raise ValueError(f"axis names no axis of {unknown[0]}, which only= selects")
+    return {path: known[path] for path in chosen if path in known}
+
+
+def _in_lines(
+    leaf: Any, axes: tuple[int, ...], lowest: Callable[[Any, Any], Any]
+) -> Any:
+    """What goes of a leaf whose axes, moved to the end, are one line: bool like it."""
     xp: Any = np if readable(leaf) else jnp
-    last = xp.moveaxis(xp.asarray(leaf), axis, -1)
+    ends = tuple(range(-len(axes), 0))
+    last = xp.moveaxis(xp.asarray(leaf), axes, ends)
+    lines = last.reshape(*last.shape[: last.ndim - len(axes)], -1)
+    return xp.moveaxis(lowest(xp, lines).reshape(last.shape), ends, axes)
+
+
+def _lowest_of_lines(xp: Any, lines: Any, share: float) -> Any:
+    """The lowest of every line; of equal ones the later go."""
+    size = lines.shape[-1]
+    count = min(round(share * size), max(size - 1, 0))
+    backwards = xp.flip(lines, -1)
+    order = xp.argsort(backwards, axis=-1, stable=True)
+    places = xp.argsort(order, axis=-1, stable=True)
+    return xp.flip(places < count, -1)
+
+
+def _lowest_of_runs(xp: Any, last: Any, m: int, n: int) -> Any:
+    """All but the highest n of every run: an entry goes if n others rank above it."""
     short = -last.shape[-1] % m
     # What fills up the last run never outranks an entry.
     padding = [(0, 0)] * (last.ndim - 1) + [(0, short)]
@@ -86,7 +193,7 @@ def _lowest_of_runs(leaf: Any, axis: int, m: int, n: int) -> Any:
         outranked = (other > runs) | ((other == runs) & earlier)
         above = above + outranked.astype(np.int32)
     gone = (above >= n).reshape(*last.shape[:-1], -1)
-    return xp.moveaxis(gone[..., : last.shape[-1]], -1, axis)
+    return gone[..., : last.shape[-1]]
 
 
 def blocks(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jaxprune.core._leaves import named_leaves
 from jaxprune.core._masks import (
@@ -298,7 +298,12 @@ def _take(whole: Any, where: np.ndarray, axis: int) -> Any:
         indices_are_sorted=True,
         mode="clip",
     )
-    return take(whole) if place is None else jax.jit(take, out_shardings=place)(whole)
+    if place is None:
+        return take(whole)
+    if AxisType.Explicit in place.mesh.axis_types:  # types say where arrays lie
+        chosen = whole.at[(slice(None),) * axis + (where,)]
+        return chosen.get(mode="clip", out_sharding=place)
+    return jax.jit(take, out_shardings=place)(whole)
 
 
 def _place_after(whole: Any, axis: int, size: int) -> NamedSharding | None:

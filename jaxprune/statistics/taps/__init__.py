@@ -6,6 +6,7 @@ transformations of the function, like `jax.vmap`: they work under jit, grad and 
 on Linen, NNX, Equinox and plain code.
 """
 
+from jaxprune.statistics.taps._contracted import contracted_axes as contracted_axes
 from jaxprune.statistics.taps._gates import gate as gate
 from jaxprune.statistics.taps._named import modify as modify
 from jaxprune.statistics.taps._named import names as names
