@@ -145,3 +145,12 @@ def test_list_reads_docstrings_and_imports_nothing():
     told = subprocess.run(words, check=True, capture_output=True, text=True).stdout
     assert "batch_bridgeout" in told
     assert "do filters become dispensable" in told
+
+
+def test_outside_a_clone_it_says_where_experiments_are(monkeypatch, capsys, tmp_path):
+    package = tmp_path / "site-packages" / "jaxprune" / "cli" / "_main.py"
+    monkeypatch.setattr(cli, "__file__", str(package))
+    assert cli.main(["run", "batch_bridgeout"]) == 2
+    assert "experiments/ of a clone" in capsys.readouterr().err
+    assert cli.main(["list"]) == 0
+    assert "experiments/ of a clone" in capsys.readouterr().out

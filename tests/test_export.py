@@ -1,4 +1,5 @@
 import json
+import pathlib
 import subprocess
 import sys
 import zipfile
@@ -73,6 +74,16 @@ def test_says_what_made_it(folder):
     assert about["versions"]["jax"] == jax.__version__
     assert about["inputs"] == ["float32[batch,8,8,3]"]
     assert set(about["platforms"]) == {"cpu", "cuda", "tpu"}
+
+
+def test_tells_nothing_about_the_machine_that_made_it(folder):
+    """JAX keeps the line of the source of every operation: of its path, the name alone."""
+    contents = b"".join(file.read_bytes() for file in folder.rglob("*.*"))
+    assert b"test_export.py" in contents, "or the check could not fail"
+    for place in (pathlib.Path(__file__).parent, pathlib.Path(jax.__file__).parent):
+        assert str(place).encode() not in contents
+    assert str(pathlib.Path.home()).encode() + b"/" not in contents
+    assert jax.config.jax_hlo_source_file_canonicalization_regex is None
 
 
 RUNS_WITHOUT_THE_MODEL = """

@@ -28,6 +28,11 @@ usage: jaxprune run NAME [options]   run an experiment
        jaxprune --version
 """
 
+ELSEWHERE = (
+    "experiments are not installed with the package; they lie in experiments/ of a clone "
+    "of the project: run `uv run jaxprune run NAME` there"
+)
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command.
@@ -105,16 +110,21 @@ def _command(words: list[str]) -> int:
 
 
 def _list() -> None:
-    for name, entry in _experiments().items():
+    experiments = _experiments()
+    if not experiments:
+        print(ELSEWHERE)
+    for name, entry in experiments.items():
         print(f"{name:20} {_first_line(entry.value.partition(':')[0])}")
 
 
 def _run(words: list[str]) -> None:
     experiments = _experiments()
-    names = ", ".join(experiments) or "none: they lie in a clone of the project"
+    names = ", ".join(experiments) or f"none; {ELSEWHERE}"
     if not words or words[0] in ("-h", "--help"):
         print(f"{USAGE}\nexperiments: {names}")
         return
+    if not experiments:
+        raise UsageError(f"no experiment {words[0]!r}: {ELSEWHERE}")
     name = known("experiment", words[0], experiments)
     try:
         experiment = experiments[name].load()

@@ -1,6 +1,7 @@
 """What every export shares: any batch size, random inputs, and the comparison."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +12,22 @@ from jaxprune.core import PyTree, named_leaves
 
 # Relative to the largest entry of an output, by the bits of its mantissa and more.
 _TOLERANCE = {2: 3e-2, 4: 2e-5, 8: 2e-5}
+
+
+@contextlib.contextmanager
+def without_folders() -> Iterator[None]:
+    """Programs exported inside name source files without the folders they lie in.
+
+    JAX writes the line of the source beside every operation: the path would tell whoever
+    gets the model about the machine it was made on.
+    """
+    option = "jax_hlo_source_file_canonicalization_regex"
+    before = getattr(jax.config, option)
+    jax.config.update(option, r".*[/\\]")
+    try:
+        yield
+    finally:
+        jax.config.update(option, before)
 
 
 def each_example(apply_fn: Callable[..., PyTree]) -> Callable[..., PyTree]:

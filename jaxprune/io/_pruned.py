@@ -27,9 +27,9 @@ from jaxprune.io._groups import groups_as_json, groups_from_json
 from jaxprune.io._programs import check_agreement, on_device, random_batch, shapes_of
 from jaxprune.io._trees import describe, rebuild
 from jaxprune.io.export import (
-    PLATFORMS,
     any_batch,
     deserialized,
+    on_all_platforms,
     read_npy,
     serialized,
     verify_program,
@@ -250,8 +250,7 @@ def _fixed(
     flat: Callable[..., Any], leaves: list[Any], inputs: list[Any], tolerance: Any
 ) -> jax.export.Exported:
     """The program for exactly these shapes."""
-    exporting = jax.export.export(jax.jit(flat), platforms=PLATFORMS)
-    program = exporting(shapes_of(leaves), *shapes_of(inputs))
+    program = on_all_platforms(flat, shapes_of(leaves), *shapes_of(inputs))
     drawn = [
         random_batch([leaf], leaf.shape[0], seed=number)[0]
         if leaf.ndim and not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)

@@ -29,6 +29,7 @@ from jaxprune.io._programs import (
     random_batch,
     shapes_of,
     with_batch,
+    without_folders,
 )
 
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -163,8 +164,14 @@ def any_batch(
     """
     batch_size(args)
     (batch,) = jax.export.symbolic_shape("batch")
-    exporting = jax.export.export(jax.jit(each_example(apply_fn)), platforms=PLATFORMS)
-    return exporting(shapes_of(variables), *with_batch(args, batch))
+    inputs = shapes_of(variables), *with_batch(args, batch)
+    return on_all_platforms(each_example(apply_fn), *inputs)
+
+
+def on_all_platforms(function: Callable[..., Any], *shapes: Any) -> jax.export.Exported:
+    """The function as StableHLO, for arguments of these shapes."""
+    with without_folders():
+        return jax.export.export(jax.jit(function), platforms=PLATFORMS)(*shapes)
 
 
 def verify_program(
