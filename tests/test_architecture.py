@@ -4,8 +4,10 @@ import ast
 import functools
 import graphlib
 import pathlib
+import re
 import subprocess
 import sys
+import tomllib
 
 import jaxprune
 
@@ -91,6 +93,30 @@ def test_imports_point_down():
             if target.split(".")[0] != own.split(".")[0]:
                 above = f"jaxprune.{own} imports jaxprune.{target}"
                 assert _height(target) < _height(own), above
+
+
+def test_the_map_is_the_folder_list():
+    """CONTRIBUTING's table: every folder, the rooms in the order of imports."""
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rows = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    folders = [name for row in rows for name in re.findall(r"`([\w/]+)`", row)]
+    rooms = {face.parent for face in PACKAGE.glob("*/__init__.py")}
+    beside = {
+        path.parent for ext in ("py", "md", "ipynb") for path in ROOT.glob(f"*/*.{ext}")
+    }
+    found = rooms | {path for path in beside if path.name[0] != "."} - {PACKAGE}
+    assert sorted(folders) == sorted(str(path.relative_to(ROOT)) for path in found)
+    heights = [_height(name[9:]) for name in folders if name.startswith("jaxprune/")]
+    assert heights == sorted(heights), "a room imports from rooms above it in the table"
+
+
+def test_the_wheel_holds_the_package_its_types_and_the_licence():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wheel = project["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel == {"packages": ["jaxprune"]}
+    assert project["project"]["license-files"] == ["LICENSE"]
+    assert "Apache License" in (ROOT / "LICENSE").read_text()
+    assert (PACKAGE / "py.typed").exists()
 
 
 def test_no_room_has_a_circle():

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 import jaxprune
-from benchmarks import coupling, decoders, machine, nets, nnx_nets, tables
+from benchmarks import coupling, decoders, house, machine, nets, nnx_nets, tables
 from benchmarks.machine import Seconds
 from benchmarks.torch_process import TorchPruning
 
@@ -111,3 +111,25 @@ def test_the_document_shows_the_committed_results():
         assert origin["command"].startswith(f"python -m benchmarks.{name}")
         assert origin["versions"]["jax"] and origin["processor"]
         assert "/" not in json.dumps(origin["command"])
+
+
+def test_the_house_is_measured():
+    """Two toy modules that import each other, counted by hand."""
+    one = """from typing import Any
+from toy import _two
+
+def public(x: Any) -> Any:
+    \"\"\"Documented.\"\"\"
+    for _ in x:
+        if x:  # a comment
+            return x
+
+def other(): return _two
+"""
+    found = house.measure(
+        {"toy/one.py": one, "toy/_two.py": "from toy.one import other\n"}
+    )
+    assert (found.files, found.lines, found.circles) == (2, 11, 1)
+    assert (found.function, found.nesting) == ((2, 4, 4), 2)
+    assert (found.documented, found.private) == (0.5, 0.5)
+    assert (found.comments, found.any_per_kilo) == (1 / 11, 2000 / 11)

@@ -29,8 +29,8 @@ usage: jaxprune run NAME [options]   run an experiment
 """
 
 ELSEWHERE = (
-    "experiments are not installed with the package; they lie in experiments/ of a clone "
-    "of the project: run `uv run jaxprune run NAME` there"
+    "experiments are not installed with the package; they lie in experiments/ of a "
+    "clone of the project: run `uv run jaxprune run NAME` there"
 )
 
 

@@ -18,8 +18,8 @@ _TOLERANCE = {2: 3e-2, 4: 2e-5, 8: 2e-5}
 def without_folders() -> Iterator[None]:
     """Programs exported inside name source files without the folders they lie in.
 
-    JAX writes the line of the source beside every operation: the path would tell whoever
-    gets the model about the machine it was made on.
+    JAX writes the line of the source beside every operation: its whole path would tell
+    whoever gets the model about the machine it was made on.
     """
     option = "jax_hlo_source_file_canonicalization_regex"
     before = getattr(jax.config, option)
