@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import requests
 import tensorflow_datasets as tfds
 from sklearn.datasets import load_digits
 from tensorflow_datasets.core.download.download_manager import NonMatchingChecksumError
@@ -418,6 +419,66 @@ def test_mnist_is_prepared_without_tensorflow(web, tmp_path, monkeypatch):
         assert examples(dataset) == made["train" if split == "train" else "t10k"]
 
 
+@pytest.fixture
+def fashion(monkeypatch, tmp_path):
+    """``folder -> split -> examples``: writes tiny archives that the builder accepts."""
+    monkeypatch.setattr(archives.FashionMnist, "FOLDERS", (str(tmp_path / "debian"),))
+    monkeypatch.setattr(loading, "_TIMEOUT_S", 0.2)
+
+    def refuse(*args, **kwargs):
+        raise requests.ConnectionError("no network here")
+
+    monkeypatch.setattr("requests.head", refuse)
+
+    def write(folder, seed=3):
+        folder.mkdir(parents=True)
+        rng, made, contents = np.random.default_rng(seed), {}, {}
+        for split, count in (("train", 7), ("t10k", 5)):
+            images = rng.integers(0, 256, (count, 28, 28), np.uint8)
+            labels = rng.integers(0, 10, count).astype(np.uint8)
+            for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+                path = folder / f"{split}-{kind}-ubyte.gz"
+                write_idx(path, array)
+                content = gzip.decompress(path.read_bytes())
+                contents[path.name] = hashlib.sha256(content).hexdigest()
+            made["train" if split == "train" else "test"] = multiset(images, labels)
+        monkeypatch.setattr(archives.FashionMnist, "CONTENTS", contents)
+        return made
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "place", ["debian", "downloads/manual", "manual/fashion_mnist"]
+)
+def test_fashion_mnist_is_found_where_it_lies(fashion, tmp_path, place):
+    place = place.replace("manual/f", "downloads/manual/f")
+    mnist_of_that_name = tmp_path / "downloads" / "manual"
+    if place.endswith("fashion_mnist"):
+        fashion(mnist_of_that_name, seed=4)  # other content: passed over
+        (mnist_of_that_name / "t10k-labels-idx1-ubyte.gz").write_bytes(b"<html>")
+    made = fashion(tmp_path / place)
+    for split, count in (("train", 7), ("test", 5)):
+        dataset = data.load("fashion_mnist", split, data_dir=tmp_path)
+        assert dataset.images.shape == (count, 28, 28, 1)
+        assert examples(dataset) == made[split]
+
+
+def test_without_fashion_mnist_one_line_says_where_it_comes_from(fashion, tmp_path):
+    fashion(tmp_path / "elsewhere")
+    with pytest.raises(ConnectionError) as caught:
+        data.load("fashion_mnist", "train", data_dir=tmp_path)
+    assert str(caught.value) == (
+        f"fashion_mnist is not prepared in {tmp_path} and "
+        "fashion-mnist.s3-website.eu-central-1.amazonaws.com does not answer "
+        "(ConnectionError): put train-images-idx3-ubyte.gz, train-labels-idx1-ubyte.gz,"
+        " t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz into "
+        f"{tmp_path}/downloads/manual, or install Debian's dataset-fashion-mnist, or "
+        "load it once where there is a network and pass that folder as data_dir; "
+        "without any download there are digits, shapes32"
+    )
+
+
 def test_idx_reader_refuses_another_file(tmp_path):
     path = tmp_path / "train-images-idx3-ubyte.gz"
     path.write_bytes(gzip.compress(b"<html>not found</html>"))
@@ -477,11 +538,12 @@ def test_damaged_archives_are_named(tmp_path, content, text):
         archives.read_tar(path)
 
 
-@pytest.mark.parametrize("name", ["mnist", "cifar10", "cifar100"])
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100"])
 def test_specs_agree_with_the_stock_builders(name, tmp_path):
     spec = data.DATASETS[name]
     stock_class = {
         "mnist": mnist.MNIST,
+        "fashion_mnist": mnist.FashionMNIST,
         "cifar10": cifar.Cifar10,
         "cifar100": cifar.Cifar100,
     }[name]

@@ -6,8 +6,8 @@ References:
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -136,35 +136,22 @@ def hidden_kernels(params: Any) -> Any:
     return jax.tree.map_with_path(lambda path, _: is_hidden_kernel(path), params)
 
 
-def _targeted(params: Any, target: float) -> Any:
-    """`hidden_kernels` but those with too few inputs for one to be targeted.
-
-    The first convolution of a grey image has one input per filter: there is none to
-    rank, and targeted noise leaves it alone.
-    """
-    return jax.tree.map(
-        lambda hidden, w: hidden and (target == 1 or int(w.shape[-2] * target) >= 1),
-        hidden_kernels(params),
-        params,
-    )
-
-
-def _bridgeout(hyper: Hyper, key: jax.Array) -> optax.GradientTransformation:
+def _bridgeout(
+    hyper: Hyper, key: jax.Array, *, relative: bool = False
+) -> optax.GradientTransformation:
     return jaxprune.bridgeout(
         hyper.rate,
         hyper.q,
         target_fraction=hyper.target,
-        mask=functools.partial(_targeted, target=hyper.target),
+        relative=relative,
+        mask=hidden_kernels,
         key=key,
     )
 
 
 def _dropconnect(hyper: Hyper, key: jax.Array) -> optax.GradientTransformation:
     return training.dropconnect(
-        hyper.rate,
-        target_fraction=hyper.target,
-        mask=functools.partial(_targeted, target=hyper.target),
-        key=key,
+        hyper.rate, target_fraction=hyper.target, mask=hidden_kernels, key=key
     )
 
 
@@ -176,6 +163,7 @@ def _group_bridgeout(hyper: Hyper, key: jax.Array) -> optax.GradientTransformati
 NOISES: Mapping[str, Callable[..., optax.GradientTransformation]] = {
     "bridgeout": _bridgeout,
     "untargeted_bridgeout": _bridgeout,
+    "relative_bridgeout": partial(_bridgeout, relative=True),
     "dropconnect": _dropconnect,
     "group_bridgeout": _group_bridgeout,
 }
@@ -223,6 +211,13 @@ def filter_norms(
 def lowest_filters(
     groups: Groups, params: Any, fraction: float
 ) -> dict[str, np.ndarray]:
+    """`lowest_units` by `filter_norms`."""
+    return lowest_units(groups, filter_norms(groups, params), fraction)
+
+
+def lowest_units(
+    groups: Groups, scores: Mapping[str, np.ndarray], fraction: float
+) -> dict[str, np.ndarray]:
     """Cuts the same fraction of every layer, ``int(fraction * filters)`` of each.
 
     Returns:
@@ -233,7 +228,7 @@ def lowest_filters(
         name: int(fraction * group.size + 1e-9) / group.size
         for name, group in groups.items()
     }
-    return select.per_group(groups, filter_norms(groups, params), sparsity=shares)
+    return select.per_group(groups, scores, sparsity=shares)
 
 
 def one_shot_masks(subject: Subject, variables: Any, fraction: float) -> Any:

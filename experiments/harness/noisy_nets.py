@@ -44,6 +44,7 @@ class NoisyVGG(nn.Module):
     Args:
         num_classes: number of logits.
         widths: filters of each convolution and "M" for a 2x2 max pooling.
+        batch_norm: whether each convolution is followed by BatchNorm.
         stem_stride: stride of the first convolution.
         layer: "plain", "sparseout" or "dropout".
         rate: drop probability.
@@ -53,6 +54,7 @@ class NoisyVGG(nn.Module):
 
     num_classes: int = 10
     widths: Sequence[int | str] = (8, 8, "M", 16, 16, "M", 32, 32)
+    batch_norm: bool = True
     stem_stride: int = 1
     layer: str = "plain"
     rate: Any = 0.0
@@ -73,7 +75,10 @@ class NoisyVGG(nn.Module):
                 width, 3, stride=stride, kernel_init=glorot_relu, name=f"conv{index}"
             )
             x, name = layer(x), f"bn{index}"
-            x = batch_norm(x, name=name, train=train, momentum=0.9, dtype=jnp.float32)
+            if self.batch_norm:
+                x = batch_norm(
+                    x, name=name, train=train, momentum=0.9, dtype=jnp.float32
+                )
             x = nn.relu(x)
             if train and self.layer != "plain":
                 x = noisy_units(x, self.make_rng("dropout"), *noise)

@@ -69,7 +69,7 @@ def _missing(sources: Sequence[str], downloads: Path) -> list[str]:
     ]
 
 
-def _require_reachable(name: str, sources: Sequence[str], folder: Path) -> None:
+def _require_reachable(spec: Spec, builder: Any, folder: Path) -> None:
     """Raises within seconds when a download cannot work.
 
     TFDS would try ten times with growing pauses, more than two minutes in all. The
@@ -78,7 +78,10 @@ def _require_reachable(name: str, sources: Sequence[str], folder: Path) -> None:
     """
     import requests
 
-    missing = _missing(sources, folder / "downloads")
+    downloads = folder / "downloads"
+    local = getattr(builder, "local_archives", lambda downloads: {})(downloads)
+    sources = [s for s in getattr(builder, "SOURCES", ()) if s not in local]
+    missing = _missing(sources, downloads)
     if not missing:
         return
     try:
@@ -86,10 +89,12 @@ def _require_reachable(name: str, sources: Sequence[str], folder: Path) -> None:
     except requests.RequestException as error:
         files = ", ".join(Path(urlsplit(source).path).name for source in missing)
         offline = ", ".join(spec.name for spec in DATASETS.values() if not spec.sources)
+        host = urlsplit(missing[0]).netloc
+        package = f"install Debian's {spec.package}, or " if spec.package else ""
         raise ConnectionError(
-            f"{name} is not prepared in {folder} and {urlsplit(missing[0]).netloc} "
+            f"{spec.name} is not prepared in {folder} and {host} "
             f"does not answer ({type(error).__name__}): put {files} into "
-            f"{folder / 'downloads' / 'manual'}, or load it once where there is a "
+            f"{downloads / 'manual'}, or {package}load it once where there is a "
             f"network and pass that folder as data_dir; without any download there "
             f"are {offline}"
         ) from error
@@ -111,7 +116,7 @@ def prepare(spec: Spec, folder: Path) -> Any:
     builder = _builder(spec, folder)
     if builder.data_path.exists():
         return builder
-    _require_reachable(spec.name, getattr(builder, "SOURCES", ()), folder)
+    _require_reachable(spec, builder, folder)
     try:
         # TFDS reports on its work by print, and stdout is for results.
         with contextlib.redirect_stdout(sys.stderr):

@@ -33,6 +33,8 @@ class Spec:
         augmentation: what training draws for every image.
         builder: ``"module:Class"`` of the TFDS builder, imported when needed.
         sources: archives that the builder downloads; empty if it needs none.
+        package: Debian package that holds these archives, "" if there is none.
+        package_folder: where that package puts them.
     """
 
     name: str
@@ -43,6 +45,8 @@ class Spec:
     augmentation: Augmentation
     builder: str
     sources: tuple[str, ...] = ()
+    package: str = ""
+    package_folder: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -66,6 +70,7 @@ class Dataset:
 
 _CIFAR = "https://www.cs.toronto.edu/~kriz/"
 _MNIST = "https://storage.googleapis.com/cvdf-datasets/mnist/"
+_FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
 
 _SPECS = (
     Spec(
@@ -100,6 +105,23 @@ _SPECS = (
             _MNIST + "t10k-images-idx3-ubyte.gz",
             _MNIST + "t10k-labels-idx1-ubyte.gz",
         ),
+    ),
+    Spec(
+        name="fashion_mnist",
+        num_classes=10,
+        image_shape=(28, 28, 1),
+        mean=(0.2860,),
+        std=(0.3530,),
+        augmentation=Augmentation(pad=2, flip=True),
+        builder="jaxprune.data._archives:FashionMnist",
+        sources=(
+            _FASHION + "train-images-idx3-ubyte.gz",
+            _FASHION + "train-labels-idx1-ubyte.gz",
+            _FASHION + "t10k-images-idx3-ubyte.gz",
+            _FASHION + "t10k-labels-idx1-ubyte.gz",
+        ),
+        package="dataset-fashion-mnist",
+        package_folder="/usr/share/datasets/fashion-mnist",
     ),
     # The deviations that the CIFAR-10 literature divides by are the mean of the
     # per-image deviations; over all pixels they are .247 .243 .262. Kept as they

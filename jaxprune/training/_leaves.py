@@ -12,11 +12,7 @@ from jaxprune.core._leaves import NOT_KERNELS, unique_names
 
 
 def select_leaves(
-    params: Any,
-    mask: Any = None,
-    min_ndim: int = 0,
-    gets: str = "noise",
-    target_fraction: Any = 1.0,
+    params: Any, mask: Any = None, min_ndim: int = 0, gets: str = "noise"
 ) -> Any:
     """Paths of the chosen leaves, as the keys of a dict of None.
 
@@ -29,8 +25,6 @@ def select_leaves(
             bias, b, scale or offset.
         min_ndim: axes that a chosen leaf must have.
         gets: what the chosen leaves get, for the messages.
-        target_fraction: share of the inputs of every filter that noise may reach; each
-            chosen leaf must have enough inputs for one, where the share is known.
     """
     leaves = named_leaves(params)
     if not leaves:
@@ -53,13 +47,6 @@ def select_leaves(
             raise ValueError(
                 f"target_fraction ranks the inputs of each output filter, but {name!r} "
                 f"has shape {shape}; leave it out of the mask"
-            )
-        if len(shape) >= 2 and not reaches(shape[-2], target_fraction):
-            raise ValueError(
-                f"target_fraction={target_fraction} of the {shape[-2]} inputs of each "
-                f"filter of {name!r} {shape} is none, so that leaf would get no noise; "
-                "leave it out of the mask (a grey stem, a depthwise kernel), or raise "
-                "target_fraction"
             )
     return selected
 

@@ -32,21 +32,35 @@ def random_words(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def smallest(w: jax.Array, fraction: jax.Array) -> jax.Array:
-    """Which inputs of each output filter are small; bool ``[1, ..., 1, in, out]``."""
+    """Which inputs of each output filter are small.
+
+    An input of a filter is as large as the norm of its weights over the leading axes.
+    Filters of a single input (a grey stem, a depthwise kernel) have nothing to rank
+    but their weights, which are then ranked one by one. At least one is small.
+
+    Returns:
+        bool ``[1, ..., 1, in, out]``, or like `w` where ``in`` is 1.
+    """
+    if w.shape[-2] == 1:
+        weights = jnp.abs(w).reshape(-1, w.shape[-1])
+        return lowest(weights, fraction, axis=0, least=1).reshape(w.shape)
     leading = tuple(range(w.ndim - 2))
     norms = jnp.sqrt(jnp.sum(w * w, leading, keepdims=True)) if leading else jnp.abs(w)
-    return lowest(norms, fraction, axis=-2)
+    return lowest(norms, fraction, axis=-2, least=1)
 
 
-def lowest(x: jax.Array, fraction: jax.Array | float, *, axis: int) -> jax.Array:
+def lowest(
+    x: jax.Array, fraction: jax.Array | float, *, axis: int, least: int = 0
+) -> jax.Array:
     """Which entries along an axis lie below the one of rank ``int(size * fraction)``.
 
     Entries are not negative. Ranks count from 0 and the comparison is strict, so ties
-    with that entry are out.
+    with that entry are out. The rank is never below `least`.
     """
     size = x.shape[axis]
     # The margin covers the rounding of float32 products: 100 * 0.29 has rank 29.
     rank = jnp.floor(size * jnp.asarray(fraction) * (1 + 1e-6)).astype(jnp.int32)
+    rank = jnp.maximum(rank, least)
     # As unsigned integers the bits of floats that are not negative have their order.
     width = jnp.finfo(x.dtype).bits
     bits = jax.lax.bitcast_convert_type(x, f"uint{width}")

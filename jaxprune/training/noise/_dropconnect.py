@@ -67,7 +67,7 @@ def dropconnect(
     Raises:
         ValueError: if a hyperparameter is out of range (where its value is known), if
             `mask` does not fit `params` or selects nothing, if targeting meets a leaf
-            with fewer than two axes or too few inputs for one to be targeted, or if
+            with fewer than two axes, or if
             ``update`` gets no `params`.
         TypeError: if `key` is no key, or `mask` holds something other than bools or
             selects a leaf that is not floating.
@@ -98,12 +98,7 @@ def dropconnect(
     def scheduled(count: jax.Array) -> dict[str, jax.Array]:
         return {"rate": current("rate", rate, count)}
 
-    select = functools.partial(
-        select_leaves,
-        mask=mask,
-        min_ndim=2 if ranked else 0,
-        target_fraction=target_fraction,
-    )
+    select = functools.partial(select_leaves, mask=mask, min_ndim=2 if ranked else 0)
     return weight_noise(DropConnectState, fixed, scheduled, select, key)
 
 

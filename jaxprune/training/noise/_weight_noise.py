@@ -15,6 +15,7 @@ of that function, so no derivative is written by hand and the two halves cannot
 disagree.
 """
 
+import warnings
 import zlib
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -33,6 +34,10 @@ _AnyNoise = TypeVar("_AnyNoise", bound=Callable[..., jax.Array])
 
 # State type -> (weight, key, state) -> noise to add, like the weight.
 NOISES: dict[type, Noise] = {}
+
+# Which draws `noisy_params` was asked for in this process, while tracing or not: the
+# types of the states and the paths of their leaves.
+_ADDED: set[tuple[str, tuple[str, ...]]] = set()
 
 
 def noise_of(state_type: type) -> Callable[[_AnyNoise], _AnyNoise]:
@@ -73,10 +78,10 @@ def noisy_params(params: Any, opt_state: Any) -> Any:
         >>> import jax.numpy as jnp, numpy as np
         >>> from jaxprune.training import bridgeout, noisy_params
         >>> params = {"kernel": jnp.full((4, 3), 0.25), "bias": jnp.ones(3)}
-        >>> opt_state = bridgeout(rate=0.5, q=1.0).init(params)
-        >>> noisy = noisy_params(params, opt_state)  # 0.25 +- 0.25 ** 0.5
+        >>> opt_state = bridgeout(rate=0.5, target_fraction=1.0).init(params)
+        >>> noisy = noisy_params(params, opt_state)  # 0.25 +- 0.25
         >>> sorted({f"{w:.2f}" for w in np.ravel(noisy["kernel"])})
-        ['-0.25', '0.75']
+        ['0.00', '0.50']
         >>> noisy["bias"]
         Array([1., 1., 1.], dtype=float32)
 
@@ -91,6 +96,7 @@ def noisy_params(params: Any, opt_state: Any) -> Any:
 def _perturbed(params: Any, states: list[Any]) -> Any:
     noises: dict[str, Callable[[jax.Array], jax.Array]] = {}
     for state in states:
+        _ADDED.add(_who(state))
         found = _noises_of(state, params)
         if twice := sorted(noises.keys() & found.keys()):
             raise ValueError(
@@ -137,6 +143,7 @@ def weight_noise(
                 "the gradients of weight noise are pulled back at the clean weights; "
                 "call tx.update(grads, opt_state, params)"
             )
+        _warn_if_never_added(state)
         # The draw pulled back here was made with the values in `state`; what
         # `scheduled` gives now is for the next draw.
         count = jnp.asarray(optax.safe_increment(state.count))
@@ -159,6 +166,29 @@ def _pulled_back(updates: Any, state: Any, params: Any) -> Any:
         return (wide + vjp(wide)[0]).astype(grad.dtype)
 
     return jax.tree.map_with_path(pull_back, updates)
+
+
+def _who(state: Any) -> tuple[str, tuple[str, ...]]:
+    paths = state.noised if isinstance(state.noised, dict) else {}
+    return type(state).__name__, tuple(sorted(paths))
+
+
+def _warn_if_never_added(state: Any) -> None:
+    """Warns, once for these leaves, if their noise was never asked for.
+
+    Python sees each call of `noisy_params` and of ``update`` once per trace, the former
+    first in any training step, so this costs nothing in a compiled step.
+    """
+    if (who := _who(state)) in _ADDED:
+        return
+    _ADDED.add(who)
+    kind = who[0].removesuffix("State")
+    warnings.warn(
+        f"{kind} got gradients, but jaxprune.noisy_params was never called for its "
+        f"{len(who[1])} leaves: gradients taken at the clean weights are not "
+        "regularised; take them at noisy_params(params, opt_state)",
+        stacklevel=3,
+    )
 
 
 def _noise_states(opt_state: Any) -> list[Any]:
