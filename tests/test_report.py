@@ -88,6 +88,20 @@ def test_a_page_needs_nothing_else(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 
+def test_panels_wrap_and_the_page_has_a_dark_form(tmp_path):
+    figures = [report.figure(report.new_figure(width=4.6), name) for name in "ab"]
+    report.write_page(tmp_path / "x.html", "x", report.panels(*figures))
+    page = (tmp_path / "x.html").read_text()
+    assert Page(page).tags.count("figure") == 2
+    assert page.index("class='panels'") < page.index("<figure>")
+    assert ".panels { display: flex; flex-wrap: wrap" in page
+    style = page[page.index("<style>") : page.index("</style>")]
+    dark = style[style.index("@media (prefers-color-scheme: dark)") :].split("\n}")[0]
+    light = style[style.index(":root") : style.index("@media")]
+    for name in ("--ink", "--soft", "--line", "--accent", "--page", "--box"):
+        assert f"{name}: #" in light and f"{name}: #" in dark
+
+
 def test_plain_text_is_no_part_of_a_page(tmp_path):
     with pytest.raises(TypeError, match=r"'hello' is plain text; wrap it in text"):
         report.write_page(tmp_path / "x.html", "x", "hello")

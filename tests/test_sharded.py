@@ -187,8 +187,16 @@ def test_selection_exchanges_counts_alone(kind):
 # --- optimisers ----------------------------------------------------------------------
 
 
-def test_bridgeout_needs_no_communication():
-    tx = bridgeout(0.3, 1.5)
+@pytest.mark.parametrize(
+    ("how", "collectives"),
+    [
+        ({"relative": False, "target_fraction": 1.0}, set()),
+        # The scale of the kernel, and the ranks of its inputs, are sums.
+        ({}, {"all-reduce"}),
+    ],
+)
+def test_bridgeout_needs_no_communication_but_sums(how, collectives):
+    tx = bridgeout(0.3, 1.5, **how)
 
     def step(params, state):
         noisy = noisy_params(params, state)
@@ -199,13 +207,12 @@ def test_bridgeout_needs_no_communication():
     specs = {"kernel": P(None, None, "data", "model")}
     split = placed(params, mesh(data=2, model=2), specs)
     compiled, text = program(step, split, tx.init(split))
-    assert not re.findall(COLLECTIVE, text)
+    assert set(re.findall(COLLECTIVE, text)) == collectives
     got = compiled(split, tx.init(split))
     assert got[0]["kernel"].sharding.is_equivalent_to(split["kernel"].sharding, 4)
-    np.testing.assert_allclose(got[0]["kernel"], expected[0]["kernel"], rtol=1e-6)
-    np.testing.assert_allclose(
-        got[1][0]["kernel"], expected[1][0]["kernel"], rtol=1e-5, atol=1e-6
-    )
+    close = {"rtol": 1e-5, "atol": 1e-6}  # sums in another order
+    np.testing.assert_allclose(got[0]["kernel"], expected[0]["kernel"], **close)
+    np.testing.assert_allclose(got[1][0]["kernel"], expected[1][0]["kernel"], **close)
 
 
 def test_rigl_gathers_counts_alone():

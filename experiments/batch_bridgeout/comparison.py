@@ -8,7 +8,7 @@ Refuted    The paper is refuted here if, on both data sets, with the VGG with Ba
            targeted Batch Bridgeout (one shot, L2, nothing recalibrated) is not above
            that of weight decay, and of dropout, at the same D: if any of the four
            paired 95 % intervals has its upper end below 0, or all four hold 0.
-Command    python -m experiments.batch_bridgeout.comparison
+Command    python -m experiments.batch_bridgeout.comparison   (goes on where it stopped)
            python -m experiments.batch_bridgeout.comparison_report   (makes the page)
 Leaves     runs/batch_bridgeout-comparison/results.json; the second command copies it
            to comparison.json and writes docs/batch_bridgeout.md
@@ -130,14 +130,16 @@ CELLS: tuple[Cell, ...] = (
     *_cells("digits", "resnet", (14.5,), *BOTH, "dropout"),
     *_cells("digits", "vgg_no_bn", (0.0,), "plain"),
     *_cells("digits", "vgg_no_bn", (14.5,), *BOTH, "relative_bridgeout", "dropout"),
-    *_cells("digits", "vgg", (14.5,), "targeted_dropout", "dropconnect"),
-    *_cells("fashion_mnist", "vgg", (14.5,), "relative_bridgeout"),
-    *_cells("fashion_mnist", "vgg", (0.0,), "plain"),
-    *_cells("digits", "wrn", (14.5,), *BOTH),
-    *_cells("digits", "resnet", (0.0,), "plain"),
-    *_cells("digits", "vgg", (14.5,), "group_bridgeout", "bridge_penalty"),
+    *_cells("digits", "vgg", (14.5,), "targeted_dropout"),
     *_cells("fashion_mnist", "vgg", (5.0,), *BOTH),
-    *_cells("digits", "resnet", (14.5,), "relative_bridgeout"),
+    *_cells("digits", "vgg_no_bn", (1.5,), *BOTH, "relative_bridgeout"),
+    *_cells("digits", "wrn", (14.5,), *BOTH),
+    *_cells("fashion_mnist", "vgg", (0.0,), "plain"),
+    *_cells("digits", "resnet", (0.0,), "plain"),
+    *_cells("digits", "vgg", (14.5,), "dropconnect", "group_bridgeout"),
+    *_cells("digits", "vgg", (14.5,), "bridge_penalty"),
+    *_cells("fashion_mnist", "vgg", (14.5,), "targeted_dropout", "relative_bridgeout"),
+    *_cells("digits", "resnet", (14.5,), "targeted_dropout", "relative_bridgeout"),
     *_cells("digits", "wrn", (0.0,), "plain"),
     *_cells("digits", "wrn", (14.5,), "dropout"),
     *_cells("digits", "vgg", (1.5, 5.0, 45.0), "dropout"),

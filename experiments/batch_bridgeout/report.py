@@ -28,6 +28,7 @@ from jaxprune.display._report import (
     heading,
     interval,
     new_figure,
+    panels,
     plot_runs,
     section,
     table,
@@ -82,8 +83,8 @@ def largest_difference(results: Results) -> float:
 
 def write_report(folder: Path, results: Results) -> Path:
     """Writes ``report.html`` and ``curves.png`` into the folder of a finished run."""
-    curves = _curves(results)
-    curves.savefig(folder / "curves.png", dpi=150)
+    models = results["settings"]["models"]
+    _curves(results, models).savefig(folder / "curves.png", dpi=150)
     path = folder / "report.html"
     dataset = results["settings"]["dataset"]
     write_page(
@@ -97,11 +98,11 @@ def write_report(folder: Path, results: Results) -> Path:
                 "The same share of every layer is cut at once, filters of the lowest "
                 "L2 norm first; nothing is fine-tuned."
             ),
-            figure(
-                curves,
-                "Test accuracy against the share of filters cut. Thin lines are seeds, "
-                "thick lines their mean, bands one standard deviation; broken lines "
-                "are the paper's, where it has this net on this data set.",
+            panels(*(_panel(results, model) for model in models)),
+            text(
+                "Thin lines are seeds, thick lines their mean, bands one standard "
+                "deviation; broken lines are the paper's, where it has this net on "
+                "this data set."
             ),
             _accuracy_tables(results),
         ),
@@ -163,9 +164,16 @@ def _cards(results: Results) -> dict[str, str]:
     }
 
 
-def _curves(results: Results) -> Any:
-    models = results["settings"]["models"]
-    drawn = new_figure(len(models), height=3.9)
+def _panel(results: Results, model: str) -> Html:
+    """The curves of one net, small enough to be read on a telephone."""
+    drawn = _curves(results, [model], height=3.6, width=4.6)
+    return figure(drawn, f"{model}: test accuracy against the share of filters cut.")
+
+
+def _curves(
+    results: Results, models: list[str], *, height: float = 3.9, width: float = 9.2
+) -> Any:
+    drawn = new_figure(len(models), height=height, width=width)
     for axes, model in zip(drawn.axes, models, strict=True):
         runs = {
             LABELS[method]: [
@@ -212,35 +220,39 @@ def _draw_paper(axes: Any, results: Results, model: str) -> None:
 
 def _accuracy_tables(results: Results) -> Html:
     fractions = results["settings"]["fractions"]
-    shown = [f for f in fractions if f in (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)]
-    columns = [
-        "net",
-        "method",
-        *(f"{100 * f:.0f} %" for f in shown),
-        "area",
-        "gain",
-    ]
+    columns = ["net", "method", "area", "gain", "recalibrated"]
+    columns += [f"{100 * f:.0f} %" for f in fractions]
     rows = []
     for model in results["settings"]["models"]:
         for method in METHODS:
             runs = _runs(results, model, method)
-            means = [_percent(_mean_accuracy(runs, fractions.index(f))) for f in shown]
-            area = _with_interval(interval(areas(results, model, method)))
+            means = [_percent(_mean_accuracy(runs, at)) for at in range(len(fractions))]
             gain = ""
             if method != METHODS[0]:
                 gain = _with_interval(_gain(results, model, method), sign="+")
-            rows.append([model, LABELS[method], *means, area, gain])
+            areas_ = [
+                _with_interval(interval(areas(results, model, method))),
+                gain,
+                _recalibrated(runs),
+            ]
+            rows.append([model, LABELS[method], *areas_, *means])
             if theirs := paper_curves(results, model).get(method):
-                rows.append(["", "the paper", *_at(theirs, shown), "", ""])
+                rows.append(["", "the paper", "", "", "", *_at(theirs, fractions)])
     return table(
         columns,
         rows,
-        "Mean test accuracy in % by share of filters cut. Area: mean accuracy over "
-        "all cuts, 0 % to 90 %. Gain: area of Batch Bridgeout less that of the "
-        "method, paired by seed. Brackets: 95 % confidence interval of the mean "
-        "(Student's t).",
+        "Area: mean accuracy over all cuts. Gain: area of Batch Bridgeout less that of "
+        "the method, paired by seed. Small print: 95 % confidence interval of the mean "
+        "(Student's t). Recalibrated: area with the statistics of BatchNorm measured "
+        "anew after each cut. Then mean test accuracy in % by share of filters cut.",
         text_columns=2,
     )
+
+
+def _recalibrated(runs: list[Results]) -> str:
+    """The mean area after recalibration, where there is BatchNorm."""
+    curves = [run["recalibrated"] for run in runs]
+    return f"{np.mean(curves):.3f}" if all(curves) else ""
 
 
 def _at(curve: Results, fractions: list[float]) -> list[str]:
@@ -251,8 +263,8 @@ def _at(curve: Results, fractions: list[float]) -> list[str]:
 
 
 def _with_interval(found: Interval, sign: str = "") -> Html:
-    ends = f" [{found.low:{sign}.3f}, {found.high:{sign}.3f}]" if found.n > 1 else ""
-    return Html(f"{found.mean:{sign}.3f}{aside(ends)}")
+    ends = f"{found.low:{sign}.3f} to {found.high:{sign}.3f}" if found.n > 1 else ""
+    return Html(f"{found.mean:{sign}.3f}{'<br>' if ends else ''}{aside(ends)}")
 
 
 def _size_tables(results: Results) -> list[Html]:

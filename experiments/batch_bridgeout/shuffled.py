@@ -61,5 +61,6 @@ def permuted_targets(w: jax.Array, fraction: Any, order: np.ndarray) -> jax.Arra
         return permuted_targets(flat.swapaxes(0, 1), fraction, order).reshape(w.shape)
     norms = jnp.sqrt(jnp.square(w).sum(tuple(range(w.ndim - 2)), keepdims=True))
     ranks = jnp.argsort(jnp.argsort(norms, axis=-2), axis=-2)
-    weak = ranks < jnp.maximum(jnp.floor(w.shape[-2] * fraction + 1e-4), 1.0)
+    count = jnp.floor(w.shape[-2] * jnp.float32(fraction) + 1e-4).astype(jnp.int32)
+    weak = ranks < jnp.maximum(count, 1)
     return jnp.take(weak, np.argsort(order[: w.shape[-2]]), axis=-2)

@@ -1,4 +1,4 @@
-"""Small nets in which every member of the Bridgeout family can be tried.
+"""A small net with noise on its units, for comparisons with noise on its weights.
 
 The rates may be traced, so that one compiled step serves all of them.
 """
@@ -11,10 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.models._layers import batch_norm, conv, glorot_relu
-from jaxprune.training.noise.layers import bridgeout_dense, bridgeout_relu, sparseout
-
-# What a layer does in training; "plain" where the noise is in the optimiser.
-LAYERS = ("plain", "per_example", "fast", "sparseout", "dropout")
+from jaxprune.training.noise.layers import sparseout
 
 
 def noisy_units(
@@ -83,67 +80,3 @@ class NoisyVGG(nn.Module):
             if train and self.layer != "plain":
                 x = noisy_units(x, self.make_rng("dropout"), *noise)
         return nn.Dense(self.num_classes, name="head")(x.mean(axis=(1, 2)))
-
-
-class NoisyMLP(nn.Module):
-    """Dense layers with ReLU, and in training the noise of one method in each.
-
-    Submodules: `dense1`, ..., `head`, which has no noise.
-
-    Args:
-        num_classes: number of logits.
-        widths: units of each hidden layer.
-        layer: one of `LAYERS`.
-        rate: drop probability.
-        target: fraction of the smallest weights or weakest units that get noise.
-        q: norm of the penalty.
-    """
-
-    num_classes: int = 10
-    widths: Sequence[int] = (64, 64)
-    layer: str = "plain"
-    rate: Any = 0.0
-    target: Any = 1.0
-    q: Any = 1.0
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool = False) -> jax.Array:
-        """Maps images [batch, height, width, channels] to logits."""
-        x = x.reshape((x.shape[0], -1))
-        noise = (self.layer if train else "plain", self.rate, self.target, self.q)
-        for index, width in enumerate(self.widths, 1):
-            x = NoisyDense(width, *noise, name=f"dense{index}")(x)
-        return nn.Dense(self.num_classes, kernel_init=glorot_relu, name="head")(x)
-
-
-class NoisyDense(nn.Module):
-    """One hidden layer of `NoisyMLP`."""
-
-    features: int
-    layer: str
-    rate: Any
-    target: Any
-    q: Any
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [batch, in] to [batch, features]."""
-        kernel = self.param("kernel", glorot_relu, (x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))[None]
-        if self.layer == "fast":
-            return bridgeout_relu(x, kernel, bias, rate=self.rate, q=self.q)
-        if self.layer == "per_example":
-            y = bridgeout_dense(
-                x,
-                kernel,
-                self.make_rng("dropout"),
-                rate=self.rate,
-                q=self.q,
-                target_fraction=self.target,
-            )
-            return nn.relu(y + bias)
-        y = nn.relu(x @ kernel + bias)
-        if self.layer == "plain":
-            return y
-        noise = (self.layer, self.rate, self.target, self.q)
-        return noisy_units(y, self.make_rng("dropout"), *noise)

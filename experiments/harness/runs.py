@@ -64,6 +64,9 @@ class Run:
             rich.progress.BarColumn(),
             rich.progress.MofNCompleteColumn(),
             rich.progress.TimeElapsedColumn(),
+            rich.progress.TextColumn("about"),
+            rich.progress.TimeRemainingColumn(),
+            rich.progress.TextColumn("left"),
             console=rich.console.Console(stderr=True, highlight=False),
         )
 

@@ -13,6 +13,7 @@ from jaxprune.display._report import heading as heading
 from jaxprune.display._report import interval as interval
 from jaxprune.display._report import machine as machine
 from jaxprune.display._report import new_figure as new_figure
+from jaxprune.display._report import panels as panels
 from jaxprune.display._report import plot_runs as plot_runs
 from jaxprune.display._report import section as section
 from jaxprune.display._report import table as table

@@ -153,6 +153,11 @@ def figure(drawn: Any, caption: str) -> Html:
     return Html(f"<figure>{svg}<figcaption>{caption}</figcaption></figure>")
 
 
+def panels(*figures: Html) -> Html:
+    """Figures side by side, or below each other where the page is narrow."""
+    return Html(f"<div class='panels'>{''.join(figures)}</div>")
+
+
 def table(
     columns: Sequence[str],
     rows: Iterable[Sequence[Any]],
@@ -279,16 +284,24 @@ def _cpu() -> str:
 
 
 _STYLE = """
-:root { --ink: #18181b; --soft: #52525b; --line: #e4e4e7; --accent: #c2410c; }
-body { margin: 0; color: var(--ink); background: #fff;
+:root { --ink: #18181b; --soft: #52525b; --line: #e4e4e7; --accent: #c2410c;
+  --page: #fff; --box: #f4f4f5; color-scheme: light dark; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e4e4e7; --soft: #a1a1aa; --line: #3f3f46; --accent: #fb923c;
+    --page: #18181b; --box: #27272a; }
+  figure svg { border-radius: .5rem; }
+}
+body { margin: 0; color: var(--ink); background: var(--page);
   font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 60rem; margin: 0 auto; padding: 2.5rem 1.25rem 5rem; }
+main { max-width: 70rem; margin: 0 auto; padding: 2.5rem 1.25rem 5rem; }
 h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .5rem; }
 h2 { font-size: 1.2rem; margin: 2.75rem 0 .5rem; padding-top: 1rem;
   border-top: 1px solid var(--line); }
 p { margin: .5rem 0; max-width: 46rem; }
 figure { margin: 1.25rem 0; }
-figure svg { width: 100%; height: auto; }
+figure svg { width: 100%; height: auto; background: #fff; }
+.panels { display: flex; flex-wrap: wrap; gap: 0 1rem; }
+.panels figure { flex: 1 1 20rem; min-width: 0; margin: 1rem 0 0; }
 figcaption, caption { color: var(--soft); font-size: .875rem; text-align: left; }
 caption { caption-side: bottom; padding-top: .5rem; }
 .wide { overflow-x: auto; margin: 1rem 0; }
@@ -302,14 +315,14 @@ td.text { white-space: normal; }
 th:first-child, td:first-child { padding-left: 0; }
 small { color: var(--soft); font-size: .85em; }
 h3 { font-size: 1rem; margin: 1.5rem 0 0; }
-pre { background: #f4f4f5; padding: .9rem 1rem; border-radius: .5rem; overflow-x: auto;
-  font-size: .85rem; }
+pre { background: var(--box); padding: .9rem 1rem; border-radius: .5rem;
+  overflow-x: auto; font-size: .85rem; }
 .cards { display: flex; flex-wrap: wrap; gap: .75rem; margin: 1.5rem 0; }
 .cards div { flex: 1 1 9rem; border: 1px solid var(--line); border-radius: .5rem;
   padding: .75rem 1rem; }
 .cards b { display: block; font-size: 1.5rem; line-height: 1.2; }
 .cards span { color: var(--soft); font-size: .85rem; }
-.bar { display: inline-block; width: 7rem; height: .6rem; background: #f4f4f5;
+.bar { display: inline-block; width: 7rem; height: .6rem; background: var(--box);
   border-radius: .2rem; overflow: hidden; vertical-align: middle; }
 .bar i { display: block; height: 100%; background: var(--accent); }
 """
