@@ -341,14 +341,15 @@ def test_an_unknown_primitive_pins_with_its_name_and_the_users_line():
 
 def test_register_rule_teaches_a_primitive(monkeypatch):
     from jaxprune.coupling._registry import RULES
-    from jaxprune.coupling.rules._elementwise import elementwise
+    from jaxprune.program.primitives import DECLARATIONS, elementwise
 
     def fn(p, x):
         return mystery_p.bind(x @ p["w"]) @ p["v"]
 
     variables = weights(**WV)
     assert not jaxprune.trace(fn, variables, X)
-    monkeypatch.setitem(RULES, "mystery", None)  # undone after the test
+    for table in (RULES, DECLARATIONS):  # undone after the test
+        monkeypatch.setitem(table, "mystery", None)
     jaxprune.register_rule(mystery_p, elementwise("first"))
     groups = jaxprune.trace(fn, variables, X)  # what was known before is not used
     assert {n: g.size for n, g in groups.items()} == {"w:1": 6}

@@ -210,30 +210,39 @@ def test_roles_are_found_only_when_asked():
         jaxprune.merge(weights(a=(4, 6), b=(6, 2)), groups, {"a:1": np.arange(6)})
 
 
-def test_a_primitive_of_others_is_refused_until_it_is_understood():
+def test_a_primitive_of_others_is_refused_until_it_is_understood(monkeypatch):
     from jax.extend.core import Primitive
     from jax.interpreters import mlir
 
-    from jaxprune.coupling._registry import RULES, register_rule
-    from jaxprune.coupling.rules._elementwise import elementwise
+    from jaxprune.coupling._registry import RULES, register_label
+    from jaxprune.coupling.rules._elementwise import elementwise as label
+    from jaxprune.program.primitives import DECLARATIONS, elementwise
 
     bend = Primitive("bend_for_merging")
     bend.def_abstract_eval(lambda x: x)
     bend.def_impl(lambda x: x)
     mlir.register_lowering(bend, lambda ctx, x: [x])
-    register_rule(bend, elementwise("first"))
-    try:
-        groups = jaxprune.trace(
-            lambda p, x: bend.bind(x @ p["a"]) @ p["b"],
-            weights(a=(4, 6), b=(6, 2)),
-            X,
-            roles=True,
-        )
-    finally:
-        del RULES["bend_for_merging"]
-    assert "the effect of bend_for_merging on equal units" in str(
-        groups["a:1"].obstacle
-    )
+
+    def trace():
+        net = lambda p, x: bend.bind(x @ p["a"]) @ p["b"]  # noqa: E731
+        return jaxprune.trace(net, weights(a=(4, 6), b=(6, 2)), X, roles=True)["a:1"]
+
+    monkeypatch.setitem(RULES, "bend_for_merging", None)  # undone after the test
+    register_label(label("first"), "bend_for_merging")
+    assert "the effect of bend_for_merging on equal" in str(trace().obstacle)
+    monkeypatch.setitem(DECLARATIONS, "bend_for_merging", None)
+    jaxprune.register_rule(bend, elementwise("first"))
+    assert not trace().obstacle
+
+
+def test_units_are_merged_through_what_scales_rows_of_the_batch():
+    def net(p, x):
+        h = jax.nn.relu(x @ p["a"]).at[0].multiply(0.5).at[1].max(0.1)
+        return jax.lax.optimization_barrier(h) @ p["b"]
+
+    groups = jaxprune.trace(net, weights(a=(4, 6), b=(6, 2)), X, roles=True)
+    assert not groups["a:1"].obstacle
+    assert [m.role for m in groups["a:1"].members] == ["producer", "consumer"]
 
 
 def test_a_linear_chain_needs_a_choice_and_gets_one():

@@ -178,11 +178,40 @@ CASES = {
     },
     "scatter by data": (lambda x, k, y: x.at[k].set(y), F, np.int32(1), some(3)),
 }  # fmt: skip
+M = np.einsum("nij,nkj->nik", some(2, 2, 2), some(2, 2, 2)) + 2 * np.eye(
+    2, dtype=np.float32
+)
+CASES |= {
+    "cholesky": (lax.linalg.cholesky, M),
+    "qr": (lax.linalg.qr, M),
+    "eigh": (lax.linalg.eigh, M),
+    "eig": (lax.linalg.eig, M),
+    "svd": (lax.linalg.svd, M),
+    "lu": (lax.linalg.lu, M),
+    "triangular_solve": (
+        lambda a, b: lax.linalg.triangular_solve(a, b, left_side=True),
+        M,
+        some(2, 2, 3),
+    ),
+    "tridiagonal_solve": (
+        lax.linalg.tridiagonal_solve,
+        some(2, 3),
+        some(2, 3) + 2,
+        some(2, 3),
+        some(2, 3, 1),
+    ),
+    "householder_product": (lax.linalg.householder_product, M, some(2, 2)),
+    "lu_pivots_to_permutation": (
+        lambda p: lax.linalg.lu_pivots_to_permutation(p, 3),
+        numbers([0, 1], [1, 1]),
+    ),
+}  # fmt: skip
 # Not made by a function of lax in every JAX, or of no numbers.
 UNTRIED = set(
     """
     add_any eq_to le_to lt_to name sharding_constraint pvary pcast copy_p tile stack
     unstack permute iota random_bits random_gamma rng_uniform random_seed random_split
+    schur hessenberg geqrf geqp3 ormqr symmetric_product
     random_fold_in random_wrap random_unwrap random_clone threefry2x32 rng_bit_generator
     """.split()
 )
@@ -305,7 +334,7 @@ def test_what_is_said_to_be_linear_is(name):
 
 
 @pytest.mark.parametrize(
-    "name", [n for n in CASES if DECLARATIONS[n.split()[0]].zero is not None]
+    "name", [n for n in CASES if DECLARATIONS[n.split()[0]].elementwise]
 )
 def test_results_are_0_where_it_says_so(name):
     eqn, operands, known, _ = case(name)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jaxprune
 from jaxprune.core import Reason
 from jaxprune.coupling._reasons import TEXTS
+from jaxprune.program.primitives import DECLARATIONS
 
 ENGINE = pathlib.Path(jaxprune.__file__).parent
 GIVERS = {
@@ -40,7 +41,9 @@ def _given():
 
 
 def test_every_kind_has_a_text_and_every_text_a_use():
-    kinds = {word for word in _given() if isinstance(word, str)}
+    declared = {k for d in DECLARATIONS.values() for k in (d.pinned, d.made)}
+    assert declared <= TEXTS.keys()
+    kinds = declared | {word for word in _given() if isinstance(word, str)}
     unused = TEXTS.keys() - kinds
     assert not unused
 

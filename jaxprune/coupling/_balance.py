@@ -8,15 +8,13 @@ import numpy as np
 
 from jaxprune.core._groups import Group, Groups, Member, Reason
 from jaxprune.core._names import listed, matching, nearest
-from jaxprune.coupling import _row_rules as row_rules
+from jaxprune.coupling._blocks import run
 from jaxprune.coupling._collect import Found
 from jaxprune.coupling._labels import Value
 from jaxprune.coupling._reasons import text_of
 from jaxprune.coupling._rows import Rows, Slots, State
 from jaxprune.coupling._solution import NONE, Solution
 from jaxprune.coupling._walk import Walked
-
-assert row_rules  # importing it fills the registry
 
 
 class Blocks(NamedTuple):
@@ -116,7 +114,7 @@ class Balance:
         self._values = walked.ins
         for value in walked.ins:
             self._states[id(value)] = self.rows.source(value)
-        outs = self.rows.run(walked, [self._states[id(v)] for v in walked.ins])
+        outs = run(self.rows, walked, [self._states[id(v)] for v in walked.ins])
         self.rows.leave(outs)
         self._classes = self.rows.classes()
 

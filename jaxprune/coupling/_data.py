@@ -20,7 +20,9 @@ from jax.core import Tracer
 from jax.extend.core import Literal
 
 from jaxprune.coupling._labels import ALIVE, Value
+from jaxprune.program._interpret import CALLS, inner_jaxprs, interpret
 from jaxprune.program._jaxprs import opened
+from jaxprune.program.primitives import declaration
 
 LIMIT = 1 << 20  # larger index arrays are treated as data
 
@@ -76,30 +78,31 @@ def _number(array: Any) -> np.ndarray | None:
 
 def derive(eqn: Any, operands: tuple[Value, ...]) -> tuple[Value, ...]:
     """The results of an equation all of whose operands are data."""
-    if eqn.primitive.name in ("jit", "pjit"):
+    if eqn.primitive.name in CALLS:
         return _derive_call(eqn, operands)
     return tuple(_derive(eqn, k, var, operands) for k, var in enumerate(eqn.outvars))
 
 
 def _derive_call(eqn: Any, operands: tuple[Value, ...]) -> tuple[Value, ...]:
     """The results of a call, through the equations of its program."""
-    jaxpr, consts = opened(eqn.params["jaxpr"])
-    env: dict[Any, Value] = dict(zip(jaxpr.invars, operands, strict=True))
-    env.update(zip(jaxpr.constvars, map(constant, consts), strict=True))
+    jaxpr, consts = opened(inner_jaxprs(eqn)[0])
+    known = dict(zip(jaxpr.constvars, consts, strict=True))
 
-    def read(var: Any) -> Value:
-        return literal(var) if isinstance(var, Literal) else env[var]
+    def step(number: int, inner: Any, values: list[Value]) -> tuple[Value, ...]:
+        return derive(inner, tuple(values))
 
-    for inner in jaxpr.eqns:
-        results = derive(inner, tuple(read(var) for var in inner.invars))
-        env.update(zip(inner.outvars, results, strict=True))
-    return tuple(read(var) for var in jaxpr.outvars)
+    def given(var: Any) -> Value:
+        return literal(var) if isinstance(var, Literal) else constant(known[var])
+
+    return tuple(interpret(jaxpr, operands, step, given))
 
 
 def _derive(eqn: Any, k: int, var: Any, operands: tuple[Value, ...]) -> Value:
     shape = getattr(var.aval, "shape", ())
     name = eqn.primitive.name
-    is_zero = name in _MOVES and operands[0].is_zero
+    known = declaration(eqn)
+    moves = known is not None and known.moves
+    is_zero = moves and all(value.is_zero for value in operands)
     origin = None
     if name in _NUMPY and all(v.origin is not None for v in operands):
         small = math.prod(shape) <= LIMIT
@@ -125,7 +128,8 @@ def _uniform(
         return frozenset(range(len(shape))) - varies
     full = [v for v in operands if v.shape]
     same = all(v.shape == shape for v in full)
-    if eqn.primitive.name not in _ELEMENTWISE or not same:
+    known = declaration(eqn)
+    if known is None or not known.elementwise or not same:
         return frozenset()
     return frozenset(range(len(shape))).intersection(*(v.uniform for v in full))
 
@@ -175,13 +179,6 @@ def _slice(eqn: Any, x: np.ndarray) -> np.ndarray:
     spans = zip(p["start_indices"], p["limit_indices"], steps, strict=True)
     return x[tuple(slice(a, b, s) for a, b, s in spans)]
 
-
-_ELEMENTWISE = frozenset(
-    "add sub mul div rem max min and or lt le gt ge eq ne convert_element_type".split()
-)
-_MOVES = frozenset(
-    "broadcast_in_dim convert_element_type copy reshape squeeze transpose".split()
-)
 
 _NUMPY: dict[str, Callable[..., Any]] = {
     "add": _ufunc(np.add),

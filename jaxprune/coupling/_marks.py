@@ -232,15 +232,39 @@ class Marking:
             flips = flips.union(*(mark.flips for mark in marks))
         return Mark(marks[0].summed, flips, all(mark.reads for mark in marks))
 
+    def joined(self, a: State, b: State) -> State:
+        """The marks of what may be either of two values."""
+        axes = []
+        for x, y in zip(a.axes, b.axes, strict=True):
+            there = {
+                g: {k: m[g] for k, m in enumerate((x, y)) if g in m} for g in {**x, **y}
+            }
+            axes.append({g: self._sum(g, marks, (a, b)) for g, marks in there.items()})
+        return State(tuple(axes), a.fed or b.fed, a.zero and b.zero)
+
     # -- positions
 
     def picked(self, axis: Axis, positions: np.ndarray) -> None:
-        """Some positions of an axis are taken, in order: the same of every unit."""
+        """A result holds these positions of an axis: the same of every unit?
+
+        Args:
+            axis: of the operand.
+            positions: int, in the order of the result; -1 where it holds others.
+        """
         for g, grid in self.places.on(axis).items():
-            if grid is not None and grid.shape[1] > 1:
-                taken = np.isin(grid, positions)
-                if (taken != taken[:1]).any():
-                    self.refuse(g, "part_taken")
+            if grid is None or grid.shape[1] == 1:
+                continue
+            size, repeats = grid.shape
+            unit = np.full(grid.max() + 1, -1)
+            rank = np.zeros_like(unit)
+            unit[grid] = np.arange(size)[:, None]
+            rank[grid] = np.arange(repeats)
+            held = positions[(positions >= 0) & (positions < len(unit))]
+            held = held[unit[held] >= 0]
+            ranks = rank[held[np.argsort(unit[held], kind="stable")]]
+            even = np.bincount(unit[held], minlength=size)
+            if (even != even[0]).any() or np.ptp(ranks.reshape(size, -1), axis=0).any():
+                self.refuse(g, "part_taken")
 
     def shuffled(self, *axes: Axis) -> None:
         """The positions of an axis change their order."""

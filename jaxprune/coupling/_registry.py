@@ -11,8 +11,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-from jax.extend.core import Primitive
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rule:
@@ -38,43 +36,24 @@ class Rule:
 RULES: dict[str, Rule] = {}
 
 
-def register_rule(
-    primitive: Primitive | str,
+def register_label(
     label: Callable[..., Any],
+    *names: str,
     narrow: Callable[..., Any] | None = None,
-    *,
     resize: Callable[..., dict[str, Any] | None] | None = None,
     inline: bool = False,
     whole: Callable[[Any], int] = lambda eqn: 0,
 ) -> None:
-    """Teaches the engine a primitive.
-
-    Args:
-        primitive: the primitive or its name.
-        label: ``(walk, eqn, *values) -> Value | list[Value]``; see
-            `jaxprune.coupling.rules` for every kind of example.
-        narrow: ``(kept, step, *arrays) -> array | list``; omit it when the equation's
-            parameters name no sizes.
-        resize: ``(kept, step) -> dict | None``: the parameters that name sizes, at
-            those that stay; None hands the step to `narrow`. It costs no tracing.
-        inline: is the equation nothing but a call of its inner program?
-        whole: ``eqn -> n``: how many leading operands are only handed on to inner
-            programs; zero for all but control flow.
-
-    Example:
-        >>> from jaxprune.coupling.rules._elementwise import elementwise
-        >>> register_rule("my_activation", elementwise("first"))
-    """
-    name = primitive if isinstance(primitive, str) else primitive.name
-    RULES[name] = Rule(label, narrow, resize, inline, whole)
+    """Registers a rule for the named primitives; see `Rule`."""
+    rule = Rule(label, narrow, resize, inline, whole)
+    RULES.update(dict.fromkeys(names, rule))
 
 
 def rule(*names: str, **halves: Any):
     """Decorator: registers a labelling function for the named primitives."""
 
     def register(label: Callable[..., Any]) -> Callable[..., Any]:
-        for name in names:
-            register_rule(name, label, **halves)
+        register_label(label, *names, **halves)
         return label
 
     return register

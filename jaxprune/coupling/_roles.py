@@ -13,9 +13,10 @@ import numpy as np
 from jaxprune.coupling._labels import Value
 from jaxprune.coupling._ledger import Ledger
 from jaxprune.coupling._marks import Mark, Marking, Place, Places, State
+from jaxprune.coupling._merging import mark as mark_step
 from jaxprune.coupling._solution import Solution
 from jaxprune.coupling._walk import Step, Walked
-from jaxprune.coupling.flow import HANDLERS, unknown
+from jaxprune.program._interpret import interpret
 
 
 class Roles(NamedTuple):
@@ -95,22 +96,25 @@ def _input(
 
 def _run(marking: Marking, walked: Walked, states: Sequence[State]) -> list[State]:
     """Marks the results of a program whose inputs have these marks."""
-    env: dict[Any, State] = dict(zip(walked.jaxpr.invars, states, strict=True))
     _check(marking, walked.ins, states)
-    for step in walked.steps:
-        if all(value.data for value in step.outs):
-            continue
-        operands = [
-            marking.constant(value) if value.data else env[var]
-            for var, value in zip(step.eqn.invars, step.ins, strict=True)
-        ]
-        before, marking.eqn = marking.eqn, step.eqn
-        env.update(zip(step.eqn.outvars, _step(marking, step, operands), strict=True))
+
+    def step(number: int, eqn: Any, operands: list[State]) -> Sequence[State]:
+        here = walked.steps[number]
+        if all(value.data for value in here.outs):
+            return list(map(marking.constant, here.outs))
+        pairs = zip(here.ins, operands, strict=True)
+        seen = [marking.constant(v) if v.data else state for v, state in pairs]
+        before, marking.eqn = marking.eqn, eqn
+        results = _step(marking, here, seen)
         marking.eqn = before
-    return [
-        env[var] if not value.data and var in env else marking.constant(value)
-        for var, value in zip(walked.jaxpr.outvars, walked.outs, strict=True)
-    ]
+        return results
+
+    def constant(var: Any) -> State:
+        return State(tuple({} for _ in getattr(var.aval, "shape", ())))
+
+    outs = interpret(walked.jaxpr, states, step, constant, walked.eqns)
+    pairs = zip(walked.outs, outs, strict=True)
+    return [marking.constant(v) if v.data else state for v, state in pairs]
 
 
 def _check(marking: Marking, values: Sequence[Value], states: Sequence[State]) -> None:
@@ -124,14 +128,13 @@ def _check(marking: Marking, values: Sequence[Value], states: Sequence[State]) -
                     marking.refuse(g, "no_merge_rule")
 
 
-def _step(marking: Marking, step: Step, operands: list[State]) -> list[State]:
+def _step(marking: Marking, step: Step, operands: list[State]) -> Sequence[State]:
     if _is_touched(marking, step, operands):
-        handler = HANDLERS.get(step.eqn.primitive.name, unknown)
 
         def run(walked: Walked, states: Sequence[State]) -> list[State]:
             return _run(marking, walked, states)
 
-        return handler(marking, run, step, operands)
+        return mark_step(marking, run, step, operands)
     fed = any(state.fed for state in operands)
     empty = [tuple({} for _ in out.shape) for out in step.outs]
     return [

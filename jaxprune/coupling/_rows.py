@@ -9,42 +9,27 @@ features a head keeps, as it does not matter in which order a layer keeps its ch
 So call the units of such a group slots, and its copies (the features of one head) rows.
 A row is a label that moves through the program with the values of its slots, and is
 tied to the rows of whatever they are computed with. Rows that end up tied lose the same
-slots; the others are free to differ. `Rows` finds the ties; the rules stand in
-`jaxprune.coupling._row_rules`, and a primitive without one ends the freedom of the
-groups that it touches.
+slots; the others are free to differ. `Rows` collects the ties that
+`jaxprune.coupling._blocks` finds; a primitive that is not declared ends the freedom of
+the groups that it touches.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
-from jax.extend.core import Literal
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from jaxprune.coupling._labels import Axis, Value
 from jaxprune.coupling._solution import NONE, Solution
-from jaxprune.coupling._walk import Step, Walked
 
 NO_ROW = 0
 LIMIT = 1 << 22  # labels of one value; a program that needs more is not understood
 
 # (axis, group) -> the row of every element, as an array that broadcasts to the value.
 State: TypeAlias = dict[tuple[int, int], np.ndarray]
-RowRule: TypeAlias = Callable[["Rows", Step, Sequence[State]], Sequence[State]]
-
-ROW_RULES: dict[str, RowRule] = {}
-
-
-def row_rule(*names: str) -> Callable[[RowRule], RowRule]:
-    """Decorator: registers how rows move through the named primitives."""
-
-    def register(fn: RowRule) -> RowRule:
-        ROW_RULES.update(dict.fromkeys(names, fn))
-        return fn
-
-    return register
 
 
 class Slots(NamedTuple):
@@ -119,7 +104,7 @@ class Rows:
     def spread(self, rows: np.ndarray, shape: Sequence[int]) -> np.ndarray:
         """The rows of every element, for what moves elements one by one."""
         if math.prod(shape) > LIMIT:
-            raise _TooLargeError
+            raise TooLargeError
         return np.broadcast_to(rows, shape)
 
     def forbid(self, numbers: Any, why: str) -> None:
@@ -127,7 +112,7 @@ class Rows:
         for number in numbers:
             self.why.setdefault(number, why)
 
-    # -- the walk
+    # -- the states of a program
 
     def source(self, value: Value) -> State:
         """The state of a variable: a row for every run through the slots."""
@@ -139,15 +124,6 @@ class Rows:
                 line = np.where(slots.slot == NONE, NO_ROW, fresh[slots.part])
                 state[d, number] = _compressed(_along(line, d, len(value.shape)))
         return state
-
-    def run(self, walked: Walked, states: Sequence[State]) -> list[State]:
-        """The states of the outputs of a program."""
-        env = dict(zip(walked.jaxpr.invars, states, strict=True))
-        for step in walked.steps:
-            operands = [_read(env, var) for var in step.eqn.invars]
-            results = self._step(step, operands)
-            env.update(zip(step.eqn.outvars, results, strict=True))
-        return [_read(env, var) for var in walked.jaxpr.outvars]
 
     def leave(self, states: Sequence[State]) -> None:
         """The outputs of the whole program keep one array for all rows."""
@@ -162,27 +138,7 @@ class Rows:
         graph = coo_matrix((np.ones(len(a), bool), (a, b)), (self._size, self._size))
         return connected_components(graph, directed=False)[1]
 
-    def _step(self, step: Step, states: Sequence[State]) -> Sequence[State]:
-        name = step.eqn.primitive.name
-        rule = ROW_RULES.get(name)
-        if not any(states) and (rule is not None or all(v.data for v in step.outs)):
-            return [{}] * len(step.outs)
-        if rule is not None:
-            try:
-                results = rule(self, step, states)
-                return [
-                    self._settled(value, state)
-                    for value, state in zip(step.outs, results, strict=True)
-                ]
-            except _TooLargeError:
-                name += " mixes too many of its blocks"
-        touched = {number for state in states for _, number in state}
-        for value in step.outs:
-            touched |= {n for axis in value.axes for n in self.slots(axis)}
-        self.forbid(touched, f"{name} does not tell its blocks apart")
-        return [{}] * len(step.outs)
-
-    def _settled(self, value: Value, state: State) -> State:
+    def settled(self, value: Value, state: State) -> State:
         """The state of a result: one row for every run through the slots."""
         settled = {}
         for (d, number), rows in state.items():
@@ -219,11 +175,7 @@ class Rows:
         return found
 
 
-def _read(env: dict[Any, State], var: Any) -> State:
-    return {} if isinstance(var, Literal) else env.get(var, {})
-
-
-class _TooLargeError(Exception):
+class TooLargeError(Exception):
     """The rows of a value are too many to look at."""
 
 

@@ -13,6 +13,7 @@ from jaxprune.coupling._ledger import Ledger
 from jaxprune.coupling._refused import REFUSED
 from jaxprune.coupling._registry import RULES, Rule
 from jaxprune.coupling.rules._shuffle import join_shuffles
+from jaxprune.program._interpret import interpret
 from jaxprune.program._jaxprs import Program, input_name, live_equations, opened
 
 assert rules  # importing the package fills the registry
@@ -43,6 +44,11 @@ class Walked(NamedTuple):
     outs: list[Value]
     steps: list[Step]
 
+    @property
+    def eqns(self) -> list[Any]:
+        """The equations of the steps."""
+        return [step.eqn for step in self.steps]
+
 
 class Walk:
     """One walk: the ledger being filled and the inner programs met on the way."""
@@ -56,30 +62,26 @@ class Walk:
     ) -> Walked:
         """Walks a jaxpr (closed or open) whose inputs carry the labels `ins`."""
         jaxpr, consts = opened(jaxpr)
-        known = [*ins, *map(data.constant, consts)]
-        env = dict(zip([*jaxpr.invars, *jaxpr.constvars], known, strict=True))
+        known = dict(zip(jaxpr.constvars, map(data.constant, consts), strict=True))
+        eqns = join_shuffles(live_equations(jaxpr, used), jaxpr.outvars)
         outer, steps = self._subs, []
         calls = self.ledger.calls
-        for eqn in join_shuffles(live_equations(jaxpr, used), jaxpr.outvars):
+
+        def step(number: int, eqn: Any, values: list[Value]) -> tuple[Value, ...]:
             self._subs = []
-            values = [
-                data.literal(v) if isinstance(v, Literal) else env[v]
-                for v in eqn.invars
-            ]
             calls.append(eqn)
-            step = self._label(eqn, values)
+            labelled = self._label(eqn, values)
             calls.pop()
-            if len(step.outs) == 1:  # nearly always, and quicker
-                [var] = eqn.outvars
-                [env[var]] = step.outs
-            else:
-                env.update(zip(eqn.outvars, step.outs, strict=True))
-            steps.append(step)
+            steps.append(labelled)
+            return labelled.outs
+
+        def constant(var: Any) -> Value:
+            if isinstance(var, Literal):
+                return data.literal(var)
+            return known.get(var) or unused(var)
+
+        outs = interpret(jaxpr, ins, step, constant, eqns)
         self._subs = outer
-        outs = [
-            data.literal(v) if isinstance(v, Literal) else env.get(v) or unused(v)
-            for v in jaxpr.outvars
-        ]
         return Walked(jaxpr, consts, list(ins), outs, steps)
 
     def enter(

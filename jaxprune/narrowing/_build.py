@@ -18,6 +18,7 @@ from jax.extend.core import JaxprEqn, Literal, Var
 from jaxprune.coupling._labels import Value
 from jaxprune.coupling._registry import RULES
 from jaxprune.coupling._walk import Step, Walked
+from jaxprune.program._interpret import interpret
 from jaxprune.program._jaxprs import abstract, bind, closed, opened
 
 
@@ -75,21 +76,21 @@ class _Page:
 
     def write(self, walked: Walked, operands: Sequence[Any]) -> list[Any]:
         """Writes all steps of a program; returns its results, None if not computed."""
-        env: dict[Any, Any] = dict(zip(walked.jaxpr.invars, operands, strict=True))
-        for var, array in zip(walked.jaxpr.constvars, walked.consts, strict=True):
-            env[var] = self.constant(array, var.aval)
-        for step in walked.steps:
-            operands = [
-                var if isinstance(var, Literal) else env[var] for var in step.eqn.invars
-            ]
-            for k, value in enumerate(step.ins):
+        arrays = dict(zip(walked.jaxpr.constvars, walked.consts, strict=True))
+
+        def step(number: int, eqn: Any, operands: list[Any]) -> list[Any]:
+            here = walked.steps[number]
+            for k, value in enumerate(here.ins):
                 if value.data:
                     operands[k] = self._cut(operands[k], value)
-            env.update(zip(step.eqn.outvars, self._step(step, operands), strict=True))
-        outs = [
-            var if isinstance(var, Literal) else env.get(var)
-            for var in walked.jaxpr.outvars
-        ]
+            return self._step(here, operands)
+
+        def constant(var: Any) -> Any:
+            if isinstance(var, Literal) or var not in arrays:
+                return var if isinstance(var, Literal) else None
+            return self.constant(arrays[var], var.aval)
+
+        outs = interpret(walked.jaxpr, operands, step, constant, walked.eqns)
         return [
             self._cut(out, value) if value.data and out is not None else out
             for out, value in zip(outs, walked.outs, strict=True)

@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 # Equations that only call a program with their own operands. What a remat keeps, or how
 # a function is differentiated, is said by the equation; what it computes is not.
-CALLS = frozenset("jit pjit closed_call core_call".split())
+CALLS = frozenset("jit pjit closed_call core_call composite".split())
 REMATS = frozenset("remat2 checkpoint remat".split())
 CUSTOM = frozenset("custom_jvp_call custom_vjp_call".split())
 PLAIN = CALLS | REMATS | CUSTOM
@@ -25,6 +25,7 @@ def interpret(
     ins: Sequence[T],
     step: Callable[[int, Any, list[T]], Iterable[T]],
     constant: Callable[[Any], T],
+    equations: Sequence[Any] | None = None,
 ) -> list[T]:
     """Carries a value of any kind for every variable through a program.
 
@@ -33,13 +34,14 @@ def interpret(
         ins: a value for every input.
         step: ``(number, equation, operands) -> results``.
         constant: the value of a literal, or of a variable that no equation makes.
+        equations: those to go through, if not those of the jaxpr.
     """
     env: dict[Any, T] = dict(zip(jaxpr.invars, ins, strict=True))
 
     def read(var: Any) -> T:
         return constant(var) if isinstance(var, Literal) or var not in env else env[var]
 
-    for number, eqn in enumerate(jaxpr.eqns):
+    for number, eqn in enumerate(jaxpr.eqns if equations is None else equations):
         results = step(number, eqn, [read(var) for var in eqn.invars])
         env.update(zip(eqn.outvars, results, strict=True))
     return [read(var) for var in jaxpr.outvars]

@@ -12,6 +12,13 @@ from jax.extend.core import DropVar
 
 from jaxprune.coupling._labels import Axis, Value, both, flags_on, with_flags
 from jaxprune.coupling._registry import rule
+from jaxprune.program._interpret import (
+    CALLS,
+    REMATS,
+    Passage,
+    inner_jaxprs,
+    through,
+)
 from jaxprune.program._jaxprs import abstract, scan_counts
 
 # --- calls ---------------------------------------------------------------------------
@@ -25,18 +32,9 @@ def _used(eqn: Any) -> list[bool]:
     return [not isinstance(v, DropVar) for v in eqn.outvars]
 
 
-@rule(
-    "jit",
-    "pjit",
-    "closed_call",
-    "core_call",
-    "composite",
-    inline=True,
-    whole=_all_operands,
-)
+@rule(*CALLS, inline=True, whole=_all_operands)
 def _call(walk: Any, eqn: Any, *values: Value) -> list[Value]:
-    inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-    return walk.enter(inner, list(values), _used(eqn))
+    return walk.enter(inner_jaxprs(eqn)[0], list(values), _used(eqn))
 
 
 @rule("call_hi_primitive", inline=True, whole=_all_operands)
@@ -57,15 +55,10 @@ def _narrow_remat(kept: Any, step: Any, *operands: Any) -> Any:
     return jax.checkpoint(body, **options)(*operands)
 
 
-@rule("remat2", "checkpoint", "remat", narrow=_narrow_remat, whole=_all_operands)
-def _remat(walk: Any, eqn: Any, *values: Value) -> list[Value]:
-    return walk.enter_branch(eqn.params["jaxpr"], list(values))
-
-
 # --- loops and branches --------------------------------------------------------------
 
 
-def _meet(walk: Any, a: Value, b: Value) -> Value:
+def meet(walk: Any, a: Value, b: Value) -> Value:
     """Ties two values that stand for one; 0 only where both are."""
     axes = []
     for x, y in zip(a.axes, b.axes, strict=True):
@@ -92,15 +85,35 @@ def _flags(values: list[Value]) -> list[Any]:
     ]
 
 
-def _fixed_point(walk: Any, carry: list[Value], body: Any) -> list[Value]:
-    """Walks a loop body until its carry keeps the flags it came in with."""
-    carry = [Value(v.shape, v.axes, v.is_zero) for v in carry]  # no longer constant
-    while True:
-        walk.forget_subs()
-        after = [_meet(walk, x, y) for x, y in zip(carry, body(carry), strict=True)]
-        if _flags(after) == _flags(carry):
-            return after
-        carry = after
+def _pass_through(walk: Any, eqn: Any, *values: Value) -> list[Value]:
+    """Labels through the inner programs of an equation."""
+    programs, length = inner_jaxprs(eqn), eqn.params.get("length")
+    why = walk.ledger.reason("scan", eqn)
+
+    def run(number: int, ins: list[Value]) -> list[Value]:
+        if number == 0:
+            walk.forget_subs()  # of an earlier turn of a loop
+        return walk.enter_branch(programs[number], ins)
+
+    def unstacked(value: Value) -> Value:
+        walk.ledger.freeze(value.axes[0], why)
+        return Value(value.shape[1:], value.axes[1:], value.is_zero)
+
+    def stacked(value: Value) -> Value:
+        return Value((length, *value.shape), (why, *value.axes), value.is_zero)
+
+    return through(
+        eqn,
+        values,
+        Passage(
+            run,
+            join=lambda a, b: meet(walk, a, b),
+            settled=lambda after, before: _flags(after) == _flags(before),
+            carried=lambda v: Value(v.shape, v.axes, v.is_zero),  # no longer constant
+            unstacked=unstacked,
+            stacked=stacked,
+        ),
+    )
 
 
 def _narrow_scan(kept: Any, step: Any, *operands: Any) -> Any:
@@ -118,26 +131,12 @@ def _narrow_scan(kept: Any, step: Any, *operands: Any) -> Any:
     return [*carry, *ys]
 
 
-@rule("scan", narrow=_narrow_scan, whole=lambda eqn: scan_counts(eqn.params)[0])
-def _scan(walk: Any, eqn: Any, *values: Value) -> list[Value]:
-    n_consts, n_carry = scan_counts(eqn.params)
-    consts = list(values[:n_consts])
-    why = walk.ledger.reason("scan", eqn)
-    inner = []
-    for value in values[n_consts + n_carry :]:
-        walk.ledger.freeze(value.axes[0], why)
-        inner.append(Value(value.shape[1:], value.axes[1:], value.is_zero))
-    ys: list[Value] = []
+def _scan_constants(eqn: Any) -> int:
+    return scan_counts(eqn.params)[0]
 
-    def body(carry: list[Value]) -> list[Value]:
-        outs = walk.enter_branch(eqn.params["jaxpr"], [*consts, *carry, *inner])
-        ys[:] = outs[n_carry:]
-        return outs[:n_carry]
 
-    carry = _fixed_point(walk, list(values[n_consts : n_consts + n_carry]), body)
-    length = eqn.params["length"]
-    stacked = [Value((length, *y.shape), (why, *y.axes), y.is_zero) for y in ys]
-    return carry + stacked
+rule(*REMATS, narrow=_narrow_remat, whole=_all_operands)(_pass_through)
+rule("scan", narrow=_narrow_scan, whole=_scan_constants)(_pass_through)
 
 
 def _narrow_while(kept: Any, step: Any, *operands: Any) -> Any:
@@ -158,18 +157,7 @@ def _loop_constants(eqn: Any) -> int:
     return eqn.params["cond_nconsts"] + eqn.params["body_nconsts"]
 
 
-@rule("while", narrow=_narrow_while, whole=_loop_constants)
-def _while(walk: Any, eqn: Any, *values: Value) -> list[Value]:
-    p = eqn.params
-    n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
-    cond_consts, body_consts = values[:n_cond], values[n_cond : n_cond + n_body]
-
-    def body(carry: list[Value]) -> list[Value]:
-        return walk.enter_branch(p["body_jaxpr"], [*body_consts, *carry])
-
-    carry = _fixed_point(walk, list(values[n_cond + n_body :]), body)
-    walk.enter(p["cond_jaxpr"], [*cond_consts, *carry])
-    return carry
+rule("while", narrow=_narrow_while, whole=_loop_constants)(_pass_through)
 
 
 def _narrow_cond(kept: Any, step: Any, index: Any, *operands: Any) -> Any:
@@ -177,11 +165,4 @@ def _narrow_cond(kept: Any, step: Any, index: Any, *operands: Any) -> Any:
     return lax.switch(index, branches, *operands)
 
 
-@rule("cond", narrow=_narrow_cond, whole=_all_operands)
-def _cond(walk: Any, eqn: Any, index: Value, *operands: Value) -> list[Value]:
-    branches = eqn.params["branches"]
-    outs = [walk.enter_branch(branch, list(operands)) for branch in branches]
-    met = list(outs[0])
-    for other in outs[1:]:
-        met = [_meet(walk, x, y) for x, y in zip(met, other, strict=True)]
-    return met
+rule("cond", narrow=_narrow_cond, whole=_all_operands)(_pass_through)

@@ -23,7 +23,8 @@ from jaxprune.coupling._labels import (
     with_flags,
     with_zero,
 )
-from jaxprune.coupling._registry import register_rule
+from jaxprune.coupling._registry import register_label
+from jaxprune.program.primitives import DECLARATIONS
 
 Combine: TypeAlias = Callable[[Zero, Zero], Zero]  # folded over more operands
 
@@ -163,35 +164,9 @@ _COMBINE: dict[str, Combine] = {
 _IDEMPOTENT = (either, both, _first)
 
 
-# f(0) = 0
-KEEPS_ZERO = """
-    neg sign floor ceil round abs sqrt cbrt tanh sin tan asin atan sinh asinh atanh erf
-    erf_inv expm1 log1p square real imag conj reduce_precision stop_gradient
-    sharding_constraint layout_constraint reshard relayout name pvary
-    zeros_like with_memory_space_constraint reduced_vary_cast
-    reduced_vary_cast_p vary_unreduced_cast vary_unreduced_cast_p pcast population_count
-""".split()
-# f(0) != 0, or a comparison; atan2(0, -0) is pi
-LOSES_ZERO = """
-    exp exp2 logistic cos cosh acos erfc is_finite not clz eq ne lt le gt ge eq_to le_to
-    lt_to nextafter igamma igammac polygamma zeta bessel_i0e bessel_i1e
-    regularized_incomplete_beta atan2 one_minus_square
-    igamma_grad_a
-""".split()
-POLE_AT_ZERO = "log log2 rsqrt acosh lgamma digamma".split()
-SUMS = "add sub add_any or xor complex".split()
-PRODUCTS = "mul mulhi and".split()
-SHIFTS = "shift_left shift_right_logical shift_right_arithmetic".split()
-
-for _names, _zero in (
-    (KEEPS_ZERO, "first"),
-    (LOSES_ZERO, "never"),
-    (SUMS, "all"),
-    (PRODUCTS, "any"),
-    (SHIFTS, "first"),
-):
-    for _name in _names:
-        register_rule(_name, elementwise(_zero))
+for _name, _known in DECLARATIONS.items():
+    if _known.elementwise:
+        register_label(elementwise(_known.zero), _name)
 
 
 def doubt_poles(walk: Any, eqn: Any, value: Value) -> None:
@@ -279,20 +254,20 @@ def _convert(walk: Any, eqn: Any, value: Value) -> Value:
     return Value(value.shape, value.axes, value.is_zero)
 
 
-for _name in POLE_AT_ZERO:
-    register_rule(_name, _with_pole)
+for _name in "log log2 rsqrt acosh lgamma digamma".split():  # not finite at 0
+    register_label(_with_pole, _name)
 for _name in ("div", "rem"):
-    register_rule(_name, _divide)
-register_rule("integer_pow", _integer_pow)
-register_rule("pow", _pow)
-register_rule("polynomial", _polynomial)
-register_rule("select_n", _select_n)
-register_rule("clamp", _clamp)
-register_rule("max", _extreme)
-register_rule("min", _extreme)
-register_rule("bitcast_convert_type", _bitcast)
-register_rule("convert_element_type", _convert)
-register_rule("copy", _convert)
-register_rule("copy_p", _convert)
+    register_label(_divide, _name)
+register_label(_integer_pow, "integer_pow")
+register_label(_pow, "pow")
+register_label(_polynomial, "polynomial")
+register_label(_select_n, "select_n")
+register_label(_clamp, "clamp")
+register_label(_extreme, "max")
+register_label(_extreme, "min")
+register_label(_bitcast, "bitcast_convert_type")
+register_label(_convert, "convert_element_type")
+register_label(_convert, "copy")
+register_label(_convert, "copy_p")
 for _name in ("optimization_barrier", "device_put"):
-    register_rule(_name, lambda walk, eqn, *values: list(values))
+    register_label(lambda walk, eqn, *values: list(values), _name)

@@ -7,20 +7,25 @@ is a map of positions. An axis indexed by data cannot be cut.
 from typing import Any
 
 import numpy as np
-from jax.lax import GatherScatterMode
 
 from jaxprune.coupling._data import concrete
 from jaxprune.coupling._labels import Axis, Value, all_zero, take, with_zero
-from jaxprune.coupling._registry import rule
+from jaxprune.coupling._registry import register_label, rule
+from jaxprune.coupling.rules._factors import by_factors
 from jaxprune.coupling.rules._pieces import narrow_take
+from jaxprune.program.primitives._indexing import (
+    batch_axes,
+    offsets,
+    picked,
+    start_of,
+)
 
 # --- dynamic_slice, dynamic_update_slice ----------------------------------------------
 
 
 def _start(value: Value, n: int, size: int) -> int | None:
-    """The start of a window if it is a constant, clamped as the primitive does."""
-    start = concrete(value)
-    return None if start is None else int(np.clip(start, 0, n - size))
+    """The start of a window if it is a constant."""
+    return start_of(concrete(value), n, size)
 
 
 def _narrow_dynamic_slice(kept: Any, step: Any, x: Any, *operands: Any) -> Any:
@@ -41,23 +46,7 @@ def _narrow_dynamic_slice(kept: Any, step: Any, x: Any, *operands: Any) -> Any:
     return step.eqn.primitive.bind(x, *starts, slice_sizes=tuple(sizes))
 
 
-@rule("dynamic_slice", narrow=_narrow_dynamic_slice)
-def _dynamic_slice(walk: Any, eqn: Any, value: Value, *starts: Value) -> Value:
-    axes = []
-    sizes = eqn.params["slice_sizes"]
-    for axis, n, size, start in zip(
-        value.axes, value.shape, sizes, starts, strict=False
-    ):
-        first = _start(start, n, size)
-        if size == n or isinstance(axis, int):
-            axes.append(axis)
-        elif first is not None:
-            axes.append(take(axis, slice(first, first + size)))
-        else:
-            why = walk.ledger.reason("dynamic_slice", eqn)
-            walk.ledger.freeze(axis, why)
-            axes.append(why)
-    return Value(tuple(sizes), tuple(axes), value.is_zero)
+register_label(by_factors, "dynamic_slice", narrow=_narrow_dynamic_slice)
 
 
 def _narrow_update(kept: Any, step: Any, x: Any, update: Any, *operands: Any) -> Any:
@@ -101,46 +90,12 @@ def _updated(whole: Axis, part: Axis) -> Axis:
 # --- gather ---------------------------------------------------------------------------
 
 
-def _indices(value: Value, dims: int) -> np.ndarray | None:
-    """Constant indices ``[m, dims]`` if there are any, else None."""
-    array = concrete(value)
-    if array is None:
-        return None
-    return array.reshape(int(np.prod(array.shape[:-1])), dims)
-
-
-def _offsets(numbers: Any, ndim: int) -> list[int]:
-    """The operand dimensions that a gather takes as windows, in offset order."""
-    gone = (*numbers.collapsed_slice_dims, *numbers.operand_batching_dims)
-    return [d for d in range(ndim) if d not in gone]
-
-
-def _picked(eqn: Any, values: tuple[Value, ...]) -> tuple[int, np.ndarray] | None:
-    """(axis, positions) when a gather is ``take(x, constants, axis)``, else None."""
-    numbers = eqn.params["dimension_numbers"]
-    operand, index = values
-    if len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
-        return None
-    (d,) = numbers.start_index_map
-    found = _indices(index, 1)
-    batch = len(eqn.outvars[0].aval.shape) - len(numbers.offset_dims)
-    if d not in numbers.collapsed_slice_dims or found is None or batch != 1:
-        return None
-    positions = found[:, 0]
-    if eqn.params["mode"] == GatherScatterMode.CLIP:
-        positions = np.clip(positions, 0, operand.shape[d] - 1)
-    inside = (positions >= 0) & (positions < operand.shape[d])
-    return (d, positions) if inside.all() else None
-
-
 def _narrow_gather(kept: Any, step: Any, x: Any, index: Any) -> Any:
-    picked = _picked(step.eqn, step.ins)
+    take = picked(step.eqn, concrete(step.ins[1]))
     out = step.outs[0]
     before = step.ins[0]
-    if picked is not None and _touched(kept, before, out):
-        d, positions = picked
-        numbers = step.eqn.params["dimension_numbers"]
-        (batch,) = (k for k in range(len(out.shape)) if k not in numbers.offset_dims)
+    if take is not None and _touched(kept, before, out):
+        d, positions, batch = take
         alive = kept.positions(out.axes[batch])
         chosen = positions if alive is None else positions[alive]
         taken = narrow_take(kept, x, d, before.axes[d], chosen)
@@ -168,15 +123,16 @@ def _move_axis(x: Any, source: int, target: int) -> Any:
 def _gather(walk: Any, eqn: Any, operand: Value, index: Value) -> Value:
     ledger, numbers = walk.ledger, eqn.params["dimension_numbers"]
     shape = eqn.outvars[0].aval.shape
-    batch = [k for k in range(len(shape)) if k not in numbers.offset_dims]
+    batch = batch_axes(eqn)
     axes: list[Axis] = [0] * len(shape)
-    windows = _offsets(numbers, len(operand.shape))
+    windows = offsets(numbers, len(operand.shape))
     for k, d in zip(numbers.offset_dims, windows, strict=True):
         axes[k] = _window_axis(walk, eqn, operand, index, d)
-    picked = _picked(eqn, (operand, index))
+    table = concrete(index)
+    found = picked(eqn, table)
     for d in numbers.collapsed_slice_dims:
-        if picked is None:
-            known = concrete(index) is not None
+        if found is None:
+            known = table is not None
             why = ledger.reason(
                 "indexed_by_constants" if known else "indexed_by_data", eqn
             )
@@ -188,10 +144,10 @@ def _gather(walk: Any, eqn: Any, operand: Value, index: Value) -> Value:
     ):
         ledger.tie(operand.axes[d], index.axes[i])
     ledger.freeze(index.axes[-1], ledger.reason("index_vector", eqn))
-    if picked is not None:
-        d, positions = picked
-        ledger.tie(take(operand.axes[d], positions), axes[batch[0]])
-        axes[batch[0]] = take(operand.axes[d], positions)
+    if found is not None:
+        d, positions, k = found
+        ledger.tie(take(operand.axes[d], positions), axes[k])
+        axes[k] = take(operand.axes[d], positions)
     return Value(shape, tuple(axes), operand.is_zero)
 
 

@@ -16,11 +16,12 @@ from jaxprune.coupling._labels import (
     Value,
     both,
     concatenate,
-    take,
     with_zero,
 )
-from jaxprune.coupling._registry import rule
+from jaxprune.coupling._registry import register_label, rule
 from jaxprune.coupling.rules._elementwise import join_axes
+from jaxprune.coupling.rules._factors import by_factors
+from jaxprune.program.primitives._moves import pad_map, spans
 
 
 @rule("concatenate")
@@ -34,31 +35,12 @@ def _concatenate(walk: Any, eqn: Any, *values: Value) -> Value:
     return Value(shape, axes, all(v.is_zero for v in values))
 
 
-def ranges(sizes: Any) -> list[slice]:
-    """The parts of a split as slices."""
-    ends = np.cumsum([int(n) for n in sizes])
-    return [slice(int(e) - int(n), int(e)) for e, n in zip(ends, sizes, strict=True)]
-
-
 def _resize_split(kept: Any, step: Any) -> dict[str, Any]:
     d = step.eqn.params["axis"]
     return {"sizes": tuple([kept.shape(out)[d] for out in step.outs])}
 
 
-@rule("split", resize=_resize_split)
-def _split(walk: Any, eqn: Any, value: Value) -> list[Value]:
-    d = eqn.params["axis"]
-    return [
-        _moved(value, d, take(value.axes[d], span), span.stop - span.start)
-        for span in ranges(eqn.params["sizes"])
-    ]
-
-
-def _moved(value: Value, d: int, axis: Axis, n: int) -> Value:
-    """`value` with another axis `d`."""
-    shape = (*value.shape[:d], n, *value.shape[d + 1 :])
-    axes = (*value.axes[:d], axis, *value.axes[d + 1 :])
-    return Value(shape, axes, value.is_zero)
+register_label(by_factors, "split", resize=_resize_split)
 
 
 def narrow_take(kept: Any, x: Any, d: int, before: Axis, chosen: np.ndarray) -> Any:
@@ -72,14 +54,6 @@ def narrow_take(kept: Any, x: Any, d: int, before: Axis, chosen: np.ndarray) -> 
     return kept.take(x, where, d)
 
 
-def spans(eqn: Any) -> list[slice]:
-    """The slice of every axis that a slice equation takes."""
-    p = eqn.params
-    steps = p["strides"] or (1,) * len(p["start_indices"])
-    spans = zip(p["start_indices"], p["limit_indices"], steps, strict=True)
-    return [slice(a, b, s) for a, b, s in spans]
-
-
 def _narrow_slice(kept: Any, step: Any, x: Any) -> Any:
     before, after = step.ins[0], step.outs[0]
     for d, span in enumerate(spans(step.eqn)):
@@ -91,33 +65,7 @@ def _narrow_slice(kept: Any, step: Any, x: Any) -> Any:
     return x
 
 
-@rule("slice", narrow=_narrow_slice)
-def _slice(walk: Any, eqn: Any, value: Value) -> Value:
-    axes = tuple(
-        axis if span == slice(0, n, 1) else take(axis, span)
-        for axis, n, span in zip(value.axes, value.shape, spans(eqn), strict=True)
-    )
-    return Value(eqn.outvars[0].aval.shape, axes, value.is_zero)
-
-
-@rule("rev")
-def _rev(walk: Any, eqn: Any, value: Value) -> Value:
-    back = slice(None, None, -1)
-    axes = tuple(
-        take(axis, back) if d in eqn.params["dimensions"] else axis
-        for d, axis in enumerate(value.axes)
-    )
-    return Value(value.shape, axes, value.is_zero)
-
-
-def pad_map(n: int, low: int, high: int, interior: int) -> np.ndarray:
-    """For every output position, its input position or -1 where padding stands."""
-    size = low + high + n + max(n - 1, 0) * interior
-    source = np.full(size, -1)
-    target = low + np.arange(n) * (interior + 1)
-    inside = (target >= 0) & (target < size)
-    source[target[inside]] = np.arange(n)[inside]
-    return source
+register_label(by_factors, "slice", narrow=_narrow_slice)
 
 
 def _narrow_pad(kept: Any, step: Any, x: Any, fill: Any) -> Any:
@@ -179,15 +127,6 @@ def _padded(
     return tuple(columns)
 
 
-@rule("tile")
-def _tile(walk: Any, eqn: Any, value: Value) -> Value:
-    axes = tuple(
-        axis if r == 1 else take(axis, np.tile(np.arange(n), r))
-        for axis, n, r in zip(value.axes, value.shape, eqn.params["reps"], strict=True)
-    )
-    return Value(eqn.outvars[0].aval.shape, axes, value.is_zero)
-
-
 @rule("stack")
 def _stack(walk: Any, eqn: Any, *values: Value) -> Value:
     d, shape = eqn.params["axis"], values[0].shape
@@ -196,12 +135,3 @@ def _stack(walk: Any, eqn: Any, *values: Value) -> Value:
     axes.insert(d, why)
     zero = all(value.is_zero for value in values)
     return Value(eqn.outvars[0].aval.shape, tuple(axes), zero)
-
-
-@rule("unstack")
-def _unstack(walk: Any, eqn: Any, value: Value) -> list[Value]:
-    d = eqn.params["axis"]
-    walk.ledger.freeze(value.axes[d], walk.ledger.reason("unstacked", eqn))
-    shape = (*value.shape[:d], *value.shape[d + 1 :])
-    axes = (*value.axes[:d], *value.axes[d + 1 :])
-    return [Value(shape, axes, value.is_zero) for _ in eqn.outvars]

@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from jaxprune.coupling._labels import Value, both, with_zero
+from jaxprune.coupling._labels import Value, with_zero
 from jaxprune.coupling._registry import rule
-from jaxprune.coupling.rules._elementwise import join_axes
 
 
 def _drop(value: Value, gone: Any) -> tuple[tuple[int, ...], tuple]:
@@ -39,30 +38,6 @@ def reduced(
     return Value(*_drop(value, axes), value.is_zero)
 
 
-@rule("reduce_sum")
-def _reduce_sum(walk: Any, eqn: Any, value: Value) -> Value:
-    return reduced(walk, eqn, value, eqn.params["axes"], "sum", keeps_zero=True)
-
-
-@rule(
-    "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "reduce_xor"
-)
-def _reduce(walk: Any, eqn: Any, value: Value) -> Value:
-    verb = {"max": "a maximum", "min": "a minimum", "prod": "a product"}
-    name = verb.get(eqn.primitive.name.removeprefix("reduce_"), "a reduction")
-    axes = eqn.params["axes"]
-    return reduced(walk, eqn, value, axes, "reduction", keeps_zero=False, name=name)
-
-
-@rule("argmax", "argmin")
-def _arg(walk: Any, eqn: Any, value: Value) -> Value:
-    for d in eqn.params["axes"]:
-        why = walk.ledger.reason("argument", eqn)
-        walk.ledger.freeze(value.axes[d], why)
-    shape, axes = _drop(value, eqn.params["axes"])
-    return Value(shape, tuple(with_zero(axis, False) for axis in axes))
-
-
 @rule("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
 def _cumulative(walk: Any, eqn: Any, value: Value) -> Value:
     d = eqn.params["axis"]
@@ -80,34 +55,6 @@ def _cumulative(walk: Any, eqn: Any, value: Value) -> Value:
         for k, a in enumerate(value.axes)
     )
     return Value(value.shape, axes, value.is_zero and keeps)
-
-
-@rule("reduce_window_max", "reduce_window_min", "reduce_window_sum")
-def _window(walk: Any, eqn: Any, value: Value) -> Value:
-    p = eqn.params
-    axes = list(value.axes)
-    for d, size in enumerate(p["window_dimensions"]):
-        plain = size == 1 and p["window_strides"][d] == 1
-        plain = plain and tuple(p["padding"][d]) == (0, 0)
-        plain = plain and p["base_dilation"][d] == 1
-        if not plain:
-            why = walk.ledger.reason("pooling", eqn)
-            walk.ledger.freeze(axes[d], why)
-            axes[d] = why
-    return Value(eqn.outvars[0].aval.shape, tuple(axes))
-
-
-@rule("sort")
-def _sort(walk: Any, eqn: Any, *values: Value) -> list[Value]:
-    d = eqn.params["dimension"]
-    why = walk.ledger.reason("sorted", eqn)
-    for value in values:
-        walk.ledger.freeze(value.axes[d], why)
-    axes = tuple(
-        why if k == d else join_axes(walk, eqn, values, k, n, both)
-        for k, n in enumerate(values[0].shape)
-    )
-    return [Value(value.shape, axes) for value in values]
 
 
 @rule("top_k")

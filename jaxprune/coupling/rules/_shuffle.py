@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 from jax.extend.core import Literal
 
-from jaxprune.coupling._labels import Value, take
-from jaxprune.coupling._registry import rule
+from jaxprune.coupling._registry import register_label
+from jaxprune.coupling.rules._factors import by_factors
 from jaxprune.coupling.rules._pieces import narrow_take
+from jaxprune.program.primitives._moves import moved_order
 
 
 class _Permute:
@@ -144,15 +145,4 @@ def _narrow_permute(kept: Any, step: Any, x: Any) -> Any:
     return narrow_take(kept, x, d, before, chosen)
 
 
-def moved_order(params: dict[str, Any]) -> np.ndarray:
-    """For every position of the result, the position it comes from."""
-    places = np.arange(math.prod(params["sizes"])).reshape(params["sizes"])
-    return places.transpose(params["order"]).ravel()
-
-
-@rule("permute", narrow=_narrow_permute)
-def _permute(walk: Any, eqn: Any, value: Value) -> Value:
-    d = eqn.params["axis"]
-    axes = list(value.axes)
-    axes[d] = take(axes[d], moved_order(eqn.params))
-    return Value(value.shape, tuple(axes), value.is_zero)
+register_label(by_factors, "permute", narrow=_narrow_permute)

@@ -13,6 +13,8 @@ from jaxprune.program.primitives._declaration import Declaration as Declaration
 from jaxprune.program.primitives._declaration import declaration as declaration
 from jaxprune.program.primitives._declaration import declare as declare
 from jaxprune.program.primitives._declaration import signature as signature
+from jaxprune.program.primitives._elementwise import elementwise as elementwise
+from jaxprune.program.primitives._signature import Builder as Builder
 from jaxprune.program.primitives._signature import Signature as Signature
 
 # Importing them fills the table.

@@ -14,7 +14,7 @@ from jaxprune.program.primitives._signature import (
 )
 
 
-@declare("dot_general", combine="multiply", reduce="sum")
+@declare("dot_general", combine="multiply", reduce="sum", zero="any")
 def _dot_general(eqn: Any, constant: Constants) -> Signature:
     return _products(eqn, eqn.params["dimension_numbers"])
 
@@ -43,7 +43,14 @@ def _products(eqn: Any, numbers: Any, whole: tuple[int, ...] = ()) -> Signature:
     return Signature(tuple(build.sizes), tuple(ins), (tuple(out),))
 
 
-@declare("ragged_dot_general", combine="multiply", reduce="sum")
+@declare(
+    "ragged_dot_general",
+    combine="multiply",
+    reduce="sum",
+    zero="any",
+    pinned="ragged",
+    made="ragged",
+)
 def _ragged_dot(eqn: Any, constant: Constants) -> Signature:
     """Rows in groups of unequal sizes, a matrix for each: experts without padding.
 
@@ -58,10 +65,23 @@ def _ragged_dot(eqn: Any, constant: Constants) -> Signature:
     [out] = found.outs
     out = ((),) * (len(shape_of(eqn.outvars[0])) - len(out)) + out
     deciding = frozenset(range(2, len(eqn.invars)))
-    return found._replace(ins=found.ins + sizes, outs=(out,), deciding=deciding)
+    rows = [found.ins[0][d] for d in numbers.lhs_ragged_dimensions]
+    return found._replace(
+        ins=found.ins + sizes,
+        outs=(out,),
+        deciding=deciding,
+        fixed=frozenset().union(*rows),
+    )
 
 
-@declare("conv_general_dilated", combine="multiply", reduce="sum")
+@declare(
+    "conv_general_dilated",
+    combine="multiply",
+    reduce="sum",
+    zero="any",
+    pinned="window",
+    made="space",
+)
 def _convolution(eqn: Any, constant: Constants) -> Signature:
     """Channels in groups; a window that slides over space.
 
@@ -83,6 +103,7 @@ def _convolution(eqn: Any, constant: Constants) -> Signature:
     ins[1][made] = (*shared, build.new(rhs[made] // (groups * batches)))
     for d in window:
         ins[1][d] = (build.new(rhs[d]),)
+    fixed = frozenset().union(*(ins[1][d] for d in window))
     out: list[Factors] = [()] * len(lhs)
     out[numbers.out_spec[0]] = rows
     out[numbers.out_spec[1]] = ins[1][made]
@@ -91,5 +112,9 @@ def _convolution(eqn: Any, constant: Constants) -> Signature:
     slides = slides or [(-1, d) for d in numbers.out_spec[2:]]
     axes = [tuple([side[d] for d in range(len(side))]) for side in ins]
     return Signature(
-        tuple(build.sizes), tuple(axes), (tuple(out),), slides=tuple(slides)
+        tuple(build.sizes),
+        tuple(axes),
+        (tuple(out),),
+        fixed=fixed,
+        slides=tuple(slides),
     )

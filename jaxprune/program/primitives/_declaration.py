@@ -27,8 +27,8 @@ Combine: TypeAlias = Literal["add", "multiply", "divide", "apply", "draw"]
 #   idempotent  f(x, x) = x, as for a maximum
 #   count       anything else that sees how many there are
 Reduce: TypeAlias = Literal["sum", "idempotent", "count"]
-# When an elementwise result is 0: if any operand is, all are, the first is, the first
-# is and the second is not, or never.
+# When a result is 0: if any operand is, all are, the first is, the first is and the
+# second is not, or never (as far as is known).
 Zero: TypeAlias = Literal["any", "all", "first", "quotient", "never"]
 
 
@@ -42,16 +42,23 @@ class Declaration:
             is the same in every call, else None.
         combine: how operands make a result; or ``eqn -> Combine``.
         reduce: how entries along a contracted factor become one.
-        zero: of an elementwise primitive, when the result is 0; None for others.
+        zero: when a result is 0 at a position, given the operands there.
+        elementwise: does every position of the results depend on that position alone?
         moves: every entry of the results is an entry of the operands as it is (or
             padding): nothing is computed.
+        pinned: why operand axes without a factor, or with a fixed one, keep their size:
+            a kind of reason (`jaxprune.coupling._reasons.TEXTS`).
+        made: why such axes of results do, likewise.
     """
 
     signature: Callable[[Any, Constants], Signature | None]
     combine: Combine | Callable[[Any], Combine] = "apply"
     reduce: Reduce = "count"
-    zero: Zero | None = None
+    zero: Zero = "never"
+    elementwise: bool = False
     moves: bool = False
+    pinned: str = "mixed"
+    made: str = "mixed"
 
     def combines(self, eqn: Any) -> Combine:
         """How the operands of this equation make a result."""

@@ -29,7 +29,17 @@ def start_of(start: np.ndarray | None, n: int, size: int) -> int | None:
     return None if start is None else int(np.clip(start, 0, n - size))
 
 
-@declare("dynamic_slice", combine="add", moves=True)
+_STARTS = "dynamic_slice"
+
+
+@declare(
+    "dynamic_slice",
+    combine="add",
+    zero="all",
+    moves=True,
+    pinned=_STARTS,
+    made=_STARTS,
+)
 def _dynamic_slice(eqn: Any, constant: Constants) -> Signature:
     ins, [out] = shapes_of(eqn)
     axes: list[Factors] = [(d,) for d in range(len(out))]

@@ -17,7 +17,7 @@ from jaxprune.program.primitives._signature import (
 )
 
 
-@declare("broadcast_in_dim", combine="add", moves=True)
+@declare("broadcast_in_dim", combine="add", zero="all", moves=True, pinned="broadcast")
 def _broadcast(eqn: Any, constant: Constants) -> Signature:
     shape, out = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
     dims = eqn.params["broadcast_dimensions"]
@@ -35,7 +35,7 @@ def _one(eqn: Any, sizes: Any, axes: Any, out: Any, **more: Any) -> Signature:
     )
 
 
-@declare("reshape", combine="add", moves=True)
+@declare("reshape", combine="add", zero="all", moves=True)
 def _reshape(eqn: Any, constant: Constants) -> Signature | None:
     if eqn.params.get("dimensions") is not None:
         return None
@@ -50,14 +50,14 @@ def _reshape(eqn: Any, constant: Constants) -> Signature | None:
     return _one(eqn, sizes, axes, out)
 
 
-@declare("squeeze", combine="add", moves=True)
+@declare("squeeze", combine="add", zero="all", moves=True, pinned="dropped")
 def _squeeze(eqn: Any, constant: Constants) -> Signature:
     shape, gone = shape_of(eqn.invars[0]), eqn.params["dimensions"]
     axes = [() if d in gone else (d,) for d in range(len(shape))]
     return _one(eqn, shape, axes, [f for d, f in enumerate(axes) if d not in gone])
 
 
-@declare("transpose", combine="add", moves=True)
+@declare("transpose", combine="add", zero="all", moves=True)
 def _transpose(eqn: Any, constant: Constants) -> Signature:
     shape = shape_of(eqn.invars[0])
     axes = [(d,) for d in range(len(shape))]
@@ -83,26 +83,26 @@ def spans(eqn: Any) -> list[slice]:
     return [slice(a, b, s) for a, b, s in spans]
 
 
-@declare("slice", combine="add", moves=True)
+@declare("slice", combine="add", zero="all", moves=True)
 def _slice(eqn: Any, constant: Constants) -> Signature:
     pairs = enumerate(zip(shape_of(eqn.invars[0]), spans(eqn), strict=True))
     cut = {d: np.arange(n)[s] for d, (n, s) in pairs if s != slice(0, n, 1)}
     return _moved(eqn, cut)
 
 
-@declare("rev", combine="add", moves=True)
+@declare("rev", combine="add", zero="all", moves=True)
 def _rev(eqn: Any, constant: Constants) -> Signature:
     shape = shape_of(eqn.invars[0])
     return _moved(eqn, {d: np.arange(shape[d])[::-1] for d in eqn.params["dimensions"]})
 
 
-@declare("tile", combine="add", moves=True)
+@declare("tile", combine="add", zero="all", moves=True)
 def _tile(eqn: Any, constant: Constants) -> Signature:
     pairs = enumerate(zip(shape_of(eqn.invars[0]), eqn.params["reps"], strict=True))
     return _moved(eqn, {d: np.tile(np.arange(n), r) for d, (n, r) in pairs if r != 1})
 
 
-@declare("permute", combine="add", moves=True)
+@declare("permute", combine="add", zero="all", moves=True)
 def _permute(eqn: Any, constant: Constants) -> Signature:
     return _moved(eqn, {eqn.params["axis"]: moved_order(eqn.params)})
 
@@ -113,7 +113,7 @@ def moved_order(params: Any) -> np.ndarray:
     return places.transpose(params["order"]).ravel()
 
 
-@declare("pad", combine="add", moves=True)
+@declare("pad", combine="add", zero="all", moves=True)
 def _pad(eqn: Any, constant: Constants) -> Signature:
     """The first operand, and around it the second, which is one number."""
     shape, config = shape_of(eqn.invars[0]), eqn.params["padding_config"]
@@ -138,7 +138,7 @@ def ranges(sizes: Any) -> list[slice]:
     return [slice(int(e) - int(n), int(e)) for e, n in zip(ends, sizes, strict=True)]
 
 
-@declare("split", combine="add", moves=True)
+@declare("split", combine="add", zero="all", moves=True)
 def _split(eqn: Any, constant: Constants) -> Signature:
     d, found = eqn.params["axis"], _moved(eqn, {})
     line = np.arange(found.sizes[d])
@@ -146,19 +146,19 @@ def _split(eqn: Any, constant: Constants) -> Signature:
     return found._replace(taken={(k, d): line[span] for k, span in parts})
 
 
-@declare("unstack", combine="add", moves=True)
+@declare("unstack", combine="add", zero="all", moves=True, pinned="unstacked")
 def _unstack(eqn: Any, constant: Constants) -> Signature:
     shape, gone = shape_of(eqn.invars[0]), eqn.params["axis"]
     axes = [(d,) for d in range(len(shape))]
     out = [f for d, f in enumerate(axes) if d != gone]
     taken = {(k, gone): np.array([k]) for k in range(len(eqn.outvars))}
-    return _one(eqn, shape, axes, out, taken=taken)
+    return _one(eqn, shape, axes, out, taken=taken, fixed=frozenset([gone]))
 
 
 # --- several operands side by side ----------------------------------------------------
 
 
-@declare("concatenate", combine="add", moves=True)
+@declare("concatenate", combine="add", zero="all", moves=True)
 def _concatenate(eqn: Any, constant: Constants) -> Signature:
     ins, [out] = shapes_of(eqn)
     d, index = eqn.params["dimension"], tuple([(k,) for k in range(len(out))])
@@ -167,7 +167,7 @@ def _concatenate(eqn: Any, constant: Constants) -> Signature:
     return Signature(out, (index,) * len(ins), (index,), at=at)
 
 
-@declare("stack", combine="add", moves=True)
+@declare("stack", combine="add", zero="all", moves=True)
 def _stack(eqn: Any, constant: Constants) -> Signature:
     ins, [out] = shapes_of(eqn)
     new, index = eqn.params["axis"], tuple([(k,) for k in range(len(out))])

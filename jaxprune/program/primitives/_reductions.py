@@ -13,15 +13,25 @@ from jaxprune.program.primitives._signature import (
 )
 
 
-@declare("reduce_sum", combine="add", reduce="sum")
-@declare("reduce_max", "reduce_min", "reduce_and", "reduce_or", reduce="idempotent")
-@declare("argmax", "argmin", reduce="idempotent")
-@declare("reduce_prod", "reduce_xor")
+@declare("reduce_sum", combine="add", reduce="sum", zero="all")
+@declare("reduce_max", "reduce_min", reduce="idempotent", zero="all")
+@declare("reduce_and", "reduce_or", reduce="idempotent", zero="all")
+@declare("reduce_prod", "reduce_xor", zero="all")
 def _reduction(eqn: Any, constant: Constants) -> Signature:
     shape, gone = shape_of(eqn.invars[0]), eqn.params["axes"]
     axes = [(d,) for d in range(len(shape))]
     out = [factors for d, factors in enumerate(axes) if d not in gone]
     return Signature(shape, (tuple(axes),), (tuple(out),))
+
+
+@declare(
+    "argmax",
+    "argmin",
+    reduce="idempotent",
+    pinned="argument",
+)
+def _arg(eqn: Any, constant: Constants) -> Signature:
+    return _reduction(eqn, constant)._replace(fixed=frozenset(eqn.params["axes"]))
 
 
 @declare("cumsum", combine="add", reduce="sum")
@@ -30,8 +40,13 @@ def _cumulative(eqn: Any, constant: Constants) -> Signature:
     return along(eqn, ())._replace(mixed=frozenset([eqn.params["axis"]]))
 
 
-@declare("reduce_window_sum", combine="add")
-@declare("reduce_window_max", "reduce_window_min")
+_SLIDES = "pooling"
+
+
+@declare("reduce_window_sum", combine="add", zero="all", pinned=_SLIDES, made=_SLIDES)
+@declare(
+    "reduce_window_max", "reduce_window_min", zero="all", pinned=_SLIDES, made=_SLIDES
+)
 def _window(eqn: Any, constant: Constants) -> Signature:
     p = eqn.params
     return along(eqn, [d for d in range(len(p["padding"])) if not _is_plain(p, d)])
@@ -43,7 +58,7 @@ def _is_plain(p: Any, d: int) -> bool:
     return all(p[name][d] == 1 for name in ones) and tuple(p["padding"][d]) == (0, 0)
 
 
-@declare("sort")
+@declare("sort", zero="all", pinned="sorted", made="sorted")
 def _sort(eqn: Any, constant: Constants) -> Signature:
     return along(eqn, [eqn.params["dimension"]])
 
@@ -54,7 +69,13 @@ def _top_k(eqn: Any, constant: Constants) -> Signature:
     return found._replace(deciding=frozenset(range(1, len(eqn.invars))))
 
 
-@declare("fft", combine="add")
+@declare(
+    "fft",
+    combine="add",
+    zero="all",
+    pinned="fourier",
+    made="fourier",
+)
 def _fft(eqn: Any, constant: Constants) -> Signature:
     """Mixes the positions of its last axes; the axes before them are a batch."""
     rank = len(shape_of(eqn.invars[0]))

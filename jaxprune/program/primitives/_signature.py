@@ -38,6 +38,7 @@ class Signature(NamedTuple):
         deciding: operands that say where something goes (indices, predicates, keys),
             not what.
         feeds: for every result the operands it is computed from; None: from all.
+        fixed: factors that keep their size: the primitive sees which position is which.
         slides: (operand, axis) or, as operand -1, axes of the first result: for each
             position of them a convolution runs over its whole window.
     """
@@ -50,21 +51,19 @@ class Signature(NamedTuple):
     taken: Positions = MappingProxyType({})
     deciding: frozenset[int] = frozenset()
     feeds: tuple[Sequence[int], ...] | None = None
+    fixed: frozenset[int] = frozenset()
     slides: tuple[tuple[int, int], ...] = ()
 
     @property
     def contracted(self) -> frozenset[int]:
         """The factors that are on operands and on no result: reduced over."""
-        kept = {f for axes in self.outs for factors in axes for f in factors}
-        kept |= {f for _, f in self.taken}
-        there = {
-            f
-            for k, axes in enumerate(self.ins)
-            for factors in axes
-            for f in factors
-            if k not in self.deciding
-        }
-        return frozenset(there - kept)
+        gone: set[int] = set()
+        for k, axes in enumerate(self.ins):
+            if k not in self.deciding:
+                gone.update(*axes)
+        for axes in self.outs:
+            gone.difference_update(*axes)
+        return frozenset(gone.difference([f for _, f in self.taken]))
 
     def contracted_axes(self, operand: int) -> tuple[int, ...]:
         """The axes of an operand that the equation reduces over, wholly or in part."""

@@ -215,7 +215,7 @@ def _(p, x):
     {},
     {"a": (6, 6), "w": (6, 3)},
     normal(6),
-    refused={"a:0": "has no rule", "a:1": "has no rule", "w:0": "has no rule"},
+    refused={"a:0": "a factorization", "a:1": "a factorization", "w:0": "a fact"},
     subject_refused=True,
 )
 def _(p, x):
