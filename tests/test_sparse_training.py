@@ -88,7 +88,7 @@ def held(params):
     )
 
 
-TWO_OF_FOUR = functools.partial(select.n_of_m, n=2, m=4)
+TWO_OF_FOUR = functools.partial(select.n_of_m, n=2, m=4, axis=-2)
 BLOCKS = functools.partial(select.blocks, shape=(2, 2))
 RAMP = cubic(0.75, start=0, end=4)
 METHODS = {

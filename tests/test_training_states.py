@@ -64,7 +64,7 @@ def before(link):
     return lambda tx: optax.chain(link, tx)
 
 
-TWO_OF_FOUR = functools.partial(select.n_of_m, n=2, m=4)
+TWO_OF_FOUR = functools.partial(select.n_of_m, n=2, m=4, axis=-2)
 BLOCKS = functools.partial(select.blocks, shape=(2, 2))
 RAMP = cubic(0.75, start=0, end=4)
 METHODS = {

@@ -54,9 +54,10 @@ def sharded_lamp(leaf: jax.Array) -> jax.Array:
 
 def ranked_in_turns(place: Any) -> Any:
     """The compiled function of a leaf that is sharded so."""
-    names: list[str] = []
+    used: list[str] = []
     for entry in place.spec:
-        names += [] if entry is None else [entry] if isinstance(entry, str) else entry
+        used += [] if entry is None else [entry] if isinstance(entry, str) else entry
+    names = [name for name in place.mesh.axis_names if name in used]  # as JAX wants
     turns = math.prod(place.mesh.shape[name] for name in names)
     ranked = functools.partial(_in_turns, tuple(names), turns)
     mapped = jax.shard_map(

@@ -70,7 +70,7 @@ def straight_through(
     Example:
         >>> import functools, optax
         >>> from jaxprune import select
-        >>> two_of_four = functools.partial(select.n_of_m, n=2, m=4)
+        >>> two_of_four = functools.partial(select.n_of_m, n=2, m=4, axis=-2)
         >>> tx = straight_through(optax.sgd(0.1), selection=two_of_four)
 
     References:
