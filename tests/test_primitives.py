@@ -211,6 +211,9 @@ UNTRIED = set(
     """
     add_any eq_to le_to lt_to name sharding_constraint pvary pcast copy_p tile stack
     unstack permute iota random_bits random_gamma rng_uniform random_seed random_split
+    zeros_like layout_constraint reshard relayout with_memory_space_constraint
+    reduced_vary_cast reduced_vary_cast_p vary_unreduced_cast vary_unreduced_cast_p
+    log2 mulhi one_minus_square igamma_grad_a polynomial
     schur hessenberg geqrf geqp3 ormqr symmetric_product
     random_fold_in random_wrap random_unwrap random_clone threefry2x32 rng_bit_generator
     """.split()
