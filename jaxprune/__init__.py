@@ -35,7 +35,15 @@ from jaxprune.costing import (
 )
 from jaxprune.coupling import register_rule, trace
 from jaxprune.narrowing import narrow
-from jaxprune.recipes import Pruned, Sensitivity, plans, prune, sensitivity
+from jaxprune.recipes import (
+    Pruned,
+    Rounds,
+    Sensitivity,
+    plans,
+    prune,
+    rounds,
+    sensitivity,
+)
 from jaxprune.scores import group_scores
 from jaxprune.select import clusters
 from jaxprune.statistics import recalibrate, taps
@@ -85,6 +93,7 @@ __all__ = [
     "Merged",
     "Pinned",
     "Pruned",
+    "Rounds",
     "Sensitivity",
     "__version__",
     "apply_masks",
@@ -113,6 +122,7 @@ __all__ = [
     "prune",
     "recalibrate",
     "register_rule",
+    "rounds",
     "schedules",
     "scores",
     "select",
