@@ -88,7 +88,9 @@ def equinox_module(
         got = jax.jit(lambda v: small_fn(v, *args, **kwargs))(drawn)
     except Exception as error:  # whatever the module raises at other shapes
         text = (str(error).splitlines() or [""])[0]
-        raise ValueError(_refusal(f"it raises {type(error).__name__}: {text}")) from error
+        raise ValueError(
+            _refusal(f"it raises {type(error).__name__}: {text}")
+        ) from error
     gap, allowed = difference(got, expected)
     if not gap <= allowed:
         cause = f"it differs from narrow by {gap:.1e}, allowed {allowed:.1e}"
@@ -107,9 +109,7 @@ class PrunedModule(Pruned):
     model: Any = None
 
 
-def prune(
-    model: Any, *args: Any, batched: bool = True, **options: Any
-) -> PrunedModule:
+def prune(model: Any, *args: Any, batched: bool = True, **options: Any) -> PrunedModule:
     """Cuts the least important units of an Equinox module.
 
     Args:
@@ -264,7 +264,6 @@ def _refusal(cause: str) -> str:
     return (
         f"this cut has no module of the same classes: {cause}. Likely cause: a layer "
         "computes with its own size (a norm, a reshape, a width in the code); use the "
-        "narrowed function, jaxprune.prune(*equinox_apply(model), ...), or pin the layer"
+        "narrowed function, jaxprune.prune(*equinox_apply(model), ...), or pin that "
+        "layer"
     )
-
-

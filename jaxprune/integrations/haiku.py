@@ -50,11 +50,11 @@ def haiku_apply(
     ) -> Any:
         held = [variables["params"]]
         held += [variables["state"]] if "state" in variables else []
-        out = apply(*held, *([rng] if takes_rng else []), *args, **kwargs)
+        out: Any = apply(*held, *([rng] if takes_rng else []), *args, **kwargs)
         if "state" not in variables:
             return out
-        out, new = out
-        return out if mutable is None else (out, {"state": new})
+        value, new = out
+        return value if mutable is None else (value, {"state": new})
 
     return apply_fn, variables
 

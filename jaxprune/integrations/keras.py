@@ -1,5 +1,6 @@
-"""Keras 3 models on JAX: their variables as a tree, `stateless_call` as the function."""
+"""Keras 3 models on JAX: variables as a tree, `stateless_call` as the function."""
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,7 +26,7 @@ def keras_apply(
         ValueError: if the backend is not JAX or the model is not built.
         TypeError: if it is no Keras model.
     """
-    import keras  # pyright: ignore[reportMissingImports]
+    keras: Any = importlib.import_module("keras")
 
     if keras.backend.backend() != "jax":
         raise ValueError(

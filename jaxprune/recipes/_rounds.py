@@ -98,8 +98,9 @@ class Rounds:
         Raises:
             ValueError: if the rounds were not evaluated.
         """
-        metrics = [entry.metric for entry in self.history]
-        if any(metric is None for metric in metrics):
+        found = [entry.metric for entry in self.history]
+        metrics = [metric for metric in found if metric is not None]
+        if len(metrics) < len(found):
             raise ValueError("the rounds have no metric; give rounds(evaluate=...)")
         reference = metrics[0] if among is None else among(metrics)
         return max(k for k, m in enumerate(metrics) if m >= reference - drop)
@@ -283,11 +284,11 @@ def _run(plan: _Plan, files: Files, start: State, shown: bool | None) -> Progres
 def _train(plan: _Plan, now: Progress, step: Any) -> Progress:
     """Some steps, at most to where something is to be kept."""
     stops = [now.done + plan.save_every, plan.steps[now.round]]
-    keeping = plan.rewind is not None and now.round == 0 and now.rewound is None
-    if keeping and plan.rewind == now.done:
-        now = dataclasses.replace(now, rewound=now.state)
-    elif keeping and plan.rewind > now.done:
-        stops.append(plan.rewind)
+    if plan.rewind is not None and now.round == 0 and now.rewound is None:
+        if plan.rewind == now.done:
+            now = dataclasses.replace(now, rewound=now.state)
+        elif plan.rewind > now.done:
+            stops.append(plan.rewind)
     state = now.state
     first = int(state.step)
     count = min(stops) - now.done
