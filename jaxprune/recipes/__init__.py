@@ -3,6 +3,7 @@
 from jaxprune.recipes import plans as plans
 from jaxprune.recipes._prune import prune as prune
 from jaxprune.recipes._pruned import Pruned as Pruned
+from jaxprune.recipes._pruned import load as load
 from jaxprune.recipes._rounds import Round as Round
 from jaxprune.recipes._rounds import Rounds as Rounds
 from jaxprune.recipes._rounds import rounds as rounds
