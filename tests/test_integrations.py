@@ -120,7 +120,7 @@ def test_what_no_equinox_module_can_compute_is_refused():
         for_equinox.prune(gate, X[0, 0], sparsity=0.5)
 
 
-def test_a_haiku_net_nobody_wrote_here():
+def a_haiku_net_nobody_wrote_here_case():
     def forward(x, is_training=False):
         net = hk.nets.ResNet([1, 1, 1, 1], 5, resnet_v2=False, bottleneck=False,
                              channels_per_group=[4, 8, 8, 8])  # fmt: skip
@@ -130,7 +130,9 @@ def test_a_haiku_net_nobody_wrote_here():
     x = jnp.ones((2, 16, 16, 3))
     params, state = net.init(jax.random.key(0), x, True)
     apply_fn, variables = for_haiku.haiku_apply(net, params, state)
-    pruned = jaxprune.prune(apply_fn, variables, x, budget=0.5)
+    # Traced in training: only there is all of the state read.
+    training = {"is_training": True, "mutable": ["state"]}
+    pruned = jaxprune.prune(apply_fn, variables, x, kwargs=training, budget=0.5)
     assert pruned.costs.flops <= 0.5 * pruned.costs_before.flops
     masked = apply_fn(jaxprune.apply_masks(variables, pruned.masks), x)
     np.testing.assert_allclose(pruned(x), masked, rtol=1e-4, atol=1e-5)
@@ -141,6 +143,11 @@ def test_a_haiku_net_nobody_wrote_here():
     ]
     with pytest.raises(TypeError, match="expected what hk.transform returns"):
         for_haiku.haiku_apply(forward, params)
+
+
+def test_a_haiku_net_nobody_wrote_here():
+    with jax.numpy_dtype_promotion("standard"):  # Haiku mixes dtypes
+        a_haiku_net_nobody_wrote_here_case()
 
 
 def test_keras(monkeypatch):

@@ -152,6 +152,14 @@ def _own(command: str, words: list[str]) -> None:
         )
 
 
+def _named(name: str) -> Callable[[], None]:
+    def command() -> None:
+        """Of experiments."""
+
+    command.__name__ = name
+    return command
+
+
 def _completion(words: list[str]) -> None:
     """Prints what a shell sources to complete commands and options."""
     import tyro
@@ -160,11 +168,11 @@ def _completion(words: list[str]) -> None:
 
     shell = known("shell", words[0] if words else "", ["bash", "zsh"])
     commands = {"inspect": own.Inspect, "prune": own.Prune, "export": own.Export}
-    app = tyro.extras.SubcommandApp()
+    app: Any = tyro.extras.SubcommandApp()
     for name, config in commands.items():
         app.command(config, name=name)
-    app.command(lambda: None, name="list")
-    app.command(lambda name: None, name="run")
+    for name in ("run", "list"):
+        app.command(_named(name), name=name)
     # tyro leaves once it has printed it.
     with contextlib.suppress(SystemExit):
         app.cli(prog="jaxprune", args=["--tyro-print-completion", shell])

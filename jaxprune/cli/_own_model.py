@@ -1,6 +1,7 @@
 """`jaxprune inspect`, `prune`, `export`: for a person's own model."""
 
 import dataclasses
+import html
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,8 @@ from tyro.conf import Positional
 from jaxprune.cli._factories import Model, load_model
 from jaxprune.cli._words import UsageError
 from jaxprune.core import Groups
-from jaxprune.core._kept import quantity
+from jaxprune.core._kept import as_html, quantity
+from jaxprune.core._tables import pinned_table
 
 Cost = Literal[
     "flops", "multiply_adds", "parameters", "bytes", "activation_bytes", "seconds"
@@ -142,7 +144,6 @@ def prune(config: Prune) -> None:
 
 def export(config: Export) -> None:
     """Writes a pruned folder in another format."""
-    import jaxprune
     from jaxprune import io
 
     original = load_model(config.model) if config.model else None
@@ -168,7 +169,6 @@ def export(config: Export) -> None:
             raise UsageError(str(error).splitlines()[0]) from error
     if not config.quiet:
         print(f"written to {config.out}")
-    del jaxprune
 
 
 def _told(run: Callable[..., Any], made: Model, **options: Any) -> Any:
@@ -205,13 +205,9 @@ def _as_json(groups: Groups, spent: Any) -> dict[str, Any]:
 
 def _page(title: str, groups: Groups, spent: Any) -> str:
     """A page of its own with the tables."""
-    import html
-
-    from jaxprune.core._kept import as_html
-
     parts = [as_html(groups.__rich__())]
     if groups.pinned:
-        parts.append(as_html(groups.pinned.__rich__()))
+        parts.append(as_html(pinned_table(groups.pinned)))
     facts = (
         f"{quantity(spent.parameters)} parameters, {quantity(spent.flops)} FLOPs, "
         f"{quantity(spent.activation_bytes)} bytes of activations"

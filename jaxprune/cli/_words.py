@@ -100,6 +100,11 @@ def _plain(text: str, config: str) -> str:
 
 def _one_line(box: str) -> str:
     """What a tyro error box says above its first rule, in one line."""
-    rows = [row.strip("│ ") for row in box.splitlines()[1:]]
-    rule = next((i for i, row in enumerate(rows) if row.startswith("─")), len(rows))
-    return " ".join(row for row in rows[:rule] if row and not row.startswith("╰"))
+    rows = [row.strip("│| ") for row in box.splitlines()[1:]]
+    said: list[str] = []
+    for row in rows:
+        is_rule = row != "" and not row.strip("─-╰╯")
+        if is_rule and said:  # where the terminal is not UTF-8 one is above it too
+            break
+        said += [] if is_rule or not row else [row]
+    return " ".join(said)
