@@ -11,6 +11,7 @@ from jaxprune import select
 from jaxprune.core._functions import check_function
 from jaxprune.core._groups import Groups
 from jaxprune.core._masks import PyTree, expand_masks
+from jaxprune.core._progress import tracked
 from jaxprune.costing import Cost
 from jaxprune.coupling._trace import trace
 from jaxprune.narrowing._narrow import narrow
@@ -79,7 +80,8 @@ def problem_of(
     names = cuttable(groups, request.only, request.exact)
     cost = None
     if request.budget is not None:
-        cost = cost_of(request.cost, apply_fn, groups, variables, (args, kwargs))
+        call = groups, variables, (args, kwargs)
+        cost = cost_of(request.cost, apply_fn, *call, request.progress)
     return Problem(apply_fn, args, kwargs, request, groups, names, cost)
 
 
@@ -245,7 +247,8 @@ def recalibrated(problem: Problem, apply_fn: Any, variables: PyTree) -> PyTree:
     if not (wanted and has_averages and variables["batch_stats"]):
         return variables
     inputs = request.inputs_of(problem.args)
-    batches = (inputs(batch) for batch in request.batches or ())
+    shown = tracked(request.batches or (), "recalibrate", request.progress)
+    batches = (inputs(batch) for batch in shown)
     training = training_kwargs(problem.kwargs, request.recalibrate)
     try:
         return recalibrate(apply_fn, variables, batches, **training)
