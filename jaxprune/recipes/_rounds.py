@@ -207,6 +207,11 @@ def rounds(
     request = Request(**options)
     problem = problem_of(apply_fn, variables, args, kwargs, request)
     lengths = _lengths(steps, len(targets))
+    if rewind is not None and not 0 <= rewind < lengths[0]:
+        raise ValueError(
+            f"rewind={rewind} is no step of round 0, which has {lengths[0]}; give 0 "
+            "for the initial variables, and steps for round 0"
+        )
     if step is None and loss_fn is None:
         raise ValueError("give step=, or loss_fn= for gradient descent on it")
     plan = _Plan(
