@@ -323,7 +323,7 @@ def test_rigl():
 def test_two_of_four():
     # code
     masks = jaxprune.select.n_of_m(
-        jaxprune.scores.l1(VARIABLES["params"]), n=2, m=4, only="hidden/kernel"
+        jaxprune.scores.l1(VARIABLES["params"]), n=2, m=4, axis=-2, only="hidden/kernel"
     )
     tx = jaxprune.hold_masks(optax.adamw(1e-2), masks)
     # end

@@ -35,6 +35,7 @@ def advancing(
         rich.progress.TimeElapsedColumn(),
         rich.progress.TextColumn("left"),
         rich.progress.TimeRemainingColumn(),
+        console=console,
         transient=console.is_terminal,
         disable=not show,
     )
