@@ -35,7 +35,16 @@ from jaxprune.costing import (
 )
 from jaxprune.coupling import register_rule, trace
 from jaxprune.narrowing import narrow
-from jaxprune.recipes import Pruned, Sensitivity, plans, prune, sensitivity
+from jaxprune.recipes import (
+    Pruned,
+    Rounds,
+    Sensitivity,
+    load,
+    plans,
+    prune,
+    rounds,
+    sensitivity,
+)
 from jaxprune.scores import group_scores
 from jaxprune.select import clusters
 from jaxprune.statistics import recalibrate, taps
@@ -85,6 +94,7 @@ __all__ = [
     "Merged",
     "Pinned",
     "Pruned",
+    "Rounds",
     "Sensitivity",
     "__version__",
     "apply_masks",
@@ -103,6 +113,7 @@ __all__ = [
     "integrations",
     "io",
     "latency_table",
+    "load",
     "merge",
     "merge_error",
     "models",
@@ -113,6 +124,7 @@ __all__ = [
     "prune",
     "recalibrate",
     "register_rule",
+    "rounds",
     "schedules",
     "scores",
     "select",

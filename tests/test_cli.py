@@ -63,7 +63,10 @@ def test_options_arrive_as_settings(experiment):
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["rnu"], ["no command 'rnu'", "did you mean run?", "there are run, list"]),
+        (
+            ["rnu"],
+            ["no command 'rnu'", "did you mean run?", "there are inspect, prune"],
+        ),
         (["run", "toyrun"], ["no experiment 'toyrun'", "did you mean toy_run?"]),
         (["run", "toy_run", "--seed", "3"], ["no option '--seed'", "mean --seeds?"]),
         (["run", "toy_run", "--sedes=3"], ["no option '--sedes'", "mean --seeds?"]),

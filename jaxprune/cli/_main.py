@@ -1,4 +1,4 @@
-"""The command line: `jaxprune run NAME`, `jaxprune list`.
+"""The command line: `jaxprune inspect`, `prune`, `export`, `run`, `list`.
 
 An experiment is a function whose one argument is a frozen dataclass of settings. Those
 of this project lie beside the package in a clone (`experiments/NAME/study.py`); other
@@ -9,22 +9,26 @@ exit status 2; a traceback means a defect.
 
 import ast
 import contextlib
-import difflib
 import importlib.metadata
 import importlib.util
-import io
 import sys
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxprune.cli._words import UsageError, known, parse_into
+
 GROUP = "jaxprune.experiments"
 
 USAGE = """\
-usage: jaxprune run NAME [options]   run an experiment
-       jaxprune run NAME --help      its question, its settings, what it leaves
-       jaxprune list                 the experiments that there are
+usage: jaxprune inspect MODULE:FACTORY    what of a model can be cut, and what it costs
+       jaxprune prune MODULE:FACTORY --budget .5 --out DIR
+       jaxprune export DIR --out FILE     a pruned folder in another format
+       jaxprune run NAME [options]        run an experiment
+       jaxprune list                      the experiments that there are
+       jaxprune completion bash           for `source <(jaxprune completion bash)`
+       jaxprune COMMAND --help            its options
        jaxprune --version
 """
 
@@ -32,6 +36,8 @@ ELSEWHERE = (
     "experiments are not installed with the package; they lie in experiments/ of a "
     "clone of the project: run `uv run jaxprune run NAME` there"
 )
+
+COMMANDS = ["inspect", "prune", "export", "run", "list", "completion"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -64,46 +70,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
-class UsageError(ValueError):
-    """Something the user asked for does not exist or does not fit."""
-
-
-def known(kind: str, name: str, names: Iterable[str]) -> str:
-    """Returns `name` if it is one of `names`.
-
-    Args:
-        kind: what it is the name of, for the error.
-        name: what was asked for.
-        names: what exists.
-
-    Returns:
-        `name`.
-
-    Raises:
-        UsageError: if it is not; the text has the closest and all that exist.
-
-    Example:
-        >>> known("model", "vgg17", ["vgg16", "lenet5"])
-        Traceback (most recent call last):
-            ...
-        jaxprune.cli._main.UsageError: no model 'vgg17'; did you mean vgg16? there ...
-    """
-    names = list(names)
-    if name in names:
-        return name
-    near = difflib.get_close_matches(name, names, n=1)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise UsageError(f"no {kind} {name!r}; {hint}there are {', '.join(names)}")
-
-
 def _command(words: list[str]) -> int:
     command = words[0] if words else "--help"
     if command in ("-h", "--help", "help"):
         print(USAGE, end="")
     elif command == "--version":
         print("jaxprune", importlib.metadata.version("jaxprune"))
-    elif known("command", command, ["run", "list"]) == "list":
+    elif known("command", command, COMMANDS) == "list":
         _list()
+    elif command == "completion":
+        _completion(words[1:])
+    elif command != "run":
+        _own(command, words[1:])
     else:
         _run(words[1:])
     return 0
@@ -152,26 +130,52 @@ def parse(experiment: Callable[[Any], Any], prog: str, words: Sequence[str]) -> 
     Raises:
         UsageError: if an option does not exist or has a wrong value.
     """
+    config = next(iter(typing.get_type_hints(experiment).values()))
+    description = sys.modules[experiment.__module__].__doc__ or ""
+    return parse_into(config, prog, words, description)
+
+
+def _own(command: str, words: list[str]) -> None:
+    """A command for the user's own model."""
+    try:
+        from jaxprune.cli import _own_model as own
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"{command} needs {error.name}: pip install 'jaxprune[experiments]'"
+        ) from error
+    configs = {"inspect": own.Inspect, "prune": own.Prune, "export": own.Export}
+    config = configs[command]
+    found = parse_into(config, f"jaxprune {command}", words, config.__doc__ or "")
+    if found is not None:
+        {"inspect": own.inspect, "prune": own.prune, "export": own.export}[command](
+            found
+        )
+
+
+def _named(name: str) -> Callable[[], None]:
+    def command() -> None:
+        """Of experiments."""
+
+    command.__name__ = name
+    return command
+
+
+def _completion(words: list[str]) -> None:
+    """Prints what a shell sources to complete commands and options."""
     import tyro
 
-    config = next(iter(typing.get_type_hints(experiment).values()))
-    options = [f"--{field.replace('_', '-')}" for field in config.__dataclass_fields__]
-    for word in words:
-        if word.startswith("--") and word != "--help":
-            option = word.partition("=")[0].replace("_", "-")
-            known("option", option.replace("--no-", "--"), options)
-    told = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(told):
-            description = sys.modules[experiment.__module__].__doc__
-            return tyro.cli(config, prog=prog, description=description, args=words)
-    except SystemExit as stop:
-        if not stop.code:
-            return None
-        text = _one_line(told.getvalue())
-        raise UsageError(
-            text.removeprefix(f"Error parsing {config.__name__}: ")
-        ) from None
+    from jaxprune.cli import _own_model as own
+
+    shell = known("shell", words[0] if words else "", ["bash", "zsh"])
+    commands = {"inspect": own.Inspect, "prune": own.Prune, "export": own.Export}
+    app: Any = tyro.extras.SubcommandApp()
+    for name, config in commands.items():
+        app.command(config, name=name)
+    for name in ("run", "list"):
+        app.command(_named(name), name=name)
+    # tyro leaves once it has printed it.
+    with contextlib.suppress(SystemExit):
+        app.cli(prog="jaxprune", args=["--tyro-print-completion", shell])
 
 
 def _experiments() -> dict[str, importlib.metadata.EntryPoint]:
@@ -199,10 +203,3 @@ def _first_line(module: str) -> str:
         return f"(module {module} is missing)"
     text = ast.get_docstring(ast.parse(Path(spec.origin).read_text("utf-8"))) or ""
     return text.partition("\n")[0]
-
-
-def _one_line(box: str) -> str:
-    """What a tyro error box says above its first rule, in one line."""
-    rows = [row.strip("│ ") for row in box.splitlines()[1:]]
-    rule = next((i for i, row in enumerate(rows) if row.startswith("─")), len(rows))
-    return " ".join(row for row in rows[:rule] if row and not row.startswith("╰"))

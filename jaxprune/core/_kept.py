@@ -67,7 +67,8 @@ def _left(keep: Mapping[str, Any], name: str, size: int) -> int:
 def _title(groups: Groups, keep: Mapping[str, Any]) -> str:
     units = sum(group.size for group in groups.values())
     left = sum(_left(keep, name, group.size) for name, group in groups.items())
-    return f"{left} of {units} units kept in {len(groups)} groups"
+    several = "group" if len(groups) == 1 else "groups"
+    return f"{left} of {units} units kept in {len(groups)} {several}"
 
 
 def quantity(number: float) -> str:

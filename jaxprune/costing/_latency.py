@@ -1,6 +1,7 @@
 """Latency tables: measured time as a cost, usable wherever a cost is."""
 
 import dataclasses
+import itertools
 import math
 import statistics
 import time
@@ -15,6 +16,7 @@ import numpy as np
 from jaxprune.core._groups import Groups
 from jaxprune.core._limits import fraction, selected
 from jaxprune.core._masks import PyTree, expand_masks
+from jaxprune.core._progress import tracked
 from jaxprune.costing._polynomial import Cost, Sizes
 from jaxprune.coupling._trace import trace
 from jaxprune.narrowing._narrow import narrow
@@ -87,6 +89,7 @@ def latency_table(
     only: str | Sequence[str] | None = None,
     multiple_of: int = 1,
     measure: Measure | None = None,
+    progress: bool | None = None,
     **kwargs: Any,
 ) -> LatencyTable:
     """Measures how long narrowed programs take, for a cost of real seconds.
@@ -108,6 +111,7 @@ def latency_table(
         measure: ``measure(fn, args, kwargs) -> seconds`` of one call; None for the
             median of the calls that fit in a fifth of a second, at least five, after
             compilation by `jax.jit`.
+        progress: show a progress bar? None for on a terminal.
         **kwargs: further keyword arguments.
 
     Returns:
@@ -141,27 +145,30 @@ def latency_table(
     names = selected(groups, only)
     run = measure or seconds_per_call
 
-    times: dict[tuple[int, ...], float] = {}
-
     def timed(widths: tuple[int, ...]) -> float:
-        if widths not in times:
-            keep = {
-                name: _first(groups[name].size, n, groups[name].blocks)
-                for name, n in zip(names, widths, strict=True)
-            }
-            masks = expand_masks(groups, keep)
-            small = slice_params(variables, masks)
-            times[widths] = run(narrow(apply_fn, masks), (small, *args), kwargs)
-        return times[widths]
+        keep = {
+            name: _first(groups[name].size, n, groups[name].blocks)
+            for name, n in zip(names, widths, strict=True)
+        }
+        masks = expand_masks(groups, keep)
+        small = slice_params(variables, masks)
+        return run(narrow(apply_fn, masks), (small, *args), kwargs)
 
     full = tuple(groups[name].size for name in names)
-    whole = timed(full)
-    grid, curves = [], {}
-    for k, name in enumerate(names):
-        grid.append(_widths(full[k], shares, multiple_of * groups[name].blocks))
-        alone = [timed((*full[:k], n, *full[k + 1 :])) / whole for n in grid[k]]
-        curves[name] = _monotone(grid[k], alone)
+    grid = [
+        _widths(groups[name].size, shares, multiple_of * groups[name].blocks)
+        for name in names
+    ]
+    alone = [
+        [(*full[:k], n, *full[k + 1 :]) for n in own] for k, own in enumerate(grid)
+    ]
     together = list(zip(*grid, strict=True)) or [full]
+    every = list(dict.fromkeys([full, *itertools.chain(*alone), *together]))
+    times = {w: timed(w) for w in tracked(every, "latency table", progress)}
+    curves = {
+        name: _monotone(grid[k], [times[widths] / times[full] for widths in alone[k]])
+        for k, name in enumerate(names)
+    }
     products = [
         math.prod(curves[name](n) for name, n in zip(names, widths, strict=True))
         for widths in together
@@ -169,7 +176,7 @@ def latency_table(
     return LatencyTable(
         {name: group.size for name, group in groups.items()},
         curves,
-        _monotone(products, [timed(widths) for widths in together]),
+        _monotone(products, [times[widths] for widths in together]),
         tuple((dict(zip(names, w, strict=True)), t) for w, t in times.items()),
     )
 

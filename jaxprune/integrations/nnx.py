@@ -1,23 +1,22 @@
 """NNX modules: as a pure function to prune, and as a smaller module afterwards."""
 
-import math
-from collections.abc import Callable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from jaxprune.core._leaves import named_leaves
 from jaxprune.core._masks import PyTree, concrete
 from jaxprune.core._positions import axis_keep
+from jaxprune.integrations._compare import difference, random_input, random_variable
 from jaxprune.integrations._nnx_layers import Kept, fit_sizes, refusal
 from jaxprune.narrowing._narrow import narrow
-from jaxprune.program._jaxprs import is_array
-from jaxprune.surgery._slicing import slice_params
-
-TOLERANCE = 2e-5  # of the largest output, in float32; coarser types round coarser
+from jaxprune.recipes import Pruned
+from jaxprune.recipes import prune as prune_function
+from jaxprune.surgery._slicing import slice_opt_state, slice_params
 
 _COLLECTIONS = {  # the first that fits; named as in Linen
     "params": nnx.Param,
@@ -41,7 +40,9 @@ def nnx_apply(
         model: the module; its arrays may be abstract (`nnx.eval_shape`).
         train: False calls it in evaluation mode, and the function returns its output.
             True calls it in training mode, and the function returns the output and
-            the new values of everything but the parameters.
+            the new values of everything but the parameters. The function also takes
+            ``train`` and ``mutable=["batch_stats"]`` as Linen's does, so that
+            `jaxprune.recalibrate` can call it.
 
     Returns:
         ``apply_fn(variables, *args, **kwargs)`` and the variables: nested dicts of
@@ -63,19 +64,30 @@ def nnx_apply(
         >>> small.hidden.out_features, small(x).shape
         (4, (1, 2))
     """
-    copy = nnx.merge(*nnx.split(model))
-    copy.train() if train else copy.eval()
-    graphdef, states, variables = _split(copy)
+    modes = {}
+    for mode in (False, True):
+        copy = nnx.merge(*nnx.split(model))
+        copy.train() if mode else copy.eval()
+        modes[mode] = _split(copy)
+    always = train
 
-    def apply_fn(variables: PyTree, *args: Any, **kwargs: Any) -> Any:
+    def apply_fn(
+        variables: PyTree,
+        *args: Any,
+        train: bool = always,
+        mutable: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        graphdef, states, _ = modes[train]
         called = _merge(graphdef, states, variables)
         out = called(*args, **kwargs)
-        if not train:
+        if mutable is None and not train:
             return out
         new = _split(called)[2]
-        return out, {name: new[name] for name in new if name != "params"}
+        wanted = [n for n in new if n != "params"] if mutable is None else mutable
+        return out, {name: new[name] for name in wanted}
 
-    return apply_fn, variables
+    return apply_fn, modes[always][2]
 
 
 def nnx_module(
@@ -199,8 +211,8 @@ def _compare(
     apply_fn, _ = nnx_apply(model)
     small_fn, variables = nnx_apply(small)
     rng = np.random.default_rng(0)
-    variables = jax.tree.map(lambda leaf: _random_variable(leaf, rng), variables)
-    args, kwargs = jax.tree.map(lambda leaf: _random_input(leaf, rng), (args, kwargs))
+    variables = jax.tree.map(lambda leaf: random_variable(leaf, rng), variables)
+    args, kwargs = jax.tree.map(lambda leaf: random_input(leaf, rng), (args, kwargs))
     narrowed = narrow(apply_fn, masks)
     expected = jax.jit(lambda v: narrowed(v, *args, **kwargs))(variables)
     try:
@@ -209,43 +221,109 @@ def _compare(
         text = str(error).splitlines()[:1]
         cause = f"it raises {type(error).__name__}: {''.join(text)}"
         raise ValueError(refusal(cause, model, small)) from error
-    difference, allowed = _difference(got, expected)
-    if not difference <= allowed:
-        cause = f"it differs from narrow by {difference:.1e}, allowed {allowed:.1e}"
+    gap, allowed = difference(got, expected)
+    if not gap <= allowed:
+        cause = f"it differs from narrow by {gap:.1e}, allowed {allowed:.1e}"
         raise ValueError(refusal(cause, model, small))
 
 
-def _random_variable(leaf: Any, rng: np.random.Generator) -> Any:
-    """Keeps activations near 1; vectors are positive: a variance must be."""
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        return leaf
-    if leaf.ndim < 2:
-        return jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape), leaf.dtype)
-    fan_in = max(1, math.prod(leaf.shape[:-1]))
-    return jnp.asarray(rng.normal(size=leaf.shape) / np.sqrt(fan_in), leaf.dtype)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class PrunedModel(Pruned):
+    """A `Pruned` of an NNX module.
+
+    Attributes:
+        model: the smaller module.
+        original: the module before the cut.
+    """
+
+    model: Any = None
+    original: Any = None
+
+    def slice_optimizer(self, optimizer: nnx.Optimizer) -> nnx.Optimizer:
+        """An optimiser of `model` with the momentum of the original's.
+
+        Args:
+            optimizer: of the original module, with ``wrt=nnx.Param``.
+
+        Returns:
+            The same transformation and step, its state sliced.
+
+        Raises:
+            ValueError: as `jaxprune.slice_opt_state`.
+        """
+        # As optax saw them: a state of the same paths.
+        like = nnx.as_pure(nnx.state(self.original, optimizer.wrt))
+        masks = self.masks if self.last_masks is None else self.last_masks
+        given = named_leaves(masks["params"])
+        if list(named_leaves(like)) != list(given):
+            raise ValueError(
+                f"the optimizer is of {optimizer.wrt}, but only the masks of "
+                "nnx.Param are known; make it with wrt=nnx.Param"
+            )
+        masks = jax.tree.structure(like).unflatten(given.values())
+        state = slice_opt_state(optimizer.tx, nnx.as_pure(optimizer.opt_state), masks)
+        small = nnx.Optimizer(self.model, optimizer.tx, wrt=optimizer.wrt)
+        nnx.update(small.opt_state, nnx.state(state))
+        small.step[...] = optimizer.step[...]
+        return small
+
+    def recalibrate(self, batches: Iterable[Any], **kwargs: Any) -> "PrunedModel":
+        """The same with BatchNorm statistics measured anew, in `model` too."""
+        new = super().recalibrate(batches, **{"train": True, **kwargs})
+        _write(self.model, new.variables)
+        return dataclasses.replace(self, variables=new.variables)
 
 
-def _random_input(leaf: Any, rng: np.random.Generator) -> Any:
-    if not is_array(leaf):
-        return leaf
-    if jnp.issubdtype(leaf.dtype, jnp.floating):
-        return jnp.asarray(rng.normal(size=leaf.shape), leaf.dtype)
-    abstract = isinstance(leaf, jax.ShapeDtypeStruct)
-    return jnp.zeros(leaf.shape, leaf.dtype) if abstract else leaf
+def prune(model: nnx.Module, *args: Any, **options: Any) -> PrunedModel:
+    """Cuts the least important units of an NNX module.
+
+    Args:
+        model: the module; it is not changed.
+        *args: example arguments, arrays or shapes.
+        **options: as for `jaxprune.prune`; `loss_fn` takes the module in place of its
+            variables: ``loss_fn(model, batch)``.
+
+    Returns:
+        The smaller module as ``.model``, of the same class and in the mode of the
+        original; and all that `jaxprune.prune` returns.
+
+    Raises:
+        ValueError: as `jaxprune.prune` and `nnx_module`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from jaxprune.integrations.nnx import prune
+        >>> model = nnx.Sequential(
+        ...     nnx.Linear(3, 8, rngs=nnx.Rngs(0)), nnx.relu,
+        ...     nnx.Linear(8, 2, rngs=nnx.Rngs(1)))
+        >>> small = prune(model, jnp.ones((1, 3)), sparsity=0.5).model
+        >>> small.layers[0].out_features, small(jnp.ones((1, 3))).shape
+        (4, (1, 2))
+    """
+    apply_fn, variables = nnx_apply(model)
+    loss_fn = options.pop("loss_fn", None)
+    if loss_fn is not None:
+        graphdef, states, _ = _split(_evaluating(model))
+        options["loss_fn"] = lambda variables, batch: loss_fn(
+            _merge(graphdef, states, variables), batch
+        )
+    found = prune_function(apply_fn, variables, *args, **options)
+    small = nnx_module(model, found.masks, *args, **(options.get("kwargs") or {}))
+    _write(small, found.variables)
+    fields = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
+    return PrunedModel(**fields, model=small, original=model)
 
 
-def _difference(got: PyTree, expected: PyTree) -> tuple[float, float]:
-    """Largest difference relative to the largest entry of a leaf, and the allowed."""
-    pairs = list(zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=False))
-    same = jax.tree.structure(got) == jax.tree.structure(expected)
-    if not same or any(a.shape != b.shape for a, b in pairs):
-        return float("inf"), TOLERANCE
-    worst, allowed = 0.0, TOLERANCE
-    for a, b in pairs:
-        if jnp.issubdtype(b.dtype, jnp.inexact):
-            allowed = max(allowed, 8 * float(jnp.finfo(b.dtype).eps))
-        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-        if b.size:  # np.maximum keeps a nan
-            scale = max(np.abs(b).max(), np.finfo(np.float32).tiny)
-            worst = np.maximum(worst, np.abs(a - b).max() / scale)
-    return float(worst), allowed
+def _evaluating(model: nnx.Module) -> nnx.Module:
+    copy = nnx.merge(*nnx.split(model))
+    copy.eval()
+    return copy
+
+
+def _write(model: nnx.Module, variables: PyTree) -> None:
+    """Gives a module other arrays of the same shapes."""
+    _, states, _ = _split(model)
+    for name, state in states.items():
+        nnx.replace_by_pure_dict(state, variables[name])
+        nnx.update(model, state)

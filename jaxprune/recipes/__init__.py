@@ -1,8 +1,13 @@
 """Whole workflows, composed of public pieces."""
 
 from jaxprune.recipes import plans as plans
-from jaxprune.recipes._prune import Pruned as Pruned
 from jaxprune.recipes._prune import prune as prune
+from jaxprune.recipes._pruned import Pruned as Pruned
+from jaxprune.recipes._pruned import load as load
+from jaxprune.recipes._rounds import Round as Round
+from jaxprune.recipes._rounds import Rounds as Rounds
+from jaxprune.recipes._rounds import rounds as rounds
 from jaxprune.recipes._sensitivity import Sensitivity as Sensitivity
 from jaxprune.recipes._sensitivity import plot_sensitivity as plot_sensitivity
 from jaxprune.recipes._sensitivity import sensitivity as sensitivity
+from jaxprune.recipes._training import State as State

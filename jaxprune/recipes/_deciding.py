@@ -11,6 +11,7 @@ from jaxprune import select
 from jaxprune.core._functions import check_function
 from jaxprune.core._groups import Groups
 from jaxprune.core._masks import PyTree, expand_masks
+from jaxprune.core._progress import tracked
 from jaxprune.costing import Cost
 from jaxprune.coupling._trace import trace
 from jaxprune.narrowing._narrow import narrow
@@ -79,7 +80,8 @@ def problem_of(
     names = cuttable(groups, request.only, request.exact)
     cost = None
     if request.budget is not None:
-        cost = cost_of(request.cost, apply_fn, groups, variables, (args, kwargs))
+        call = groups, variables, (args, kwargs)
+        cost = cost_of(request.cost, apply_fn, *call, request.progress)
     return Problem(apply_fn, args, kwargs, request, groups, names, cost)
 
 
@@ -100,7 +102,31 @@ def decide(
     Returns:
         Group name -> bool ``[size]``, True = kept: a part of `keep`.
     """
-    scores = _scores(problem, small, keep)
+    return decide_by(problem, scores_of(problem, small, keep), keep, share)
+
+
+def decide_by(
+    problem: Problem,
+    scores: Mapping[str, np.ndarray],
+    keep: Mapping[str, np.ndarray],
+    share: float = 1.0,
+) -> dict[str, np.ndarray]:
+    """Which units stay, by these scores of all units.
+
+    Args:
+        problem: what is cut.
+        scores: group name -> float ``[size]``, larger matters more.
+        keep: group name -> bool ``[size]``, True = kept; missing ones are whole.
+        share: how far to go from the whole to what is asked for, in (0, 1].
+
+    Returns:
+        Group name -> bool ``[size]``, True = kept: a part of `keep`.
+    """
+    # What is gone already goes first.
+    scores = {
+        name: _spread(each[keep[name]], keep[name]) if name in keep else each
+        for name, each in scores.items()
+    }
     found = _selected(problem, scores, share)
     return {
         name: units & keep[name] if name in keep else units
@@ -138,10 +164,19 @@ def _selected(
     return {name: np.asarray(units) for name, units in found.items()}
 
 
-def _scores(
+def scores_of(
     problem: Problem, small: PyTree, keep: Mapping[str, np.ndarray]
 ) -> dict[str, np.ndarray]:
-    """Scores of all units; what is gone already ranks below everything."""
+    """Scores of all units, counted on what is left; 0 for what is gone.
+
+    Args:
+        problem: what is cut.
+        small: the variables as `keep` has left them.
+        keep: group name -> bool ``[size]``, True = kept; missing ones are whole.
+
+    Returns:
+        Group name -> float ``[size]``, larger matters more.
+    """
     if not keep:
         found = _scored(problem, problem.apply_fn, problem.groups, small, None)
         return {name: np.asarray(each) for name, each in found.items()}
@@ -151,7 +186,7 @@ def _scores(
     groups = trace(left, small, *problem.args, **options, **problem.kwargs)
     found = _scored(problem, left, groups, small, masks)
     return {
-        name: _spread(found.get(name), keep.get(name), group.size)
+        name: _placed(found.get(name), keep.get(name), group.size)
         for name, group in problem.groups.items()
     }
 
@@ -179,17 +214,22 @@ def _scored(
     return jax.device_get(found)
 
 
-def _spread(scores: Any, kept: np.ndarray | None, size: int) -> np.ndarray:
+def _placed(scores: Any, kept: np.ndarray | None, size: int) -> np.ndarray:
     """Scores of the units that are left, back in their places."""
+    if scores is None:  # one unit is left and no longer seen as a group of its own
+        return np.ones(size, np.float32)
     if kept is None:
         return np.asarray(scores)
-    if scores is None or len(scores) != int(kept.sum()):
-        # One unit is left and no longer seen as a group of its own.
-        return np.where(kept, 1.0, 0.0)
-    values = np.asarray(scores)
-    low = values.min() - (np.ptp(values) + 1) if values.size else 0.0
-    spread = np.full(size, low, values.dtype)
-    spread[kept] = values
+    placed = np.zeros(size, np.asarray(scores).dtype)
+    placed[kept] = scores
+    return placed
+
+
+def _spread(scores: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    """Scores of the units that are left, in their places, and less for the others."""
+    low = scores.min() - (np.ptp(scores) + 1)
+    spread = np.full(kept.shape, low, scores.dtype)
+    spread[kept] = scores
     return spread
 
 
@@ -207,7 +247,8 @@ def recalibrated(problem: Problem, apply_fn: Any, variables: PyTree) -> PyTree:
     if not (wanted and has_averages and variables["batch_stats"]):
         return variables
     inputs = request.inputs_of(problem.args)
-    batches = (inputs(batch) for batch in request.batches or ())
+    shown = tracked(request.batches or (), "recalibrate", request.progress)
+    batches = (inputs(batch) for batch in shown)
     training = training_kwargs(problem.kwargs, request.recalibrate)
     try:
         return recalibrate(apply_fn, variables, batches, **training)

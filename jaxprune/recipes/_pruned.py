@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ from jaxprune.costing import Costs, costs
 from jaxprune.costing._latency import seconds_per_call
 from jaxprune.narrowing._narrow import narrow
 from jaxprune.program._jaxprs import is_array
+from jaxprune.recipes import plans
 from jaxprune.statistics._recalibration import recalibrate
 from jaxprune.surgery._composing import units_kept
 from jaxprune.surgery._slicing import slice_opt_state, slice_params
@@ -37,6 +39,8 @@ class Pruned:
         last_masks: what the last of several cuts kept of the variables that it was
             given; `masks` where there was one cut.
         seconds: of one call before and after, once `measured`.
+        counted: name, before and after of each cost, where they are not to be counted
+            again: of a program that was loaded without its source.
     """
 
     apply_fn: Callable[..., Any]
@@ -49,6 +53,7 @@ class Pruned:
     kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     last_masks: PyTree = None
     seconds: tuple[float, float] | None = None
+    counted: Any = None
 
     # --- what it is ------------------------------------------------------------------
 
@@ -73,13 +78,8 @@ class Pruned:
     __repr__ = __str__
 
     def __rich__(self) -> Any:
-        pairs = self.costs_before, self.costs
-        found = [
-            Cost("parameters", *(each.parameters for each in pairs)),
-            Cost("FLOPs", *(each.flops for each in pairs)),
-        ]
-        found += [Cost("seconds", *self.seconds)] if self.seconds else []
-        return kept_table(self.groups, self.plan, tuple(found))
+        found = tuple(Cost(*each) for each in self._counted())
+        return kept_table(self.groups, self.plan, found)
 
     def _repr_html_(self) -> str:
         return as_html(self.__rich__())
@@ -158,6 +158,44 @@ class Pruned:
         after = seconds_per_call(self.apply_fn, (self.variables, *args), kwargs)
         return dataclasses.replace(self, seconds=(before, after))
 
+    def save(self, folder: str | Path, facts: Mapping[str, Any] | None = None) -> None:
+        """Writes variables, masks, plan and program into one folder.
+
+        `jaxprune.load` reads it, with the original function or, as the program is in
+        it, without. What the folder held before is replaced at the end.
+
+        Args:
+            folder: made if missing.
+            facts: JSON-like facts to keep beside it, such as the accuracy.
+
+        Raises:
+            ValueError: as `io.save_pruned`.
+            OSError: if it cannot be written.
+        """
+        from jaxprune.io import save_pruned
+
+        save_pruned(
+            folder,
+            self.apply_fn,
+            self.variables,
+            self.masks,
+            *self.args,
+            groups=self.groups,
+            plan=plans.as_json(self.groups, self.plan),
+            facts={**(facts or {}), "costs": self._counted()},
+            **self.kwargs,
+        )
+
+    def _counted(self) -> list[list[Any]]:
+        if self.counted is not None:
+            return [list(each) for each in self.counted]
+        pairs = self.costs_before, self.costs
+        found = [
+            ["parameters", *(each.parameters for each in pairs)],
+            ["FLOPs", *(each.flops for each in pairs)],
+        ]
+        return [*found, *([["seconds", *self.seconds]] if self.seconds else [])]
+
     # --- pickle and copy -------------------------------------------------------------
 
     def __getstate__(self) -> dict[str, Any]:
@@ -201,6 +239,54 @@ def make_pruned(
         jax.tree.map(abstract, variables),
         jax.tree.map(abstract, tuple(args)),
         jax.tree.map(abstract, dict(kwargs or {})),
+    )
+
+
+def load(
+    folder: str | Path, apply_fn: Callable[..., Any] | None = None, *, like: Any = None
+) -> Pruned:
+    """Reads what `Pruned.save` wrote.
+
+    Args:
+        folder: what it wrote to.
+        apply_fn: the original function, to be narrowed; None for the program in the
+            folder, which needs nothing of the model's source.
+        like: tree (of anything) whose containers the variables take; by default
+            dicts, lists and tuples.
+
+    Returns:
+        The pruned function; its variables are those that were saved, bit by bit.
+
+    Raises:
+        ValueError: if the folder holds no pruned model, or is damaged: the text says
+            which file.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp, jaxprune
+        >>> def mlp(params, x):
+        ...     return jnp.tanh(x @ params["w1"]) @ params["w2"]
+        >>> params = {"w1": jnp.ones((3, 4)), "w2": jnp.ones((4, 2))}
+        >>> folder = tempfile.mkdtemp()
+        >>> jaxprune.prune(mlp, params, jnp.ones((1, 3)), sparsity=0.5).save(folder)
+        >>> jaxprune.load(folder)(jnp.ones((5, 3))).shape
+        (5, 2)
+    """
+    from jaxprune.io import load_pruned
+
+    found = load_pruned(folder, apply_fn, like=like)
+    if found.groups is None:
+        raise ValueError(f"{folder} was saved without groups; use io.load_pruned")
+    leaves = named_leaves(found.variables).values()
+    shapes = zip(found.groups.shapes.values(), leaves, strict=True)
+    full = [jax.ShapeDtypeStruct(shape, leaf.dtype) for shape, leaf in shapes]
+    return Pruned(
+        found.apply_fn,
+        found.variables,
+        found.masks,
+        found.groups,
+        found.apply_fn if apply_fn is None else apply_fn,
+        jax.tree.structure(found.variables).unflatten(full),
+        counted=found.facts.get("costs"),
     )
 
 

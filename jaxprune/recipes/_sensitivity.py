@@ -12,6 +12,7 @@ from jaxprune import select
 from jaxprune.core._groups import Groups
 from jaxprune.core._limits import Each
 from jaxprune.core._masks import PyTree, apply_masks, expand_masks
+from jaxprune.core._progress import tracked
 
 _MEMORY = 1 << 30  # bytes that the copies of the variables may take
 
@@ -65,6 +66,7 @@ def sensitivity(
     multiple_of: Each[int] = 1,
     max_sparsity: Each[float] = 1.0,
     batch_size: int | None = None,
+    progress: bool | None = None,
 ) -> Sensitivity:
     """Measures a metric with every group pruned alone, to several sparsities.
 
@@ -86,6 +88,7 @@ def sensitivity(
         batch_size: how many cuts run at once; each holds a copy of the variables and
             of its activations. None: as many as keep these copies below 1 GiB, 16 at
             most.
+        progress: show a progress bar, where there is `data`? None for on a terminal.
 
     Returns:
         The metric for every group and point, and the fractions that really went.
@@ -122,7 +125,8 @@ def sensitivity(
     names = tuple(cuts[0])
     keep = _one_at_a_time(cuts, names)
     run = _compiled(metric, groups, batch_size or _fitting(variables))
-    batches = ((),) if data is None else ((batch,) for batch in data)
+    shown = tracked(() if data is None else data, "sensitivity", progress)
+    batches = ((),) if data is None else ((batch,) for batch in shown)
     found = [np.asarray(run(variables, keep, *batch), np.float64) for batch in batches]
     if not found:
         raise ValueError("data has no batches, so there is nothing to measure")

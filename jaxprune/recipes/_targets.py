@@ -79,7 +79,12 @@ def _positive(number: float) -> float:
 
 
 def cost_of(
-    cost: CostName | Cost, apply_fn: Any, groups: Groups, variables: Any, call: Any
+    cost: CostName | Cost,
+    apply_fn: Any,
+    groups: Groups,
+    variables: Any,
+    call: Any,
+    progress: bool | None = None,
 ) -> Cost:
     """The cost of this name, as a function of group sizes.
 
@@ -89,6 +94,7 @@ def cost_of(
         groups: what `trace` returned for it.
         variables: its variables.
         call: ``(args, kwargs)``, the example arguments.
+        progress: show progress bars? None for on a terminal.
 
     Returns:
         The cost.
@@ -112,7 +118,8 @@ def cost_of(
         )
     args, kwargs = call
     if cost == "seconds":
-        return latency_table(apply_fn, variables, *args, groups=groups, **kwargs)
+        options = {"groups": groups, "progress": progress}
+        return latency_table(apply_fn, variables, *args, **options, **kwargs)
     model = cost_model(apply_fn, variables, *args, groups=groups, **kwargs)
     return getattr(model, "parameter_bytes" if cost == "bytes" else cost)
 

@@ -11,6 +11,7 @@ from jaxprune.core._groups import Groups
 from jaxprune.core._leaves import named_leaves
 from jaxprune.core._masks import PyTree
 from jaxprune.core._names import nearest
+from jaxprune.scores._published import REDUCTIONS
 
 Score = str | Callable[[PyTree], PyTree] | PyTree
 
@@ -49,11 +50,14 @@ class Subject:
 Scored = tuple[PyTree, scoring.Reduce]
 
 
-def _of_weights(name: str, reduce: scoring.Reduce) -> Callable[[Subject], Scored]:
+def _of_weights(name: str, reduced: str = "") -> Callable[[Subject], Scored]:
+    reduce = REDUCTIONS[reduced or name]
     return lambda subject: (getattr(scoring, name)(subject.variables), reduce)
 
 
-def _of_loss(name: str, reduce: scoring.Reduce) -> Callable[[Subject], Scored]:
+def _of_loss(name: str) -> Callable[[Subject], Scored]:
+    reduce = REDUCTIONS[name]
+
     def score(subject: Subject) -> Scored:
         found = getattr(scoring, name)(
             subject.loss_fn,
@@ -67,20 +71,20 @@ def _of_loss(name: str, reduce: scoring.Reduce) -> Callable[[Subject], Scored]:
 
 
 def _fisher(subject: Subject) -> Scored:
-    curvature, reduce = _of_loss("fisher", "sum")(subject)
+    curvature, reduce = _of_loss("fisher")(subject)
     return scoring.obd(subject.variables, curvature), reduce
 
 
 def _wanda(subject: Subject) -> Scored:
     options = {"progress": subject.progress}
     data = subject.forward, subject.variables, subject.batches
-    return scoring.wanda(*data, **options), "l2"
+    return scoring.wanda(*data, **options), REDUCTIONS["wanda"]
 
 
 def _synflow(subject: Subject) -> Scored:
     kwargs = dict(subject.kwargs)
     flow = scoring.synflow(subject.apply_fn, subject.variables, *subject.args, **kwargs)
-    return flow, "sum"
+    return flow, REDUCTIONS["synflow"]
 
 
 def _activations(name: str) -> Callable[[Subject], Mapping[str, jax.Array]]:
@@ -101,12 +105,12 @@ _TREES: dict[str, Callable[[Subject], Scored]] = {
     "l1": _of_weights("magnitude", "l1"),
     "l2": _of_weights("magnitude", "l2"),
     "lamp": _of_weights("magnitude", "l2"),
-    "batch_norm_scale": _of_weights("batch_norm_scale", "l1"),
-    "activation_probability": _of_weights("activation_probability", "mean"),
+    "batch_norm_scale": _of_weights("batch_norm_scale"),
+    "activation_probability": _of_weights("activation_probability"),
     "synflow": _synflow,
-    "taylor": _of_loss("taylor", "sum"),
-    "snip": _of_loss("snip", "sum"),
-    "grasp": _of_loss("grasp", "abs_of_sum"),
+    "taylor": _of_loss("taylor"),
+    "snip": _of_loss("snip"),
+    "grasp": _of_loss("grasp"),
     "fisher": _fisher,
     "wanda": _wanda,
 }

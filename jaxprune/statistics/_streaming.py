@@ -1,20 +1,18 @@
 """Sums over batches: one compiled step, running sums in float32, a progress bar."""
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.errors
-import rich.progress
 from jax.core import Tracer
 
 from jaxprune.core._checks import check_leaves
 from jaxprune.core._leafwise import is_float, widened
 from jaxprune.core._leaves import keystr, named_leaves
 from jaxprune.core._masks import PyTree
+from jaxprune.core._progress import tracked
 
 LossFn = Callable[[PyTree, Any], jax.Array]
 Batches = Iterable[PyTree]
@@ -169,19 +167,4 @@ def twice(batches: Batches, why: str) -> Batches:
 
 def shown(batches: Batches, title: str, progress: bool | None) -> Iterator[PyTree]:
     """The batches, under a progress bar that leaves a terminal when they end."""
-    console = rich.get_console()
-    show = console.is_terminal if progress is None else progress
-    bar = rich.progress.Progress(
-        rich.progress.TextColumn("{task.description}"),
-        rich.progress.BarColumn(),
-        rich.progress.MofNCompleteColumn(),
-        rich.progress.TimeElapsedColumn(),
-        transient=console.is_terminal,
-        disable=not show,
-    )
-    total = len(batches) if isinstance(batches, Sized) else None
-    with contextlib.ExitStack() as stack:
-        # Another bar may be on the screen; then this one stays away.
-        with contextlib.suppress(rich.errors.LiveError):
-            stack.enter_context(bar)
-        yield from bar.track(batches, total=total, description=title)
+    return tracked(batches, title, progress)

@@ -1,0 +1,222 @@
+"""`jaxprune inspect`, `prune`, `export`: for a person's own model."""
+
+import dataclasses
+import html
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from tyro.conf import Positional
+
+from jaxprune.cli._factories import Model, load_model
+from jaxprune.cli._words import UsageError
+from jaxprune.core import Groups
+from jaxprune.core._kept import as_html, quantity
+from jaxprune.core._tables import pinned_table
+
+Cost = Literal[
+    "flops", "multiply_adds", "parameters", "bytes", "activation_bytes", "seconds"
+]
+Format = Literal["stablehlo", "safetensors", "tflite", "onnx"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspect:
+    """Shows what of a model can be cut, what cannot and why, and what it costs."""
+
+    model: Positional[str]
+    """module:factory; it returns (apply_fn, variables, example args)."""
+    pin: tuple[str, ...] = ()
+    """Patterns of leaves or axes that must not be cut."""
+    html: Path | None = None
+    """Also write a page."""
+    json: bool = False
+    """Print JSON."""
+    quiet: bool = False
+    """Print nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prune:
+    """Cuts a model and writes the smaller one into a folder."""
+
+    model: Positional[str]
+    """module:factory; it returns (apply_fn, variables, args[, batches[, loss]])."""
+    out: Path
+    """The folder to write."""
+    variables: Path | None = None
+    """A checkpoint to take the variables from."""
+    budget: str | None = None
+    """What may be left: 0.5, 50%, 1.5M, 3ms."""
+    cost: Cost = "flops"
+    """What the budget is of."""
+    sparsity: float | None = None
+    """Instead of a budget: the fraction of units to remove from every group."""
+    score: str = "l2"
+    """How units are ranked: l1, l2, taylor, group_fisher, wanda, ..."""
+    rounds: int = 1
+    """In how many steps to cut."""
+    only: tuple[str, ...] = ()
+    """Patterns of groups to cut."""
+    pin: tuple[str, ...] = ()
+    """Patterns of leaves or axes that must not be cut."""
+    min_keep: int | None = None
+    """How many units every group keeps at least."""
+    multiple_of: int | None = None
+    """Kept counts are multiples of this."""
+    max_sparsity: float | None = None
+    """No group loses more than this fraction."""
+    json: bool = False
+    """Print JSON."""
+    quiet: bool = False
+    """Print nothing."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Writes a pruned folder in a format that other programs read."""
+
+    folder: Positional[Path]
+    """What `jaxprune prune` wrote."""
+    out: Path
+    """The file or folder to write."""
+    format: Format = "stablehlo"
+    """Of the file."""
+    model: str | None = None
+    """module:factory of the original, which tflite and onnx need."""
+    quiet: bool = False
+    """Print nothing."""
+
+
+def inspect(config: Inspect) -> None:
+    """Prints groups, pins and costs."""
+    import jaxprune
+
+    made = load_model(config.model)
+    groups = _told(jaxprune.trace, made, pin=config.pin)
+    spent = jaxprune.costs(made.apply_fn, made.variables, *made.args)
+    if config.html is not None:
+        config.html.write_text(_page(config.model, groups, spent), "utf-8")
+    if config.json:
+        print(json.dumps(_as_json(groups, spent), indent=1))
+    elif not config.quiet:
+        print(groups)
+        if groups.pinned:
+            print(groups.pinned)
+        print(
+            f"{quantity(spent.parameters)} parameters, {quantity(spent.flops)} FLOPs, "
+            f"{quantity(spent.activation_bytes)} bytes of activations"
+        )
+
+
+def prune(config: Prune) -> None:
+    """Cuts and saves."""
+    import jaxprune
+
+    made = load_model(config.model, config.variables)
+    if (config.budget is None) == (config.sparsity is None):
+        raise UsageError("give one of --budget and --sparsity")
+    names = "budget cost sparsity score rounds pin min_keep multiple_of max_sparsity"
+    options = {name: getattr(config, name) for name in names.split()}
+    pruned = _told(
+        jaxprune.prune,
+        made,
+        **options,
+        only=config.only or None,
+        batches=made.batches,
+        loss_fn=made.loss_fn,
+        progress=False if config.quiet or config.json else None,
+    )
+    pruned.save(config.out)
+    if config.json:
+        before, after = (
+            {"parameters": c.parameters, "flops": c.flops}
+            for c in (pruned.costs_before, pruned.costs)
+        )
+        kept = {name: int(units.sum()) for name, units in pruned.plan.items()}
+        found = {"before": before, "after": after, "kept": kept}
+        print(json.dumps({**found, "out": str(config.out)}, indent=1))
+    elif not config.quiet:
+        print(pruned)
+        print(f"written to {config.out}")
+
+
+def export(config: Export) -> None:
+    """Writes a pruned folder in another format."""
+    from jaxprune import io
+
+    original = load_model(config.model) if config.model else None
+    apply_fn = original.apply_fn if original else None
+    try:
+        loaded = io.load_pruned(config.folder, apply_fn)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if config.format == "safetensors":
+        io.save_safetensors(config.out, loaded.variables, plan=loaded.plan)
+    elif original is None:
+        raise UsageError(f"--format {config.format} needs --model module:factory")
+    else:
+        writers: dict[str, Callable[..., None]] = {
+            "stablehlo": io.save_exported,
+            "tflite": io.save_tflite,
+            "onnx": io.save_onnx,
+        }
+        writer = writers[config.format]
+        try:
+            writer(config.out, loaded.apply_fn, loaded.variables, *original.args)
+        except (ValueError, ModuleNotFoundError) as error:
+            raise UsageError(str(error).splitlines()[0]) from error
+    if not config.quiet:
+        print(f"written to {config.out}")
+
+
+def _told(run: Callable[..., Any], made: Model, **options: Any) -> Any:
+    """Calls; what is wrong with the options is told in one line."""
+    try:
+        return run(made.apply_fn, made.variables, *made.args, **options)
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error).splitlines()[0]) from error
+
+
+def _as_json(groups: Groups, spent: Any) -> dict[str, Any]:
+    return {
+        "groups": [
+            {
+                "name": group.name,
+                "size": group.size,
+                "exact": group.exact,
+                "why": group.why,
+                "members": [f"{m.path}:{m.axis}" for m in group.members],
+            }
+            for group in groups.values()
+        ],
+        "pinned": [
+            {"path": p.path, "axis": p.axis, "positions": p.positions, "why": p.why}
+            for p in groups.pinned
+        ],
+        "costs": {
+            "parameters": spent.parameters,
+            "flops": spent.flops,
+            "activation_bytes": spent.activation_bytes,
+        },
+    }
+
+
+def _page(title: str, groups: Groups, spent: Any) -> str:
+    """A page of its own with the tables."""
+    parts = [as_html(groups.__rich__())]
+    if groups.pinned:
+        parts.append(as_html(pinned_table(groups.pinned)))
+    facts = (
+        f"{quantity(spent.parameters)} parameters, {quantity(spent.flops)} FLOPs, "
+        f"{quantity(spent.activation_bytes)} bytes of activations"
+    )
+    name = html.escape(title)
+    return (
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width'>"
+        f"<title>{name}</title><style>:root{{color-scheme:light dark}}"
+        "body{font-family:sans-serif;margin:1rem}</style></head>"
+        f"<body><h1>{name}</h1><p>{facts}</p>{''.join(parts)}</body></html>\n"
+    )

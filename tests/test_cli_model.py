@@ -1,0 +1,178 @@
+"""The command line for a model of one's own."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxprune.cli import main
+from jaxprune.io import checkpoints
+
+MODULE = """
+import jax, jax.numpy as jnp
+
+def net(variables, x):
+    hidden = jax.nn.relu(x @ variables["params"]["a"])
+    return hidden @ variables["params"]["b"]
+
+def variables():
+    a, b = jax.random.split(jax.random.key(0))
+    return {"params": {"a": jax.random.normal(a, (4, 8)), "b": jax.random.normal(b, (8, 2))}}
+
+def make():
+    x = jnp.ones((2, 4))
+    loss = lambda variables, batch: jnp.mean(net(variables, batch) ** 2)
+    return net, variables(), x, [x, 2 * x], loss
+
+def two():
+    return net, variables()
+
+def broken():
+    raise RuntimeError("no data here")
+"""
+
+
+@pytest.fixture(autouse=True)
+def module(tmp_path, monkeypatch):
+    name = f"model_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return name
+
+
+def test_inspect(module, capsys, tmp_path):
+    assert main(["inspect", f"{module}:make", "--html", "page.html"]) == 0
+    out = capsys.readouterr().out
+    assert "1 group, 8 units" in out and "output of apply_fn" in out
+    assert "48 parameters, 192 FLOPs" in out
+    page = (tmp_path / "page.html").read_text()
+    assert "params/a:1" in page and page.count("<pre") == 2
+    assert main(["inspect", f"{module}:make", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["groups"][0]["members"] == ["params/a:1", "params/b:0"]
+    assert found["costs"]["flops"] == 192 and found["pinned"][0]["path"] == "params/a"
+    assert main(["inspect", f"{module}:make", "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_prune_and_export(module, capsys, tmp_path):
+    import jaxprune
+
+    words = ["prune", f"{module}:make", "--budget", "50%", "--score", "taylor"]
+    assert main([*words, "--out", "small"]) == 0
+    out = capsys.readouterr().out
+    assert "4 of 8 units kept" in out and "written to small" in out
+    loaded = jaxprune.load(tmp_path / "small")
+    assert loaded.variables["params"]["a"].shape == (4, 4)
+    assert "FLOPs: 192 -> 96 (50.0%)" in str(loaded)
+    assert main([*words, "--out", "small", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["after"]["flops"] == 96
+    export = ["export", "small", "--out", "other", "--model", f"{module}:make"]
+    assert main(export) == 0
+    model = jaxprune.export.load_exported(tmp_path / "other")
+    x = np.ones((3, 4), np.float32)
+    np.testing.assert_allclose(model(x), loaded(x), rtol=1e-6)
+
+
+def test_variables_of_a_checkpoint(module, tmp_path, capsys):
+    import jaxprune
+
+    key = jax.random.key(5)
+    made = {"params": {"a": jax.random.normal(key, (4, 8)), "b": jnp.ones((8, 2))}}
+    checkpoints.save(tmp_path / "run", 3, made)
+    words = ["prune", f"{module}:make", "--sparsity", "0.5", "--out", "small"]
+    assert main([*words, "--variables", "run", "--quiet"]) == 0
+    assert capsys.readouterr().out == ""
+    loaded = jaxprune.load(tmp_path / "small")
+    kept = np.asarray(loaded.masks["params"]["a"][0])
+    np.testing.assert_array_equal(
+        loaded.variables["params"]["a"], made["params"]["a"][:, kept]
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["inspect", "nowhere_at_all:make"], ["there is no module 'nowhere_at_all'"]),
+        (["inspect", "{module}"], ["no module:factory"]),
+        (["inspect", "{module}:mak"], ["no factory in", "did you mean make?"]),
+        (
+            ["inspect", "{module}:two"],
+            ["returned 2 things; expected (apply_fn, variables"],
+        ),
+        (["inspect", "{module}:broken"], ["raised RuntimeError: no data here"]),
+        (["inspect", "{module}:make", "--jsn"], ["no option '--jsn'", "mean --json?"]),
+        (
+            ["prune", "{module}:make", "--out", "x"],
+            ["give one of --budget and --sparsity"],
+        ),
+        (["prune", "{module}:make", "--sparsity", ".5"], ["Missing", "--out"]),
+        (
+            [
+                "prune",
+                "{module}:make",
+                "--out",
+                "x",
+                "--rounds",
+                "two",
+                "--budget",
+                ".5",
+            ],
+            ["--rounds must be a whole number, got 'two'"],
+        ),
+        (
+            ["prune", "{module}:make", "--out", "x", "--sparsity", "half"],
+            ["--sparsity"],
+        ),
+        (
+            ["prune", "{module}:make", "--out", "x", "--budget", "0.01"],
+            ["cannot be met", "12.5%"],
+        ),
+        (
+            ["prune", "{module}:make", "--out", "x", "--budget", ".5", "--score", "l3"],
+            ["unknown score 'l3'"],
+        ),
+        (
+            [
+                "prune",
+                "{module}:make",
+                "--out",
+                "x",
+                "--budget",
+                ".5",
+                "--variables",
+                "none",
+            ],
+            ["there is no folder none"],
+        ),
+        (["export", "nothing", "--out", "x"], ["nothing"]),
+        (["completion", "fish"], ["no shell 'fish'", "bash, zsh"]),
+    ],
+    ids=lambda value: " ".join(value)[:50],
+)
+def test_a_mistake_is_one_line(module, capsys, words, parts):
+    assert main([word.replace("{module}", module) for word in words]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("jaxprune: ") and err.count("\n") == 1
+    assert "int()" not in err and "Traceback" not in err
+    for part in parts:
+        assert part in err
+
+
+def test_completion_names_commands_and_options(capsys):
+    assert main(["completion", "bash"]) == 0
+    script = capsys.readouterr().out
+    assert "inspect" in script and "--max-sparsity" in script
+    done = subprocess.run(["bash", "-n"], input=script, text=True, check=False)
+    assert done.returncode == 0
+
+
+def test_help(capsys):
+    assert main(["prune", "--help"]) == 0
+    assert "--budget" in capsys.readouterr().out
+    assert sys.modules["jaxprune.cli"]
