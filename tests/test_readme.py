@@ -20,7 +20,7 @@ def test_python_blocks_run(tmp_path, monkeypatch):
         for block in blocks:
             exec(compile(block, str(README), "exec"), namespace)
     # What the training snippet is for; chance is 0.1.
-    assert namespace["accuracy"] > 0.88
+    assert namespace["accuracy"] > 0.85
 
 
 def test_continuous_integration_runs_the_readme_command():
