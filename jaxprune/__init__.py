@@ -51,6 +51,7 @@ from jaxprune.statistics import recalibrate, taps
 from jaxprune.surgery import (
     Merged,
     MergeError,
+    compensate,
     deviation,
     merge,
     merge_error,
@@ -101,6 +102,7 @@ __all__ = [
     "bridgeout",
     "checkpoints",
     "clusters",
+    "compensate",
     "cost_model",
     "costs",
     "data",

@@ -158,7 +158,7 @@ def test_every_module_is_tested():
         "program": ["rules"],
         "coupling": ["contract", "rules", "exactness", "solve", "balance"],
         "narrowing": ["narrow", "build"],
-        "surgery": ["slicing", "merging", "compose"],
+        "surgery": ["slicing", "merging", "compose", "compensate"],
         "statistics": ["recalibration", "taps", "moments"],
         "costing": ["costs", "cost_model", "latency"],
         "training": ["bridgeout", "sparse_training", "schedules", "centripetal"],

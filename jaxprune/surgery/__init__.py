@@ -1,5 +1,6 @@
-"""Edits of parameters: slice, unslice, merge; masks of several cuts in a row."""
+"""Edits of parameters: slice, merge, compensate; masks of several cuts in a row."""
 
+from jaxprune.surgery._compensation import compensate as compensate
 from jaxprune.surgery._composing import compose_masks as compose_masks
 from jaxprune.surgery._composing import units_kept as units_kept
 from jaxprune.surgery._merging import Merged as Merged

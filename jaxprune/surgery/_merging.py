@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.core._clusters import checked_clusters, units_first
-from jaxprune.core._groups import Groups, Member
+from jaxprune.core._groups import Groups
 from jaxprune.core._leaves import named_leaves
 from jaxprune.core._masks import PyTree, expand_masks
 from jaxprune.narrowing._narrow import narrow
+from jaxprune.surgery._consumers import rewrite_consumers
 from jaxprune.surgery._slicing import slice_params
 
 
@@ -86,13 +87,10 @@ def merge(
     firsts = {
         name: checked_clusters(groups, name, ids) for name, ids in clusters.items()
     }
-    leaves = named_leaves(variables)
+    summed = variables
     for name, first in firsts.items():
-        for member in groups[name].members:
-            if member.role == "consumer":
-                leaf = _summed(leaves[member.path], member, first)
-                leaves[member.path] = leaf
-    summed = jax.tree.structure(variables).unflatten(leaves.values())
+        stands_for = first[:, None] == np.arange(len(first))
+        summed = rewrite_consumers(summed, groups, name, stands_for)
     keep = {name: first == np.arange(len(first)) for name, first in firsts.items()}
     masks = expand_masks(groups, keep)
     off = deviation(variables, groups, clusters)
@@ -209,23 +207,6 @@ def averaging_matrix(first: np.ndarray) -> np.ndarray:
     """
     same = first[:, None] == first[None, :]
     return (same / same.sum(axis=1, keepdims=True)).astype(np.float32)
-
-
-def _summed(leaf: Any, member: Member, first: np.ndarray) -> Any:
-    """The leaf with every slice added to that of the first unit of its cluster."""
-    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
-        raise TypeError(
-            f"{member.path} has dtype {leaf.dtype}; its slices cannot be summed "
-            "without leaving its range, so merge before quantising"
-        )
-    target = np.arange(leaf.shape[member.axis])
-    target[member.index] = member.index[first]
-    if isinstance(leaf, np.ndarray):
-        line = np.moveaxis(np.zeros_like(leaf), member.axis, 0)
-        np.add.at(line, target, np.moveaxis(leaf, member.axis, 0))
-        return np.moveaxis(line, 0, member.axis)
-    where = (slice(None),) * member.axis + (target,)
-    return jnp.zeros_like(leaf).at[where].add(leaf)
 
 
 def _in_params(path: str) -> str:

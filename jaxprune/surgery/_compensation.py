@@ -1,0 +1,336 @@
+"""Compensation: what is left of a layer's inputs is fitted to the outputs it had."""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.core._groups import Group, Groups, Member
+from jaxprune.core._leaves import named_leaves
+from jaxprune.core._masks import PyTree, apply_masks, concrete, pair_masks
+from jaxprune.core._positions import axis_keep
+from jaxprune.program._jaxprs import trace_program
+from jaxprune.statistics._contractions import Contraction, contractions
+from jaxprune.statistics._moments import (
+    Sums,
+    inputs,
+    joint_sums,
+    peeked,
+    streamed,
+)
+from jaxprune.statistics._streaming import Batches, twice
+from jaxprune.surgery._consumers import put
+from jaxprune.surgery._reconstruction import matched_spread, refit
+
+
+def compensate(
+    groups: Groups,
+    apply_fn: Callable[..., Any],
+    variables: PyTree,
+    masks: PyTree,
+    batches: Batches,
+    *,
+    ridge: float = 1e-6,
+    rescale: bool = False,
+    progress: bool | None = None,
+) -> PyTree:
+    r"""Fits what reads a pruned group to the outputs that it had: no training.
+
+    Every contraction that loses inputs gets the kernel and the bias that give its old
+    outputs best, in least squares over all rows of the batches,
+
+    .. math:: W' = (\Sigma_{SS} + \lambda I)^{-1} (E[x_S y^T] + \lambda W_S), \qquad
+        b' = b + E[y] - W'^T E[x_S]
+
+    with x what the pruned net feeds it, all layers before it fitted already, and
+    :math:`y = W^T x_0` what it made of the inputs of the whole net. Both are centred;
+    where there is no bias (a parameter that nothing else uses, added to the outputs,
+    or subtracted as the running mean of a BatchNorm is), moments about 0 are used. A
+    unit that is an affine function of kept ones is so removed without any change.
+
+    Layers are fitted one after the other in the order of the program, on any function:
+    dense layers, convolutions, attention, experts, layers under ``lax.scan``. Layers
+    that do not depend on each other share a pass over the batches. Then `slice_params`
+    and `narrow` as ever.
+
+    Args:
+        groups: what `trace` returned; with ``roles=True`` consumers that cannot be
+            fitted are told apart from producers, and refused.
+        apply_fn: ``(variables, batch) -> anything``, as it is to be used: BatchNorm
+            with its running statistics.
+        variables: tree of arrays that `groups` was traced with, not pruned yet.
+        masks: tree of bools like `variables`, True = kept; concrete.
+        batches: trees of arrays; a list, or an object that can be iterated again, as
+            there are several passes. A few hundred rows more than a layer has inputs
+            are enough.
+        ridge: :math:`\lambda`, as a share of the mean variance of a kept input. It
+            draws to the old weights, so what the data leave open stays as it was.
+        rescale: also scale every output to the variance that it had.
+        progress: show a progress bar? None for on a terminal.
+
+    Returns:
+        Tree like `variables`; 0 where masked.
+
+    Raises:
+        ValueError: if batches run dry, a consumer of a pruned group is no contraction
+            or shares its parameter with something else, or `ridge` is 0 and there are
+            too few rows, or inputs that others explain.
+        TypeError: if a mask is traced, or a consumer is not floating.
+
+    Warns:
+        UserWarning: if a layer has fewer rows than inputs, so the ridge decides.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, numpy as np, jaxprune
+        >>> def mlp(params, x):
+        ...     return jnp.tanh(x @ params["w1"]) @ params["w2"]
+        >>> params = {"w1": jnp.array([[1.0, -1.0]]), "w2": jnp.array([[2.0], [5.0]])}
+        >>> x = jnp.array([[1.0], [2.0], [3.0]])
+        >>> groups = jaxprune.trace(mlp, params, x, roles=True)
+        >>> keep = {"w1:1": np.array([True, False])}  # tanh(-x) = -tanh(x)
+        >>> masks = jaxprune.expand_masks(groups, keep)
+        >>> fitted = jaxprune.compensate(groups, mlp, params, masks, [x])
+        >>> np.asarray(fitted["w2"]).round(3).tolist()
+        [[-3.0], [0.0]]
+
+    References:
+        Xie et al., `Pruning with Compensation <https://arxiv.org/abs/2108.13728>`_,
+        2021; He et al., `Channel Pruning for Accelerating Very Deep Neural Networks
+        <https://arxiv.org/abs/1707.06168>`_, ICCV 2017 (inputs from the net as pruned
+        so far, outputs from the whole one)
+    """
+    first, batches = peeked(batches)
+    found = contractions(trace_program(apply_fn, variables, first))
+    kept = _kept_weights(found, variables, masks)
+    _check_consumers(groups, variables, masks, found)
+    waves = list(_waves(_items(found, kept)))
+    if len(waves) > 1:
+        batches = twice(batches, "compensate, which fits one layer after the other,")
+    current, steps = apply_masks(variables, masks), _Steps(apply_fn)
+    whole = named_leaves(variables)
+    for wave in waves:
+        names = tuple(dict.fromkeys(item.name for item in wave))
+        kernels = [found[n].kernel(np.asarray(whole[found[n].path])) for n in names]
+        trees = (current, variables, kernels)
+        title = f"compensate {names[0]}" + (" ..." if len(names) > 1 else "")
+        found_sums = streamed(steps(names), trees, batches, title, progress)
+        sums = dict(zip(names, found_sums, strict=True))
+        leaves = named_leaves(current)
+        for item in wave:
+            options = {"ridge": ridge, "rescale": rescale}
+            own = sums[item.name]
+            _fit(found[item.name], item, kept[item.name], own, whole, leaves, **options)
+        current = jax.tree.structure(current).unflatten(leaves.values())
+    return apply_masks(current, masks)
+
+
+class _Item(NamedTuple):
+    """Matrices of a contraction that are fitted together.
+
+    Attributes:
+        order: of the program.
+        name: of the contraction.
+        path: of its parameter.
+        blocks: which of its matrices.
+        before: the parameters that their inputs depend on.
+    """
+
+    order: int
+    name: str
+    path: str
+    blocks: np.ndarray
+    before: frozenset[str]
+
+
+def _kept_weights(
+    found: Mapping[str, Contraction], variables: PyTree, masks: PyTree
+) -> dict[str, np.ndarray]:
+    """Contraction -> bool ``[K, D, N]``, for those whose parameter is masked."""
+    by_path = {}
+    for path, leaf, mask in pair_masks(variables, masks):
+        mask = concrete(path, mask)
+        if not mask.all():
+            by_path[path] = np.broadcast_to(mask, np.shape(leaf)).reshape(-1)
+    return {
+        name: by_path[one.path][one.at]
+        for name, one in found.items()
+        if one.path in by_path
+    }
+
+
+def _items(
+    found: Mapping[str, Contraction], kept: Mapping[str, np.ndarray]
+) -> list[_Item]:
+    """What lost inputs, in the order of the program.
+
+    Raises:
+        ValueError: if a parameter cannot be changed for its contraction alone.
+    """
+    items = []
+    for name, weights in kept.items():
+        one = found[name]
+        outputs = np.any(weights, axis=1)
+        lost = np.any(~weights & outputs[:, None], axis=(1, 2))
+        if lost.any() and one.shared:
+            raise ValueError(
+                f"{one.path} loses inputs but cannot be fitted: it is also {one.shared}"
+            )
+        for stage in one.stages:
+            blocks = stage.blocks[lost[stage.blocks]]
+            if blocks.size:
+                items.append(_Item(stage.order, name, one.path, blocks, stage.before))
+    return sorted(items, key=lambda item: item.order)
+
+
+def _waves(items: Sequence[_Item]) -> Iterator[list[_Item]]:
+    """Runs of items none of which depends on another."""
+    wave: list[_Item] = []
+    for item in items:
+        if any(other.path in item.before for other in wave):
+            yield wave
+            wave = []
+        wave.append(item)
+    if wave:
+        yield wave
+
+
+def _check_consumers(
+    groups: Groups,
+    variables: PyTree,
+    masks: PyTree,
+    found: Mapping[str, Contraction],
+) -> None:
+    """Refuses pruned groups with a consumer that cannot be fitted.
+
+    Raises:
+        ValueError: naming path, axis and cause.
+    """
+    reading: dict[str, set[str]] = {}
+    for one in found.values():
+        for name in one.units(groups):
+            reading.setdefault(name, set()).add(one.path)
+    by_path = {path: (leaf, mask) for path, leaf, mask in pair_masks(variables, masks)}
+    for name, group in groups.items():
+        cut = [m for m in group.members if _is_cut(m, by_path)]
+        if not cut:
+            continue
+        for member in cut:
+            if member.role == "consumer" and member.path not in reading.get(name, ()):
+                raise ValueError(
+                    f"{member.path} axis {member.axis} reads the pruned group {name}, "
+                    "but not as a contraction of activations with this parameter as "
+                    "it is, so there is nothing to fit"
+                )
+        if name not in reading:
+            raise ValueError(_unread(group))
+
+
+def _unread(group: Group) -> str:
+    first = group.members[0]
+    return (
+        f"{first.path} axis {first.axis}: group {group.name} is pruned, but no "
+        "contraction reads its units through a parameter as it is, so there is nothing "
+        "to fit"
+    )
+
+
+def _is_cut(member: Member, by_path: Mapping[str, tuple[Any, Any]]) -> bool:
+    if member.path not in by_path:
+        raise ValueError(
+            f"groups have the leaf {member.path}, which variables lack; were they "
+            "traced for other variables?"
+        )
+    leaf, mask = by_path[member.path]
+    kept = axis_keep(concrete(member.path, mask), np.shape(leaf))[member.axis]
+    return kept is not None and not kept[member.index].all()
+
+
+class _Steps:
+    """Compiled steps, one for every set of contractions."""
+
+    def __init__(self, apply_fn: Callable[..., Any]) -> None:
+        self.apply_fn = apply_fn
+        self.known: dict[tuple[str, ...], Callable[..., list[Sums]]] = {}
+
+    def __call__(self, names: tuple[str, ...]) -> Callable[..., list[Sums]]:
+        if names not in self.known:
+            self.known[names] = jax.jit(self._step(names))
+        return self.known[names]
+
+    def _step(self, names: tuple[str, ...]) -> Callable[..., list[Sums]]:
+        def step(
+            current: PyTree, whole: PyTree, kernels: list[Any], batch: PyTree
+        ) -> list[Sums]:
+            pruned = inputs(self.apply_fn, names, current, batch)
+            before = inputs(self.apply_fn, names, whole, batch)
+            exact = jax.lax.Precision.HIGHEST
+            return [
+                joint_sums(x, jnp.matmul(x0, kernel.astype(x0.dtype), precision=exact))
+                for x, x0, kernel in zip(pruned, before, kernels, strict=True)
+            ]
+
+        return step
+
+
+def _fit(
+    one: Contraction,
+    item: _Item,
+    kept: np.ndarray,
+    sums: Sums,
+    whole: Mapping[str, Any],
+    leaves: dict[str, Any],
+    *,
+    ridge: float,
+    rescale: bool,
+) -> None:
+    """Fits some matrices of a contraction, and puts them into the leaves."""
+    old = whole[one.path]
+    if not jnp.issubdtype(old.dtype, jnp.floating):
+        raise TypeError(
+            f"{one.path} has dtype {old.dtype} and cannot be fitted; compensate before "
+            "quantising"
+        )
+    _check_rows(one, item, kept, sums, ridge)
+    matrices = one.kernel(np.asarray(old)).astype(np.float64)
+    kernels, shifts = [], []
+    for k in item.blocks:
+        second, cross = sums.scatter[k] / sums.count, sums.cross[k] / sums.count
+        spread = sums.spread[k] / sums.count
+        if one.bias is None:
+            second = second + np.outer(sums.mean[k], sums.mean[k])
+            cross = cross + np.outer(sums.mean[k], sums.target[k])
+            spread = spread + sums.target[k] ** 2
+        try:
+            kernel = refit(second, cross, matrices[k], kept[k], ridge)
+        except ValueError as error:
+            raise ValueError(f"{one.name}: {error}") from None
+        if rescale:
+            kernel = matched_spread(kernel, second, spread)
+        kernels.append(kernel)
+        live = kept[k].any(0)
+        shifts.append(np.where(live, sums.target[k] - sums.mean[k] @ kernel, 0.0))
+    leaves[one.path] = put(leaves[one.path], one.at[item.blocks], np.stack(kernels))
+    if one.bias is not None:
+        amounts, at = one.bias.sign * np.stack(shifts), one.bias.at[item.blocks]
+        leaves[one.bias.path] = put(leaves[one.bias.path], at, amounts, add=True)
+
+
+def _check_rows(
+    one: Contraction, item: _Item, kept: np.ndarray, sums: Sums, ridge: float
+) -> None:
+    """Says if there are too few rows, or rows that are no numbers."""
+    if not np.isfinite(sums.mean).all() or not np.isfinite(sums.cross).all():
+        raise ValueError(f"the inputs of {one.name} are not finite on these batches")
+    width = int(kept[item.blocks].sum(1).max())
+    if sums.count > width:
+        return
+    few = f"{one.name} has {width} inputs but only {sums.count} rows in the batches"
+    if ridge == 0:
+        raise ValueError(f"{few}, so the fit is not unique; give more, or a ridge")
+    warnings.warn(
+        f"{few}: the ridge decides what they leave open, close to the old weights",
+        stacklevel=4,
+    )
