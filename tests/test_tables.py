@@ -157,7 +157,7 @@ def test_leaves_without_a_layer_and_states_of_nnx():
         group("0/kernel/value:1", 3, ["0/kernel/value:1", "1/kernel/value:0"]),
     )
     text = repr(groups)
-    assert re.search(r"4 +w1:1\n +w1:1\n +w2:0", text)
+    assert re.search(r"4 +w1:1  w1 hidden\n +w1:1\n +w2:0", text)
     assert re.search(r"\n +0 +kernel/value:1\n +1 +kernel/value:0", text)
 
 

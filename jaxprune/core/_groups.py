@@ -16,6 +16,7 @@ import numpy as np
 import rich.console
 import rich.table
 
+from jaxprune.core._group_labels import labels_of
 from jaxprune.core._tables import groups_table, pinned_table
 
 
@@ -91,6 +92,8 @@ class Group:
             (see `balanced` of `trace`); a cut takes as many from every block.
         obstacle: why units that are equal cannot be merged (see `merge`); None if they
             can be.
+        label: what a person calls it, such as ``"encoder/block1 hidden"`` or
+            ``"residual stream"``; unique among the groups that it was found with.
     """
 
     name: str
@@ -101,6 +104,7 @@ class Group:
     ordered: bool = False
     blocks: int = 1
     obstacle: Reason | None = Reason("roles", "traced without roles=True")
+    label: str = ""
 
     @property
     def why(self) -> str:
@@ -146,6 +150,8 @@ class PinnedAxes(tuple[Pinned, ...]):
 class Groups(Mapping[str, Group]):
     """An immutable mapping from name to `Group`; prints as a table.
 
+    A group is also found by its label: ``groups["block1 hidden"]``.
+
     Attributes:
         by_name: the groups, in order of first use in the program.
         pinned: every parameter axis that cannot be cut, with the reason; prints as a
@@ -160,12 +166,24 @@ class Groups(Mapping[str, Group]):
     treedef: Any
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "by_name", MappingProxyType(dict(self.by_name)))
+        labels = labels_of(self.by_name, self.shapes)
+        labelled = {
+            name: group
+            if group.label == labels[name]
+            else dataclasses.replace(group, label=labels[name])
+            for name, group in self.by_name.items()
+        }
+        object.__setattr__(self, "by_name", MappingProxyType(labelled))
         object.__setattr__(self, "pinned", PinnedAxes(self.pinned))
         object.__setattr__(self, "shapes", MappingProxyType(dict(self.shapes)))
 
     def __getitem__(self, name: str) -> Group:
-        return self.by_name[name]
+        if name in self.by_name:
+            return self.by_name[name]
+        for group in self.by_name.values():
+            if group.label == name:
+                return group
+        raise KeyError(name)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.by_name)

@@ -8,7 +8,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxprune.core._checks import number, whole_number
-from jaxprune.core._names import listed, matching, nearest, patterns
+from jaxprune.core._names import labels_in, listed, matching, nearest, patterns
 
 T = TypeVar("T")
 
@@ -141,8 +141,12 @@ def fractions(
         return dict.fromkeys(selected(names, only, what), sparsity)
     if only is not None:
         raise ValueError(f"only and a sparsity by name both select {what}: give one")
-    chosen = selected(names, list(sparsity), what)
-    for name in chosen:
-        if name not in sparsity:
-            raise ValueError(f"sparsity must name {what} in full; {name} is missing")
-    return {name: sparsity[name] for name in chosen}
+    labels, by_name = labels_in(names), {}
+    for given, share in sparsity.items():
+        for name in selected(names, given, what):
+            if given not in (name, labels.get(name)) and name not in sparsity:
+                raise ValueError(
+                    f"sparsity must name {what} in full; {name} is missing"
+                )
+            by_name[name] = share
+    return {name: by_name[name] for name in names if name in by_name}

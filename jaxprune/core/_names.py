@@ -2,23 +2,40 @@
 
 import difflib
 import fnmatch
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 
 def matching(pattern: str, names: Iterable[str]) -> list[str]:
     """The names that a pattern means.
 
     A name in full means itself alone, whatever characters it contains; anything else
-    is a pattern of `fnmatch`, in which ``*`` matches everything, ``/`` too.
+    is a pattern of `fnmatch`, in which ``*`` matches everything, ``/`` too. Names that
+    map to groups are also meant by what matches the group's label.
 
     Example:
         >>> matching("a[0]", ["a[0]", "a0"]), matching("a[0-9]", ["a[0]", "a0"])
         (['a[0]'], ['a0'])
     """
+    labels = labels_in(names)
     names = list(names)
     if pattern in names:
         return [pattern]
-    return [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+    if labelled := [name for name in names if labels.get(name) == pattern]:
+        return labelled
+    return [
+        name
+        for name in names
+        if fnmatch.fnmatchcase(name, pattern)
+        or (name in labels and fnmatch.fnmatchcase(labels[name], pattern))
+    ]
+
+
+def labels_in(names: Iterable[str]) -> dict[str, str]:
+    """Name -> label, where the names map to something that has one."""
+    if not isinstance(names, Mapping):
+        return {}
+    labels = {name: getattr(thing, "label", "") for name, thing in names.items()}
+    return {name: label for name, label in labels.items() if label}
 
 
 def listed(names: Collection[str], most: int = 8) -> str:
@@ -41,7 +58,7 @@ def nearest(name: str, names: Iterable[str], most: int = 1) -> str:
         >>> nearest("xyz", ["conv1:3"])
         ''
     """
-    stem, names = name.strip("*"), list(names)
+    stem, names = name.strip("*"), [*names, *labels_in(names).values()]
     within = [known for known in names if stem and stem in known][:most]
     close = within or difflib.get_close_matches(stem, names, most, cutoff=0.5)
     return f"; did you mean {' or '.join(close)}?" if close else ""

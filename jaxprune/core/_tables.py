@@ -29,6 +29,7 @@ class _Row(NamedTuple):
         size: units of each group.
         note: what a reader has to know besides, or "".
         place: where in the user's program the reason for the note is, or "".
+        label: of a group, cut around its numbers as `layer` is.
         times: how many rows this one stands for.
     """
 
@@ -39,6 +40,7 @@ class _Row(NamedTuple):
     size: int = 0
     note: str = ""
     place: str = ""
+    label: _Tokens = ()
     times: int = 1
 
     @property
@@ -67,7 +69,9 @@ def groups_table(
         each = f"{row.times} x " if row.times > 1 else ""
         note = " ".join(filter(None, [row.note, row.place and f"({row.place})"]))
         notes = [rich.text.Text(note, "italic")] if note else []
-        cell = rich.console.Group(_heading(row.name), _layers(row.cuts), *notes)
+        heading = _heading(row.name)
+        heading.append(f"  {''.join(row.label)}".rstrip(), "not bold")
+        cell = rich.console.Group(heading, _layers(row.cuts), *notes)
         table.add_row(f"{each}{row.size}", cell)
     return table
 
@@ -128,9 +132,9 @@ def _group_row(group: "Group") -> _Row:
         each = _plural(group.size // group.blocks, "unit")
         notes.append(f"{group.blocks} blocks of {each}: cut as many from each")
     notes += ["units may be pruned but not permuted"] * group.ordered
-    return _Row(
-        *split_axis(group.name), tuple(cuts), group.size, "; ".join(notes), place
-    )
+    label = _tokens(group.label)
+    name = split_axis(group.name)
+    return _Row(*name, tuple(cuts), group.size, "; ".join(notes), place, label)
 
 
 def split_axis(name: str) -> tuple[str, _Tokens, str]:
@@ -144,7 +148,11 @@ def split_axis(name: str) -> tuple[str, _Tokens, str]:
     collection = found[0] if found else ""
     parts = _AXIS.fullmatch(name.removeprefix(collection))
     layer, leaf = (parts["layer"] or "", parts["leaf"]) if parts else ("", name)
-    return collection, tuple(re.split(r"(\d+)", layer)), leaf
+    return collection, _tokens(layer), leaf
+
+
+def _tokens(text: str) -> _Tokens:
+    return tuple(re.split(r"(\d+)", text))
 
 
 def _layers(cuts: Iterable[tuple[_Tokens, str]]) -> rich.table.Table:
@@ -224,7 +232,8 @@ def _numbered(row: _Row, slot: int, number: str) -> _Row:
         return (*layer[:slot], number, *layer[slot + 1 :])
 
     cuts = tuple((changed(layer), leaf) for layer, leaf in row.cuts)
-    return row._replace(layer=changed(row.layer), cuts=cuts)
+    label = changed(row.label)
+    return row._replace(layer=changed(row.layer), cuts=cuts, label=label)
 
 
 def _ranges(numbers: list[str]) -> str:

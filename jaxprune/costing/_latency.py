@@ -105,7 +105,7 @@ def latency_table(
         *args: further arguments, arrays; what takes time with the shapes of these.
         groups: what `trace` returned for the same arguments; None to trace here.
         shares: fractions of the units that stay, in (0, 1).
-        only: names or patterns (as `fnmatch`) of the groups to measure; the others are
+        only: names, labels or patterns of the groups to measure; the others are
             taken to cost nothing of their own. None for all.
         multiple_of: measured widths are multiples of this, where a group has as many.
         measure: ``measure(fn, args, kwargs) -> seconds`` of one call; None for the

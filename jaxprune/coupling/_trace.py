@@ -12,7 +12,7 @@ from jaxprune.core._leaves import leaf_names
 from jaxprune.core._names import listed, matching, nearest, patterns
 from jaxprune.coupling._balance import Balance, balance_groups
 from jaxprune.coupling._collect import collect_groups, find_groups
-from jaxprune.coupling._labels import Value
+from jaxprune.coupling._labels import Value, take
 from jaxprune.coupling._ledger import Ledger
 from jaxprune.coupling._roles import Whole
 from jaxprune.coupling._solve import solve
@@ -47,13 +47,15 @@ def trace(
         apply_fn: the function; its first argument is `variables`.
         variables: pytree of arrays or `jax.ShapeDtypeStruct`; nothing is computed.
         *args: further arguments; arrays or shapes are traced, the rest is static.
-        pin: glob patterns of leaves (``"params/head/*"``) or single axes
-            (``"params/head/kernel:0"``) that must not be cut.
+        pin: glob patterns of leaves (``"params/head/*"``), single axes
+            (``"params/head/kernel:0"``) or labels of groups (``"residual stream"``)
+            that must not be cut. Of an axis that holds heads times features, a label
+            pins both.
         unpin: glob patterns of outputs (``"output/1/cache/*"``) that may shrink.
-        balanced: glob patterns of groups whose blocks (the channels of one group of a
-            convolution, the features of one head) lose units of their own, as many in
-            every block, instead of the same in all. Where the program computes a
-            group's blocks together it stays as it is.
+        balanced: names, labels or patterns of groups whose blocks (the channels of one
+            group of a convolution, the features of one head) lose units of their own,
+            as many in every block, instead of the same in all. Where the program
+            computes a group's blocks together it stays as it is.
         roles: also find which members make the units and which read them, and whether
             equal units can be merged (`Member.role`, `Group.obstacle`); it is proven
             on the program, in about half the time again.
@@ -83,10 +85,13 @@ def trace(
     arrays = list(itertools.compress(names, map(is_array, leaves)))
     ledger, walked = walk_program(program, len(arrays))
     known = dict(zip(arrays, walked.ins, strict=False))
-    _pin(ledger, known, patterns("pin", pin))
+    labels = _pin(ledger, known, patterns("pin", pin))
     unpinned = patterns("unpin", unpin)
     twins = _close_outputs(ledger, program, walked.outs, known, unpinned)
     ordered = _order_by_use(ledger, walked, known, twins)
+    if labels:
+        groups = collect_groups(ledger, solve(ledger), ordered, shapes, treedef)
+        _pin_labels(ledger, known, groups, labels)
     solution = solve(ledger)
     whole = Whole(walked, arrays, twins) if roles else None
     groups = collect_groups(ledger, solution, ordered, shapes, treedef, whole)
@@ -96,8 +101,9 @@ def trace(
     return balance_groups(groups, balance, known, patterns("balanced", balanced))
 
 
-def _pin(ledger: Ledger, known: dict[str, Value], pins: Sequence[str]) -> None:
-    why = ledger.reason("pinned")
+def _pin(ledger: Ledger, known: dict[str, Value], pins: Sequence[str]) -> list[str]:
+    """Freezes axes; returns the patterns that match none, which may be labels."""
+    why, others = ledger.reason("pinned"), []
     axes = {f"{n}:{d}": axis for n, v in known.items() for d, axis in enumerate(v.axes)}
     for pattern in pins:
         leaves = set(matching(pattern, known))
@@ -106,9 +112,26 @@ def _pin(ledger: Ledger, known: dict[str, Value], pins: Sequence[str]) -> None:
         for name in found:
             ledger.freeze(axes[name], why)
         if not found and not leaves:
+            others.append(pattern)
+    return others
+
+
+def _pin_labels(
+    ledger: Ledger, known: dict[str, Value], groups: Groups, pins: Sequence[str]
+) -> None:
+    """Freezes the positions of groups, which have labels once they are found."""
+    why = ledger.reason("pinned")
+    for pattern in pins:
+        found = matching(pattern, groups)
+        for member in itertools.chain.from_iterable(groups[n].members for n in found):
+            axis = known[member.path].axes[member.axis]
+            ledger.freeze(take(axis, member.index.ravel()), why)
+        if not found:
+            axes = [f"{n}:{d}" for n, v in known.items() for d in range(len(v.axes))]
+            labels = [group.label for group in groups.values()]
             raise ValueError(
                 f"pin pattern {pattern!r} matches no axis of variables; the leaves "
-                f"are {listed(known)}{nearest(pattern, [*known, *axes])}"
+                f"are {listed(known)}{nearest(pattern, [*known, *axes, *labels])}"
             )
 
 

@@ -90,7 +90,7 @@ def prune(
         normalize: how the scores of a group are scaled, see `group_scores`; "lamp"
             scores are always scaled its own way.
         members: which members of a group score, see `group_scores`.
-        only: names or patterns of the groups to cut, ``"params/encoder/*"``.
+        only: names, labels or patterns of the groups to cut, ``"params/encoder/*"``.
         pin: patterns of leaves or axes not to cut, see `trace`.
         unpin: patterns of outputs that may shrink, see `trace`.
         balanced: patterns of groups whose blocks lose units of their own, see `trace`.

@@ -81,7 +81,7 @@ def sensitivity(
         scores: group name -> float ``[size]``, larger matters more (`group_scores`).
         sparsities: fractions of a group to remove, ascending.
         data: batches of equal shapes, each a tree of arrays; read once.
-        only: names or patterns (as `fnmatch`) of the groups to scan; None for all.
+        only: names, labels or patterns of the groups to scan; None for all.
         min_keep: as for `per_group`.
         multiple_of: as for `per_group`.
         max_sparsity: as for `per_group`.

@@ -163,7 +163,7 @@ def cuttable(
 
     Args:
         groups: what `trace` returned.
-        only: names or patterns; None for all.
+        only: names, labels or patterns; None for all.
         exact: only those for which cutting equals masking.
 
     Raises:

@@ -122,7 +122,7 @@ def to_budget(
             count.
         max_sparsity: no group loses more than this fraction. None for 0.8, or where
             the budget needs more, the least of 0.9, 0.95 and 1.
-        only: names or patterns (as `fnmatch`) of the groups to prune; None for all.
+        only: names, labels or patterns of the groups to prune; None for all.
         time_limit: seconds after which "exact" returns the best it has found.
 
     Returns:

@@ -44,7 +44,7 @@ def per_group(
         multiple_of: kept counts are rounded to the nearest multiple, at least one
             multiple; a group that is smaller stays whole.
         max_sparsity: no group loses more than this fraction.
-        only: names or patterns (as `fnmatch`, ``*`` matches everything) of the groups
+        only: names, labels or patterns (``*`` matches everything) of the groups
             to prune; None for all, or for those that `sparsity` names.
 
     Returns:
@@ -104,7 +104,7 @@ def across_groups(
         multiple_of: kept counts are multiples; a group that loses nothing may keep
             any count, and one that is smaller stays whole.
         max_sparsity: no group loses more than this fraction.
-        only: names or patterns (as `fnmatch`, ``*`` matches everything) of the groups
+        only: names, labels or patterns (``*`` matches everything) of the groups
             to prune; None for all.
 
     Returns:

@@ -43,8 +43,8 @@ def k_means(
             are left alone.
         multiple_of: the number of clusters is rounded to the nearest multiple; or name
             or pattern -> multiple.
-        only: names or patterns of the groups to cluster; None for all whose units can
-            be merged.
+        only: names, labels or patterns of the groups to cluster; None for all whose
+            units can be merged.
         seed: of the starts.
 
     Returns:
