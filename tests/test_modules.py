@@ -379,7 +379,7 @@ REFUSED = {
     ),
     "pad": (Padded, FIRST + "1", "raises .*a width written in the code of Padded"),
     "division": (Divided, FIRST + "1", "differs from narrow by .* code of Divided"),
-    "reshape": (Remembering, FIRST + "1", "raises TypeError: .*_nnx_layers.fit_sizes"),
+    "reshape": (Remembering, FIRST + "1", "raises TypeError: .*fit_sizes"),
 }
 
 
@@ -644,7 +644,7 @@ def test_linen_errors(linen):
     _, variables, masks, small, sliced = linen
     with pytest.raises(ValueError, match="have not been sliced with these masks"):
         small.apply(variables, ROWS)
-    with pytest.raises(ValueError, match="were they made for the same model"):
+    with pytest.raises(ValueError, match="were the masks made for the same model"):
         small.apply({"params": sliced["params"]}, ROWS)
     with pytest.raises(TypeError, match="is a tracer"):
         jax.jit(lambda masks: linen_modules.linen_module(LinenNet(), masks))(masks)

@@ -171,7 +171,9 @@ def test_entropy_of_a_constant_channel_is_0():
     groups = jaxprune.trace(biased, params, x)
     found = scores.entropy(groups, biased, params, [x], bins=8)["a:1"]
     np.testing.assert_allclose(found, [0.0, np.log(8)], rtol=1e-6)
-    with pytest.raises(ValueError, match="bins must be at least 2, got 1"):
+    with pytest.raises(
+        ValueError, match="bins must be a whole number of at least 2, got 1"
+    ):
         scores.entropy(groups, biased, params, [x], bins=1)
     with pytest.raises(ValueError, match="batches is empty, so entropy"):
         scores.entropy(groups, biased, params, [])

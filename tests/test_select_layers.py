@@ -135,7 +135,7 @@ def test_proportional_is_the_closest_whole_sharing(seed):
 def test_proportional_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="9 units do not fit.*which hold 0 to 8"):
         select.proportional({"a": 1, "b": 1}, 9, most={"a": 4, "b": 4})
-    with pytest.raises(ValueError, match="must not be negative"):
+    with pytest.raises(ValueError, match="must be finite and not negative"):
         select.proportional({"a": -1, "b": 1}, 2, most={"a": 4, "b": 4})
 
 

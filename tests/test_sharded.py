@@ -165,9 +165,9 @@ def test_selection_exchanges_counts_alone(kind):
     rng = np.random.default_rng(0)
     host = {
         "a": normal(rng, 32, 24),
-        "b": rng.choice(3, size=(16, 8)).astype(np.float32) * np.float32(1e-9),
+        "c": rng.choice(3, size=(16, 8)).astype(np.float32) * np.float32(1e-9),
     }
-    specs = {"a": P("data", "model"), "b": P(None, "model")}
+    specs = {"a": P("data", "model"), "c": P(None, "model")}
     where = mesh(kind, data=2, model=2)
     put = placed(host, where, specs)
     with jax.set_mesh(where):
@@ -179,9 +179,9 @@ def test_selection_exchanges_counts_alone(kind):
     for name, mask in select.across_leaves(host, sparsity=0.6).items():
         np.testing.assert_array_equal(masks[name], mask)
         assert masks[name].sharding.spec == specs[name]
-    outside = select.per_leaf({"b": put["b"]}, sparsity=0.6)["b"]
-    assert outside.sharding.spec == specs["b"]
-    np.testing.assert_array_equal(outside, select.per_leaf(host, sparsity=0.6)["b"])
+    outside = select.per_leaf({"c": put["c"]}, sparsity=0.6)["c"]
+    assert outside.sharding.spec == specs["c"]
+    np.testing.assert_array_equal(outside, select.per_leaf(host, sparsity=0.6)["c"])
 
 
 # --- optimisers ----------------------------------------------------------------------

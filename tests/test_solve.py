@@ -58,7 +58,7 @@ class Recorded:
         self.axes.append(merge(parts, list(sizes)))
 
     def freeze(self, axis, n):
-        self.ledger.freeze(axis, self.ledger.reason("frozen"))
+        self.ledger.freeze(axis, self.ledger.reason("pinned"))
         self.facts.append(lambda alive: lives(axis, alive, n).all())
 
 
@@ -150,7 +150,7 @@ def test_a_frozen_position_freezes_its_factors_and_leaves_the_rest():
     ledger = Ledger()
     whole = ledger.fresh_axis(6)
     ledger.split(whole, (2, 3))
-    ledger.freeze((Column(whole[0].units[:1], False),), ledger.reason("frozen"))
+    ledger.freeze((Column(whole[0].units[:1], False),), ledger.reason("pinned"))
     solution = solve(ledger)
     # Row 0 and column 0 stay; row 1, column 1 and column 2 can go.
     assert len(atoms_of(solution, whole)) == 3

@@ -514,9 +514,9 @@ def test_a_step_after_slicing_is_the_masked_step_sliced():
             "parts must name 'kernel'",
         ),
         (
-            lambda tx: straight_through(tx, 0.5, score="saliency"),
+            lambda tx: straight_through(tx, 0.5, score="size"),
             ValueError,
-            "'magnitude' or 'random', got 'saliency'",
+            "or a function, got 'size'",
         ),
         (
             lambda tx: dynamic_network_surgery(tx, 1.0, margin=1.0),
