@@ -9,7 +9,11 @@ import subprocess
 import sys
 import tomllib
 
+import pytest
+
 import jaxprune
+
+pytestmark = pytest.mark.once
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxprune"
