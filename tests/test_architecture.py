@@ -124,6 +124,14 @@ def test_the_wheel_holds_the_package_its_types_and_the_licence():
     assert (PACKAGE / "py.typed").exists()
 
 
+def test_the_glossary_names_rooms_and_modules_that_exist():
+    text = (ROOT / "docs" / "engine.md").read_text()
+    assert all((ROOT / room).is_dir() for room in re.findall(r"`(jaxprune/\w+)`", text))
+    assert len(re.findall(r"`(jaxprune/\w+)`", text)) == 3
+    names = {path.name for path in MODULES.values()}
+    assert set(re.findall(r"`(_\w+\.py)`", text)) <= names
+
+
 def test_no_room_has_a_circle():
     """Inside rooms too: modules can be read one after the other, from the bottom."""
     graph = {own: _own(path) for own, path in MODULES.items()}
