@@ -9,7 +9,11 @@ import subprocess
 import sys
 import tomllib
 
+import pytest
+
 import jaxprune
+
+pytestmark = pytest.mark.once
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "jaxprune"
@@ -118,6 +122,14 @@ def test_the_wheel_holds_the_package_its_types_and_the_licence():
     assert project["project"]["license-files"] == ["LICENSE"]
     assert "Apache License" in (ROOT / "LICENSE").read_text()
     assert (PACKAGE / "py.typed").exists()
+
+
+def test_the_glossary_names_rooms_and_modules_that_exist():
+    text = (ROOT / "docs" / "engine.md").read_text()
+    assert all((ROOT / room).is_dir() for room in re.findall(r"`(jaxprune/\w+)`", text))
+    assert len(re.findall(r"`(jaxprune/\w+)`", text)) == 3
+    names = {path.name for path in MODULES.values()}
+    assert set(re.findall(r"`(_\w+\.py)`", text)) <= names
 
 
 def test_no_room_has_a_circle():

@@ -7,6 +7,8 @@ import pytest
 
 from jaxprune.cli import _main as cli
 
+pytestmark = pytest.mark.once
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:

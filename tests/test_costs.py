@@ -140,7 +140,7 @@ def test_every_repetition_of_a_scan_counts():
     assert costs(nested, shaped(8, 8), shaped(3, 8)).multiply_adds == 40 * 3 * 8 * 8
 
 
-def test_a_cond_costs_its_dearest_branch_and_a_while_loop_one_round():
+def test_a_cond_costs_its_most_expensive_branch_and_a_while_loop_one_round():
     def branches(w, x):
         return jax.lax.cond(x.sum() > 0, lambda: x, lambda: x @ w @ w)
 

@@ -57,6 +57,7 @@ def examples(dataset):
 # ------------------------------------------------------------------ loading
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", OFFLINE)
 def test_normalised_training_images_have_mean_0_and_deviation_1(load, name):
     train = load(name, "train")
@@ -71,6 +72,7 @@ def test_normalised_training_images_have_mean_0_and_deviation_1(load, name):
     np.testing.assert_allclose(np.sqrt(square - mean**2), 1, atol=1e-3)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", OFFLINE)
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_a_split_is_what_its_spec_says(load, name, split):
@@ -86,6 +88,7 @@ def test_a_split_is_what_its_spec_says(load, name, split):
         dataset.images[0] = 0
 
 
+@pytest.mark.once
 def test_digits_are_scikit_learns(load):
     train, test = load("digits", "train"), load("digits", "test")
     assert (len(train), len(test)) == (1437, 360)
@@ -98,6 +101,7 @@ def test_digits_are_scikit_learns(load):
     )
 
 
+@pytest.mark.once
 def test_digits_split_is_stratified_and_fixed(load):
     test = load("digits", "test")
     share = np.bincount(load_digits().target) * (360 / 1797)
@@ -106,6 +110,7 @@ def test_digits_split_is_stratified_and_fixed(load):
     assert hashlib.sha256(content).hexdigest()[:12] == "c58a56c6a518"
 
 
+@pytest.mark.once
 def test_files_are_tfds_files_read_without_tensorflow(load, folder):
     test = load("digits", "test")
     home = folder / "digits" / "1.0.0"
@@ -117,6 +122,7 @@ def test_files_are_tfds_files_read_without_tensorflow(load, folder):
     assert "tensorflow" not in sys.modules
 
 
+@pytest.mark.once
 def test_a_sliced_split_is_a_partition(load):
     first, second = load("digits", "train[:90%]"), load("digits", "train[90%:]")
     assert (len(first), len(second)) == (1293, 144)
@@ -125,6 +131,7 @@ def test_a_sliced_split_is_a_partition(load):
     assert len(np.unique(second.labels)) == 10
 
 
+@pytest.mark.once
 def test_reading_joins_its_parts(load, folder, monkeypatch):
     monkeypatch.setattr(loading, "_READ_AT_ONCE", 100)
     again = data.load("digits", "test", data_dir=folder)
@@ -132,6 +139,7 @@ def test_reading_joins_its_parts(load, folder, monkeypatch):
     np.testing.assert_array_equal(again.labels, load("digits", "test").labels)
 
 
+@pytest.mark.once
 def test_of_two_processes_that_prepare_the_later_uses_the_earlier(
     load, tmp_path, monkeypatch
 ):
@@ -151,6 +159,7 @@ def test_of_two_processes_that_prepare_the_later_uses_the_earlier(
     assert [p.name for p in (tmp_path / "digits").iterdir()] == ["1.0.0"]
 
 
+@pytest.mark.once
 def test_a_failed_preparation_is_not_taken_for_another_process(tmp_path, monkeypatch):
     def fail(builder, dl_manager):
         raise OSError("No space left on device")
@@ -160,6 +169,7 @@ def test_a_failed_preparation_is_not_taken_for_another_process(tmp_path, monkeyp
         data.load("digits", "test", data_dir=tmp_path)
 
 
+@pytest.mark.once
 def test_data_folder(monkeypatch, tmp_path):
     monkeypatch.delenv("JAXPRUNE_DATA", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -172,6 +182,7 @@ def test_data_folder(monkeypatch, tmp_path):
     assert loading.data_folder(tmp_path / "here") == tmp_path / "here"
 
 
+@pytest.mark.once
 def test_importing_needs_no_tfds():
     code = "import jaxprune.data, sys; print('tensorflow_datasets' in sys.modules)"
     done = subprocess.run(
@@ -180,6 +191,7 @@ def test_importing_needs_no_tfds():
     assert done.stdout == "False\n"
 
 
+@pytest.mark.once
 def test_error_without_the_extra(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "jaxprune.data._digits")
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
@@ -188,6 +200,7 @@ def test_error_without_the_extra(tmp_path, monkeypatch):
         data.load("digits", "test", data_dir=tmp_path)
 
 
+@pytest.mark.once
 def test_error_for_an_unknown_name():
     text = r"no data set 'cifar-10'; there are digits, .*cifar100; did you mean 'cifar1"
     with pytest.raises(ValueError, match=text):
@@ -196,6 +209,7 @@ def test_error_for_an_unknown_name():
         data.load("xyz", "train")
 
 
+@pytest.mark.once
 def test_error_for_an_unknown_or_empty_split(load):
     with pytest.raises(ValueError, match="Unknown split 'valid'"):
         load("digits", "valid")
@@ -206,6 +220,7 @@ def test_error_for_an_unknown_or_empty_split(load):
 # ----------------------------------------------------------------- shapes32
 
 
+@pytest.mark.once
 def test_shapes32_is_large_balanced_and_has_no_test_image_in_training(load):
     train, test = load("shapes32", "train"), load("shapes32", "test")
     assert np.bincount(train.labels).tolist() == [1000] * 16
@@ -214,6 +229,7 @@ def test_shapes32_is_large_balanced_and_has_no_test_image_in_training(load):
     assert len({image.tobytes() for image in images}) == 20_000
 
 
+@pytest.mark.once
 def test_shapes32_files_hold_what_the_seed_draws(load):
     rng = np.random.default_rng((20_240, 1, 3))
     labels = np.arange(3000, 4000) % 16
@@ -221,6 +237,7 @@ def test_shapes32_files_hold_what_the_seed_draws(load):
     assert not set(drawn) - set(examples(load("shapes32", "test")))
 
 
+@pytest.mark.once
 def test_shapes32_label_is_neither_colour_nor_linear(load):
     train, test = load("shapes32", "train[:6000]"), load("shapes32", "test")
 
@@ -246,6 +263,7 @@ def test_shapes32_label_is_neither_colour_nor_linear(load):
     assert least_squares_accuracy(colour) < 2.5 * chance
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("shape", "area"),
     [
@@ -261,6 +279,7 @@ def test_shapes32_outline_encloses_its_area(shape, area):
     np.testing.assert_allclose(inside.mean() * 2.5**2, area, rtol=5e-3)
 
 
+@pytest.mark.once
 def test_shapes32_labels_differ_where_they_say():
     def draw(name):
         shape, texture = name.split("/")
@@ -358,6 +377,7 @@ def cifar10_web(web, monkeypatch):
     return made
 
 
+@pytest.mark.once
 def test_cifar10_is_prepared_without_tensorflow(cifar10_web, tmp_path):
     train = data.load("cifar10", "train", data_dir=tmp_path)
     test = data.load("cifar10", "test", data_dir=tmp_path)
@@ -368,6 +388,7 @@ def test_cifar10_is_prepared_without_tensorflow(cifar10_web, tmp_path):
     assert "tensorflow" not in sys.modules
 
 
+@pytest.mark.once
 def test_the_stock_builder_reads_our_files(cifar10_web, tmp_path):
     test = data.load("cifar10", "test", data_dir=tmp_path)
     stock = cifar.Cifar10(data_dir=tmp_path, file_format="array_record")
@@ -382,6 +403,7 @@ def test_the_stock_builder_reads_our_files(cifar10_web, tmp_path):
         np.testing.assert_array_equal(source[row]["image"], test.images[row])
 
 
+@pytest.mark.once
 def test_cifar100_keeps_the_fine_label(web, tmp_path, monkeypatch):
     root, address = web
     rng = np.random.default_rng(1)
@@ -400,6 +422,7 @@ def write_idx(path, array):
     path.write_bytes(gzip.compress(header + array.tobytes()))
 
 
+@pytest.mark.once
 def test_mnist_is_prepared_without_tensorflow(web, tmp_path, monkeypatch):
     root, address = web
     rng = np.random.default_rng(2)
@@ -448,6 +471,7 @@ def fashion(monkeypatch, tmp_path):
     return write
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     "place", ["debian", "downloads/manual", "manual/fashion_mnist"]
 )
@@ -464,6 +488,7 @@ def test_fashion_mnist_is_found_where_it_lies(fashion, tmp_path, place):
         assert examples(dataset) == made[split]
 
 
+@pytest.mark.once
 def test_without_fashion_mnist_one_line_says_where_it_comes_from(fashion, tmp_path):
     fashion(tmp_path / "elsewhere")
     with pytest.raises(ConnectionError) as caught:
@@ -479,6 +504,7 @@ def test_without_fashion_mnist_one_line_says_where_it_comes_from(fashion, tmp_pa
     )
 
 
+@pytest.mark.once
 def test_idx_reader_refuses_another_file(tmp_path):
     path = tmp_path / "train-images-idx3-ubyte.gz"
     path.write_bytes(gzip.compress(b"<html>not found</html>"))
@@ -486,6 +512,7 @@ def test_idx_reader_refuses_another_file(tmp_path):
         archives.read_idx(path)
 
 
+@pytest.mark.once
 def test_archives_are_read_up_to_a_limit(tmp_path):
     path = tmp_path / "images.gz"
     write_idx(path, np.zeros((100, 100, 100), np.uint8))  # a kilobyte on disk
@@ -515,6 +542,7 @@ def idx(*header, content=b""):
     return gzip.compress(b"\0\0\x08" + bytes(header) + content)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize(
     ("content", "text"),
     [
@@ -538,6 +566,7 @@ def test_damaged_archives_are_named(tmp_path, content, text):
         archives.read_tar(path)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100"])
 def test_specs_agree_with_the_stock_builders(name, tmp_path):
     spec = data.DATASETS[name]
@@ -563,6 +592,7 @@ def unreachable(monkeypatch, port):
     monkeypatch.setattr(archives.Cifar10, "SOURCES", (address,))
 
 
+@pytest.mark.once
 def test_error_without_a_network_comes_at_once(tmp_path, monkeypatch, closed_port):
     unreachable(monkeypatch, closed_port)
     begin = time.monotonic()
@@ -579,6 +609,7 @@ def test_error_without_a_network_comes_at_once(tmp_path, monkeypatch, closed_por
     assert not (tmp_path / "cifar10").exists()
 
 
+@pytest.mark.once
 def test_error_when_the_host_keeps_silent(tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "_TIMEOUT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
@@ -587,6 +618,7 @@ def test_error_when_the_host_keeps_silent(tmp_path, monkeypatch):
             data.load("cifar10", "train", data_dir=tmp_path)
 
 
+@pytest.mark.once
 def test_a_cached_archive_needs_no_network(cifar10_web, tmp_path, monkeypatch):
     first = data.load("cifar10", "test", data_dir=tmp_path)
     (tmp_path / "cifar10").rename(tmp_path / "lost")
@@ -600,6 +632,7 @@ def test_a_cached_archive_needs_no_network(cifar10_web, tmp_path, monkeypatch):
     assert examples(again) == examples(first)
 
 
+@pytest.mark.once
 def test_an_archive_put_by_hand_is_verified(tmp_path):
     manual = tmp_path / "downloads" / "manual"
     manual.mkdir(parents=True)

@@ -25,8 +25,9 @@ def test_python_blocks_run(tmp_path, monkeypatch):
 
 def test_continuous_integration_runs_the_readme_command():
     script = (README.parent / ".ci" / "run").read_text()
-    assert "uv run --locked pytest -n auto" in README.read_text()
-    assert "uv run --locked pytest -n auto" in script
+    command = "uv run --locked pytest -n auto --dist worksteal"
+    assert command in README.read_text()
+    assert command in script
 
 
 def test_the_numbers_are_those_of_the_committed_study():

@@ -6,6 +6,8 @@ import pytest
 
 from jaxprune.display import _report as report
 
+pytestmark = pytest.mark.once
+
 
 def test_interval_is_students():
     # The 97.5 % quantile of t with 4 degrees of freedom is 2.7764 in any table.

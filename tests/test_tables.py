@@ -11,6 +11,8 @@ import pytest
 import jaxprune
 from jaxprune.core._groups import Group, Groups, Member, Pinned, Reason
 
+pytestmark = pytest.mark.once
+
 
 def expand(pattern):
     """``a{0..2,5}`` -> {a0, a1, a2, a5}, as a shell does."""

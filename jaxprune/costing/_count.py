@@ -95,8 +95,8 @@ def costs(
     reductions, FFTs and solvers are not. A convolution meets its whole window at every
     output position, padding included; a transposed one at every input position. A scan
     counts as often as it repeats, the body of a while loop once (how often it runs is
-    unknown), a cond as its dearest branch, a Pallas kernel once per grid cell and
-    without its on-chip arrays, code under shard_map once per device. What does not
+    unknown), a cond as its most expensive branch, a Pallas kernel once per grid cell
+    and without its on-chip arrays, code under shard_map once per device. What does not
     reach an output is not counted, nor what depends on no input. Masks make nothing
     cheaper: slice first.
 
@@ -194,7 +194,7 @@ def count_equation(eqn: Any, varies: Sequence[bool]) -> tuple[Count, list[bool]]
         return own, all_vary
     found, outs = _inside(eqn, varies, bodies)
     if name == "cond":
-        return _dearest(found), all_vary
+        return _most_expensive(found), all_vary
     inside = Count()
     for count in found:
         inside = inside.then(count, repeats(eqn))
@@ -236,12 +236,12 @@ def _size(eqn: Any, operand: int, axis: int) -> int:
     return var.aval.shape[axis]
 
 
-def _dearest(branches: Sequence[Count]) -> Count:
-    dearest = max(branches, key=lambda count: count.multiply_adds)
+def _most_expensive(branches: Sequence[Count]) -> Count:
+    most = max(branches, key=lambda count: count.multiply_adds)
     return Count(
         max(count.total_bytes for count in branches),
         max(count.largest_bytes for count in branches),
-        dearest.products,
+        most.products,
     )
 
 

@@ -181,7 +181,7 @@ def _model(
         f"the units of {names[g]} hold unequal shares of some axis"
         for g in sorted(tally.lengths.uneven)
     ]
-    why += ["another branch of a cond may become the dearest"] * tally.unsure
+    why += ["another branch of a cond may become the most expensive"] * tally.unsure
     entries, held_bytes = map(made, parameters)
     return CostModel(
         sizes,

@@ -65,7 +65,7 @@ class Tally:
 
     def __init__(self, lengths: Lengths, sizes: Sequence[int]) -> None:
         self.lengths, self.sizes = lengths, sizes
-        self.unsure = False  # could another branch of a cond become the dearest?
+        self.unsure = False  # could another branch of a cond become the most expensive?
 
     def program(self, walked: Walked) -> Spent:
         """All equations together."""
@@ -96,11 +96,11 @@ class Tally:
     def _inside(self, step: Step, own: Spent) -> Spent:
         found = [self.program(sub) for sub in step.subs]
         if step.eqn.primitive.name == "cond":
-            return self._dearest(found)
+            return self._most_expensive(found)
         inside = _together(found, repeats(step.eqn))
         return inside._replace(largest=inside.largest | own.largest)
 
-    def _dearest(self, branches: Sequence[Spent]) -> Spent:
+    def _most_expensive(self, branches: Sequence[Spent]) -> Spent:
         """The branch that costs most at full size, for every cost."""
         return Spent(
             branches[self._most([b.total_bytes for b in branches])].total_bytes,

@@ -29,18 +29,18 @@ def build(kept: Any, walked: Walked) -> Any:
         kept: what stays of every value (`jaxprune.narrowing._replay.Kept`).
         walked: the program; all of its results are computed.
     """
-    page = _Page(kept)
+    emitter = _Emitter(kept)
     ins = [
-        page.resized(var, kept.shape(value))
+        emitter.resized(var, kept.shape(value))
         for var, value in zip(walked.jaxpr.invars, walked.ins, strict=True)
     ]
-    outs = page.write(walked, ins)
-    consts = list(page.consts.items())
-    return closed(walked.jaxpr, consts, ins, outs, page.eqns, page.effects)
+    outs = emitter.write(walked, ins)
+    consts = list(emitter.consts.items())
+    return closed(walked.jaxpr, consts, ins, outs, emitter.eqns, emitter.effects)
 
 
-class _Page:
-    """The equations written so far.
+class _Emitter:
+    """Emits the equations of the smaller program.
 
     Attributes:
         eqns: the equations.

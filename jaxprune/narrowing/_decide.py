@@ -45,9 +45,9 @@ def decide(
         for d, mask in enumerate(each)
         if mask is not SILENT
     }
-    told = _Told(ledger, solution, walked, names, keep)
-    told.refuse_frozen()
-    wrong = told.wrong()
+    liveness = _Liveness(ledger, solution, walked, names, keep)
+    liveness.refuse_frozen()
+    wrong = liveness.wrong()
     if wrong is not None:
         # Perhaps every block of a group loses units of its own, but as many as others.
         inputs = dict(zip(names, walked.ins, strict=False))
@@ -57,23 +57,23 @@ def decide(
             for (k, d), mask in keep.items()
         }
         same = balance.canonical(walked.ins, every)
-        again = _Told(ledger, solution, walked, names, same)
+        again = _Liveness(ledger, solution, walked, names, same)
         if again.wrong() is not None:
-            told.explain(*wrong, balance)
-        told = again
-    return told.units()
+            liveness.explain(*wrong, balance)
+        liveness = again
+    return liveness.units()
 
 
-class _Told:
-    """What all masks say about every class.
+class _Liveness:
+    """Which classes live, from what all masks say about them.
 
     A position that is kept keeps every class that it needs; one that is cut only says
     that some class is dead, which may be another than the one in question. So a class
     lives if any kept position needs it, or if no cut position needs it dead
     (`_revive`): where a whole group is gone, nothing that it shares axes with is kept.
 
-    Axes that are tied throughout and have one mask are told once, by the first of them;
-    all axes told stand one after the other in arrays of positions.
+    Axes that are tied throughout and have one mask count once, as the first of them;
+    all axes with a mask stand one after the other in arrays of positions.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class _Told:
         self.names, self.given = names, keep
         self.places: list[Place] = []
         classes, masks = [np.zeros(0, np.int32)], [np.zeros(0, bool)]
-        same: dict[int, Alive] = {}  # block of units -> the mask it was told
+        same: dict[int, Alive] = {}  # block of units -> the mask it was given
         for (k, d), mask in keep.items():
             axis = walked.ins[k].axes[d]
             if isinstance(axis, int):
@@ -141,7 +141,7 @@ class _Told:
         self.alive = ~needed
 
     def wrong(self) -> tuple[int, np.ndarray] | None:
-        """An axis told whose mask is not what its units say, and where it is not."""
+        """An axis whose mask is not what its units say, and where it is not."""
         implied = np.ones(len(self.keep), bool)
         for column in self.columns:
             implied &= self.alive[column]
@@ -214,16 +214,16 @@ class _Told:
         )
 
     def _keeper(self, atom: int) -> int:
-        """The last axis told that keeps an atom."""
+        """The last axis whose mask keeps an atom."""
         kept = [np.flatnonzero((c == atom) & self.keep) for c in self.columns]
         return self._number(max(int(found[-1]) for found in kept if len(found)))
 
     def _number(self, position: int) -> int:
-        """Which axis told holds a position."""
+        """Which axis with a mask holds a position."""
         return int(np.searchsorted(self.ends, position, side="right"))
 
     def _span(self, number: int) -> slice:
-        """The positions of an axis told."""
+        """The positions of an axis with a mask."""
         return slice(self.ends[number - 1] if number else 0, self.ends[number])
 
     def _name(self, place: Place) -> str:

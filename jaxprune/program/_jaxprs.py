@@ -1,4 +1,4 @@
-"""The two JAX worlds behind one face, and where a user's program says what.
+"""Jaxprs of every supported JAX, read in one way, and the source line of an equation.
 
 From JAX 0.11 on, ClosedJaxpr and Jaxpr are one class and `scan` names its operand
 counts differently. Nothing else in the package looks at these differences.

@@ -5,6 +5,7 @@ that a person reads off the architecture: name -> number of units that can be cu
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -55,7 +56,7 @@ def model(name: str, groups: Mapping[str, int], **options: Any):
 
     def register(build: Callable[[], tuple]) -> Callable[[], tuple]:
         assert name not in MODELS, name
-        made = lambda: Built(*build())  # noqa: E731
+        made = functools.cache(lambda: Built(*build()))  # once a run
         MODELS[name] = Model(name, made, groups, **options)
         return build
 

@@ -10,6 +10,7 @@ as broken, relatives of those measured, and what has to be refused.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -65,7 +66,7 @@ def register(
     STRUCTURES[name] = Structure(
         name,
         rival,
-        lambda: Built(*build()),
+        functools.cache(lambda: Built(*build())),  # once a run
         groups,
         inexact or {},
         refused or {},
