@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import filelock
@@ -438,3 +439,18 @@ def test_survives_a_kill_at_any_moment(tmp_path):
             np.testing.assert_array_equal(leaf, value)
         last = max(last, found.step)
     assert last >= 1
+
+
+def test_threads_may_save_at_once(tmp_path):
+    """Orbax alone mixes up two saves of one process: they take turns."""
+    params = {"w": jnp.arange(4096.0), "b": jnp.ones(3)}
+
+    def rounds(name):
+        for step in range(3):
+            checkpoints.save(tmp_path / name, step, params)
+        return checkpoints.restore_latest(tmp_path / name, params)
+
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(rounds, "abcd"):
+            assert found is not None
+            np.testing.assert_array_equal(found.state["w"], params["w"])

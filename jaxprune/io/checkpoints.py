@@ -14,6 +14,7 @@ import operator
 import os
 import re
 import shutil
+import threading
 import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -353,18 +354,25 @@ def _orbax() -> Any:
     return orbax.checkpoint
 
 
+# Orbax numbers its operations for the whole process and waits for signals by that
+# number, so two saves at once in two threads take each other's.
+_ONE_AT_A_TIME = threading.Lock()
+
+
 def _write(path: Path, arrays: list[Any], sealed: dict[str, Any]) -> None:
     ocp = _orbax()
     items: dict[str, Any] = {"meta": ocp.args.JsonSave(sealed)}
     if arrays:
         items["state"] = ocp.args.StandardSave(arrays)
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as orbax:
+    checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+    with _ONE_AT_A_TIME, checkpointer as orbax:
         orbax.save(path, args=ocp.args.Composite(**items))
 
 
 def _restore(path: Path, **items: Any) -> Any:
     ocp = _orbax()
-    with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as orbax:
+    checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
+    with _ONE_AT_A_TIME, checkpointer as orbax:
         return orbax.restore(path, args=ocp.args.Composite(**items))
 
 
