@@ -9,7 +9,13 @@ import numpy as np
 
 
 def keystr(path: Any) -> str:
-    """The one way a leaf is named."""
+    """The one way a leaf is named: its path, without the box around it.
+
+    A variable's box (Flax NNX Variable, Linen Partitioned) is no part of its name: a
+    tree may be made with boxes and updated without.
+    """
+    if len(path) > 1 and path[-1] == jax.tree_util.GetAttrKey("value"):
+        path = path[:-1]
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 

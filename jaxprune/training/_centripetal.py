@@ -18,9 +18,9 @@ from jax import lax
 from jaxprune.core._clusters import checked_clusters
 from jaxprune.core._groups import Groups, Member
 from jaxprune.core._leafwise import widened
-from jaxprune.core._leaves import parameter_paths
+from jaxprune.core._leaves import keystr, named_leaves, parameter_paths
 from jaxprune.training._hyperparameters import check, current
-from jaxprune.training._leaves import name_of, named_leaves, select_leaves
+from jaxprune.training._leaves import select_leaves
 
 
 class CentripetalState(NamedTuple):
@@ -137,7 +137,7 @@ def centripetal(
         kernels = select_leaves(params, mask, gets="decay")
 
         def rewrite(path: Any, grad: jax.Array) -> jax.Array:
-            name = name_of(path)
+            name = keystr(path)
             is_kernel, members = name in kernels, makers.get(_traced(groups, name), ())
             if not members and not is_kernel:
                 return grad

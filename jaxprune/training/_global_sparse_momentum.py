@@ -15,10 +15,11 @@ import optax
 from jax.core import Tracer
 
 from jaxprune.core._leafwise import widened
+from jaxprune.core._leaves import keystr, named_leaves
 from jaxprune.core._masks import apply_masks
 from jaxprune.select._thresholds import lowest_together
 from jaxprune.training._hyperparameters import check, current
-from jaxprune.training._leaves import name_of, named_leaves, select_leaves
+from jaxprune.training._leaves import select_leaves
 
 
 class GlobalSparseMomentumState(NamedTuple):
@@ -113,7 +114,7 @@ def global_sparse_momentum(
         active = _most({n: jnp.abs(w * grads[n]) for n, w in weights.items()}, ratio)
 
         def rewrite(path: Any, grad: jax.Array) -> jax.Array:
-            name = name_of(path)
+            name = keystr(path)
             if name not in weights:
                 return grad
             passed = jnp.where(active[name], grads[name], 0.0)
@@ -181,7 +182,7 @@ def winning_ticket(
     sizes = {path: jnp.abs(w) for path, w in _wide(trained, chosen).items()}
     kept = _most(sizes, nonzero_ratio)
     masks = jax.tree.map_with_path(
-        lambda path, _: kept.get(name_of(path), jnp.array(True)), trained
+        lambda path, _: kept.get(keystr(path), jnp.array(True)), trained
     )
     return Ticket(apply_masks(initial, masks), masks)
 

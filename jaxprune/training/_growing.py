@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxprune.core._leaves import keystr, named_leaves
 from jaxprune.core._packing import PackedMasks
 from jaxprune.training._auto_axes import under_auto_axes
 from jaxprune.training._hyperparameters import check, is_whole
-from jaxprune.training._leaves import name_of, named_leaves, select_leaves
+from jaxprune.training._leaves import select_leaves
 from jaxprune.training.sparse._state import packed_by_path, unpacked
 
 
@@ -104,7 +105,7 @@ def growing_regularization(
             return masks(params) if callable(masks) else masks
         chosen = select_leaves(params, mask, gets="decayed")
         return jax.tree.map_with_path(
-            lambda path, _: jnp.asarray(name_of(path) not in chosen), params
+            lambda path, _: jnp.asarray(keystr(path) not in chosen), params
         )
 
     def init(params: Any) -> GrowingState:
@@ -115,7 +116,7 @@ def growing_regularization(
         weights, held = named_leaves(params), unpacked(state.masks, params)
 
         def decay(path: Any, grad: jax.Array) -> jax.Array:
-            kept = held.get(name := name_of(path))
+            kept = held.get(name := keystr(path))
             if kept is None:
                 return grad
             w = weights[name].astype(grad.dtype)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jaxprune.core._leaves import NOT_KERNELS, unique_names
+from jaxprune.core._leaves import NOT_KERNELS, keystr, named_leaves
 
 
 def select_leaves(
@@ -73,7 +73,7 @@ def _as_mask(mask: Any, params: Any, gets: str) -> dict[str, bool]:
     for path, flag in jax.tree.leaves_with_path(tree):
         if np.shape(flag) != () or np.asarray(flag).dtype.kind != "b":
             raise TypeError(
-                f"mask[{name_of(path)!r}] is {flag!r}, expected one bool per leaf "
+                f"mask[{keystr(path)!r}] is {flag!r}, expected one bool per leaf "
                 f"(True = gets {gets}); elementwise pruning masks go elsewhere"
             )
     try:
@@ -81,20 +81,3 @@ def _as_mask(mask: Any, params: Any, gets: str) -> dict[str, bool]:
     except ValueError as error:
         raise ValueError(f"mask is no prefix of params: {error}") from error
     return {name: bool(flag) for name, flag in named_leaves(full).items()}
-
-
-def name_of(path: Any) -> str:
-    """The path of a leaf as text, without the box that a framework puts around it."""
-    # A variable's box (Flax NNX Variable, Linen Partitioned) is not part of its name:
-    # the state may be made with boxes and updated without.
-    if path and path[-1] == jax.tree_util.GetAttrKey("value"):
-        path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def named_leaves(tree: Any) -> dict[str, Any]:
-    """Path -> leaf, in tree order; two leaves of one path are refused."""
-    found = jax.tree.leaves_with_path(tree)
-    paths = [path for path, _ in found]
-    names = unique_names(paths, [name_of(path) for path in paths])
-    return dict(zip(names, [leaf for _, leaf in found], strict=True))

@@ -15,9 +15,10 @@ import optax
 
 from jaxprune.core._groups import Group, Groups, Member
 from jaxprune.core._leafwise import widened
+from jaxprune.core._leaves import keystr, named_leaves
 from jaxprune.training._auto_axes import shapes_of, under_auto_axes
 from jaxprune.training._hyperparameters import check, current
-from jaxprune.training._leaves import name_of, named_leaves, select_leaves
+from jaxprune.training._leaves import select_leaves
 
 
 class PenaltyState(NamedTuple):
@@ -172,7 +173,7 @@ def _link(
             slopes = named_leaves(jax.grad(penalty)(params))
 
             def add(path: Any, grad: jax.Array) -> jax.Array:
-                slope = slopes[name_of(path)].astype(jnp.float32)
+                slope = slopes[keystr(path)].astype(jnp.float32)
                 return grad + (strength * slope).astype(grad.dtype)
 
             return jax.tree.map_with_path(add, updates)

@@ -11,9 +11,10 @@ import optax
 
 from jaxprune.core._groups import Groups
 from jaxprune.core._leafwise import widened
+from jaxprune.core._leaves import keystr, named_leaves
 from jaxprune.training._auto_axes import shapes_of, under_auto_axes
 from jaxprune.training._hyperparameters import check, current
-from jaxprune.training._leaves import name_of, named_leaves, select_leaves
+from jaxprune.training._leaves import select_leaves
 from jaxprune.training._penalties import traced_leaves, unit_squares
 
 
@@ -112,7 +113,7 @@ def proximal_group_lasso(
         weights = named_leaves(params)
 
         def shrink(path: Any, update: jax.Array) -> jax.Array:
-            factor = found.get(name := name_of(path))
+            factor = found.get(name := keystr(path))
             if factor is None:
                 return update
             # w + (-w) is 0 exactly, but only if the update is no narrower than w.

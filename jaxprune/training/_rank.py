@@ -11,9 +11,10 @@ import optax
 from jax import lax
 
 from jaxprune.core._leafwise import widened
+from jaxprune.core._leaves import keystr, named_leaves
 from jaxprune.training._auto_axes import under_auto_axes
 from jaxprune.training._hyperparameters import check, current, is_whole
-from jaxprune.training._leaves import name_of, named_leaves, select_leaves
+from jaxprune.training._leaves import select_leaves
 
 Kind = Literal["channel", "spatial", "depthwise"]
 
@@ -262,7 +263,7 @@ def _add_slopes(
     weights = named_leaves(params)
 
     def add(path: Any, grad: jax.Array) -> jax.Array:
-        layout = layouts.get(name := name_of(path))
+        layout = layouts.get(name := keystr(path))
         if layout is None:
             return grad
         slope = _of_kernel(weights[name], layout, energy, -0.5)
@@ -279,7 +280,7 @@ def _truncating(
     weights = named_leaves(params)
 
     def truncate(path: Any, update: jax.Array) -> jax.Array:
-        layout = layouts.get(name := name_of(path))
+        layout = layouts.get(name := keystr(path))
         if layout is None:
             return update
         new = _of_kernel(moved[name], layout, energy, 0.0)
@@ -295,7 +296,7 @@ def _as_wide(updates: Any, params: Any, layouts: Mapping[str, _Layout]) -> Any:
     return jax.tree.map_with_path(
         lambda path, update: (
             update.astype(np.promote_types(update.dtype, weights[name].dtype))
-            if (name := name_of(path)) in layouts
+            if (name := keystr(path)) in layouts
             else update
         ),
         updates,

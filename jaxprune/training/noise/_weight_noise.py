@@ -25,9 +25,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune.core._leafwise import widened
+from jaxprune.core._leaves import keystr, named_leaves
 from jaxprune.training._auto_axes import under_auto_axes
 from jaxprune.training._keys import stored_key, typed_key
-from jaxprune.training._leaves import name_of, named_leaves
 
 Noise = Callable[[jax.Array, jax.Array, Any], jax.Array]
 _AnyNoise = TypeVar("_AnyNoise", bound=Callable[..., jax.Array])
@@ -106,7 +106,7 @@ def _perturbed(params: Any, states: list[Any]) -> Any:
         noises |= found
 
     def perturb(path: Any, w: jax.Array) -> jax.Array:
-        noise = noises.get(name_of(path))
+        noise = noises.get(keystr(path))
         if noise is None:
             return w
         wide = widened(w)
@@ -157,7 +157,7 @@ def _pulled_back(updates: Any, state: Any, params: Any) -> Any:
     noises, weights = _noises_of(state, params), named_leaves(params)
 
     def pull_back(path: Any, grad: jax.Array) -> jax.Array:
-        noise = noises.get(name := name_of(path))
+        noise = noises.get(name := keystr(path))
         if noise is None:
             return grad
         w = widened(weights[name])

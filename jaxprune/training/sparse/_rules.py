@@ -14,9 +14,10 @@ import jax.numpy as jnp
 
 from jaxprune import scores as scoring
 from jaxprune import select
+from jaxprune.core._leaves import named_leaves
 from jaxprune.training._auto_axes import beside_leaves, shapes_of
 from jaxprune.training._hyperparameters import is_whole
-from jaxprune.training._leaves import named_leaves, select_leaves
+from jaxprune.training._leaves import select_leaves
 from jaxprune.training.sparse._state import Arrays, Moment
 
 # Scores by path -> masks by path; takes a sparsity, unless the pattern says it all.

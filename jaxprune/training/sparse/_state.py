@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import optax
 from jax.core import Tracer
 
+from jaxprune.core._leaves import keystr, named_leaves
 from jaxprune.core._masks import pair_masks
 from jaxprune.core._packing import ByPath, PackedMasks, pack_masks, unpack_masks
 from jaxprune.training._auto_axes import beside_leaves, under_auto_axes
 from jaxprune.training._keys import StoredKey
-from jaxprune.training._leaves import name_of, named_leaves
 
 Arrays = Mapping[str, Any]  # path -> array, of the leaves that may lose weights
 
@@ -183,7 +183,7 @@ def unpacked(packed: PackedMasks, params: Any) -> dict[str, jax.Array]:
 def like_params(found: Arrays, params: Any, other: Any) -> Any:
     """Tree like the parameters of what is found by path, and a scalar elsewhere."""
     return jax.tree.map_with_path(
-        lambda path, _: jnp.asarray(found.get(name_of(path), other)), params
+        lambda path, _: jnp.asarray(found.get(keystr(path), other)), params
     )
 
 

@@ -30,11 +30,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxprune.core._leaves import keystr, named_leaves
 from jaxprune.core._masks import zero_removed
 from jaxprune.core._packing import ByPath, PackedMasks, pack_masks
 from jaxprune.training._auto_axes import beside_leaves, shapes_of, under_auto_axes
 from jaxprune.training._keys import stored_key, typed_key
-from jaxprune.training._leaves import name_of, named_leaves
 from jaxprune.training.sparse._resets import check_resettable, reset_state
 from jaxprune.training.sparse._state import (
     Arrays,
@@ -249,7 +249,7 @@ def _without_removed(params: Any, masks: PackedMasks) -> Any:
         held = unpacked(masks, params)
         return jax.tree.map_with_path(
             lambda path, w: (
-                zero_removed(w, held[name]) if (name := name_of(path)) in held else w
+                zero_removed(w, held[name]) if (name := keystr(path)) in held else w
             ),
             params,
         )
@@ -405,7 +405,7 @@ def _scaled(grads: Any, masks: PackedMasks, factor: float) -> Any:
         held = unpacked(masks, grads)
 
         def scale(path: Any, grad: jax.Array) -> jax.Array:
-            mask = held.get(name_of(path))
+            mask = held.get(keystr(path))
             if mask is None:
                 return grad
             # Not by multiplication alone: 0 * inf is nan.
@@ -430,7 +430,7 @@ def _left(
         held, weights = unpacked(masks, params), named_leaves(params)
 
         def leave(path: Any, update: jax.Array) -> jax.Array:
-            mask = held.get(name := name_of(path))
+            mask = held.get(name := keystr(path))
             if mask is None:
                 return update
             mask = mask if due is True else mask | ~due
