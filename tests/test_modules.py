@@ -437,8 +437,8 @@ def test_masks_may_come_from_any_way_to_split(pruned_net):
         lambda state, x: nnx.merge(graphdef, state)(x), state, IMAGES
     )
     keep = {
-        "conv/kernel/value:3": masks["batch_stats"]["norm"]["mean"],
-        "body/0/kernel/value:3": masks["params"]["head"]["kernel"][:, 0],
+        "conv/kernel:3": masks["batch_stats"]["norm"]["mean"],
+        "body/0/kernel:3": masks["params"]["head"]["kernel"][:, 0],
     }
     for tree in (
         jaxprune.expand_masks(groups, keep),
