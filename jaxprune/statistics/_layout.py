@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxprune.core._leafwise import wide_dtype
+
 
 def can_read(eqn: Any, operand: int) -> bool:
     """Is this a contraction whose operand `operand` can be read as matrices?"""
@@ -53,8 +55,9 @@ def columns(eqn: Any, operand: int) -> np.ndarray:
 
 def as_rows(eqn: Any, operand: int, value: jax.Array) -> jax.Array:
     """The other operand, the activation: ``[K, rows, D]``, in float32 or wider."""
-    wide = jnp.promote_types(value.dtype, np.float32)
-    value = jnp.asarray(value).astype(wide)
+    value = jnp.asarray(value)
+    real = jnp.issubdtype(value.dtype, jnp.inexact)
+    value = value.astype(wide_dtype(value.dtype) if real else np.float32)
     if eqn.primitive.name == "dot_general":
         batch, summed, free = _axes(eqn, 1 - operand)
         shape = [

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.core._groups import Groups, Member
+from jaxprune.core._leafwise import wide_dtype
 from jaxprune.core._leaves import named_leaves
 from jaxprune.core._masks import PyTree
 from jaxprune.core._placement import all_placed_like
@@ -74,7 +75,7 @@ def _mixed(leaf: Any, member: Member, matrix: Any) -> Any:
             "without leaving its range, so merge before quantising"
         )
     xp: Any = np if isinstance(leaf, np.ndarray) else jnp
-    wide = xp.promote_types(leaf.dtype, np.float32)
+    wide = wide_dtype(leaf.dtype)
     where = (slice(None),) * member.axis + (member.index,)
     rows = xp.moveaxis(leaf[where], member.axis, 0).astype(wide)
     size = len(member.index)
