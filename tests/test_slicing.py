@@ -201,7 +201,7 @@ def test_a_step_after_slicing_is_the_masked_step_sliced(name, steps):
         params, opt_state = step(params, opt_state, keep_all)
 
     small = slice_params(params, masks, mixed=True)
-    small_state = slice_opt_state(tx, opt_state, masks)
+    small_state = slice_opt_state(tx, opt_state, masks, mixed=True)
     like = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tx.init(small))
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), small_state) == like
 
@@ -249,3 +249,14 @@ def test_a_state_that_cannot_be_mapped_is_refused():
         slice_opt_state(adam, adam.init(params), {"params": masks})
     with pytest.raises(TypeError, match=r"masks\[b\] is traced"):
         jax.jit(lambda masks: slice_opt_state(adam, adam.init(params), masks))(masks)
+
+
+def test_an_optimiser_state_refuses_masks_of_single_weights_that_empty_a_column():
+    params = {"w1": np.ones((4, 6)), "w2": np.ones((6, 3))}
+    masks = jax.tree.map(lambda leaf: np.ones(leaf.shape, bool), params)
+    masks["w1"][:, 3] = masks["w1"][0, 0] = False
+    tx = optax.adam(0.1)
+    state = tx.init(jax.tree.map(jnp.asarray, params))
+    with pytest.raises(ValueError, match=r"masks\[w1\] removes single weights"):
+        slice_opt_state(tx, state, masks)
+    assert slice_opt_state(tx, state, masks, mixed=True)[0].mu["w1"].shape == (4, 5)

@@ -483,6 +483,13 @@ def test_a_step_after_slicing_is_the_masked_step_sliced():
             "every=0, start=0, until=None",
         ),
         (
+            lambda tx: gradual_pruning(
+                tx, lambda count: jnp.minimum(count / 125, 0.8), until=60
+            ),
+            ValueError,
+            "until=60 is before step 100, .* stay at 0.48 and never reach 0.8",
+        ),
+        (
             lambda tx: gradual_pruning(tx, 0.5, score="size"),
             ValueError,
             "score must be one of .* got 'size'",

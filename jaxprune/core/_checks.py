@@ -4,13 +4,16 @@ Each names what was given and what was expected. They run on static values and o
 dtypes, never on the numbers of an array that may be traced.
 """
 
+import contextlib
 import math
+from collections.abc import Iterator
 from numbers import Number, Real
 from typing import Any
 
 import jax
 import numpy as np
 from jax.core import Tracer
+from jax.errors import ConcretizationTypeError, TracerArrayConversionError
 
 PyTree = Any
 
@@ -132,3 +135,40 @@ def concrete_bools(what: str, values: Any) -> np.ndarray:
     if values.dtype != np.bool_:
         raise TypeError(f"{what} must be boolean (True = kept), got {values.dtype}")
     return values
+
+
+def refuse_traced(function: str, **arguments: PyTree) -> None:
+    """Refuses traced leaves among the arguments of a function that reads values.
+
+    Raises:
+        TypeError: naming the argument and the path of its first traced leaf.
+
+    Example:
+        >>> refuse_traced("save", state={"w": np.ones(2)})
+        >>> jax.jit(lambda x: refuse_traced("save", state={"w": x}))(1.0)
+        Traceback (most recent call last):
+        TypeError: save reads values, but state[w] is traced: call it ...
+    """
+    for argument, tree in arguments.items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+            if isinstance(leaf, Tracer):
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
+                raise TypeError(
+                    f"{function} reads values, but {argument}"
+                    f"{f'[{name}]' if path else ''} is traced: call it outside of jit, "
+                    "grad and vmap, or close over concrete arrays"
+                )
+
+
+@contextlib.contextmanager
+def naming_traced(function: str, **arguments: PyTree) -> Iterator[None]:
+    """`refuse_traced`, once a value is read: for functions that may not read any.
+
+    Raises:
+        TypeError: naming the argument and the path of its first traced leaf.
+    """
+    try:
+        yield
+    except (ConcretizationTypeError, TracerArrayConversionError):
+        refuse_traced(function, **arguments)
+        raise

@@ -78,9 +78,9 @@ def trace(
         >>> [(g.name, g.size) for g in groups.values()]
         [('w1:1', 8)]
     """
-    program = trace_program(apply_fn, variables, *args, **kwargs)
     leaves, treedef = jax.tree.flatten(variables)
-    names = leaf_names(variables, treedef)
+    names = leaf_names(variables, treedef)  # first: it names paths as the caller does
+    program = trace_program(apply_fn, variables, *args, **kwargs)
     shapes = dict(zip(names, map(np.shape, leaves), strict=True))
     arrays = list(itertools.compress(names, map(is_array, leaves)))
     ledger, walked = walk_program(program, len(arrays))

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.core import Groups, PyTree, named_leaves
+from jaxprune.core._checks import refuse_traced
 from jaxprune.io import checkpoints
 from jaxprune.io._files import first_line
 from jaxprune.io._folders import naming_damage, read_folder, write_folder
@@ -122,6 +123,7 @@ def save_pruned(
         >>> load_pruned(folder, mlp).variables["w1"].shape
         (3, 2)
     """
+    refuse_traced("save_pruned", variables=variables, masks=masks, args=args)
     leaves = named_leaves(variables)
     kept = {name: np.asarray(mask) for name, mask in named_leaves(masks).items()}
     about: dict[str, Any] = {

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.core import PyTree, named_leaves
+from jaxprune.core._checks import refuse_traced
 from jaxprune.io._checksums import local_checksum
 from jaxprune.io._files import first_line, needing, read_regular, write_atomically
 from jaxprune.io._folders import sealed
@@ -75,6 +76,7 @@ def save_safetensors(
     References:
         `safetensors <https://huggingface.co/docs/safetensors>`_
     """
+    refuse_traced("save_safetensors", variables=variables)
     library = _library()
     arrays = {
         name: np.asarray(leaf, order="C")

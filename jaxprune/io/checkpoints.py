@@ -27,6 +27,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxprune.core import PyTree, named_leaves
+from jaxprune.core._checks import refuse_traced
 from jaxprune.io._checksums import MODULUS, local_checksum
 from jaxprune.io._files import as_os_error, first_line, hold, regular_size, turn
 from jaxprune.io._files import release as release
@@ -95,6 +96,7 @@ def save(
     step, keep = _natural("step", step), _natural("keep", keep)
     if keep < 1:
         raise ValueError(f"keep must be 1 or more, got {keep=}")
+    refuse_traced("checkpoints.save", state=state, meta=meta)
     meta = _as_json(meta)
     arrays, leaves = _described(state)
     folder = Path(folder).absolute()

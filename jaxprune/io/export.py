@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.core import PyTree, named_leaves
+from jaxprune.core._checks import refuse_traced
 from jaxprune.io._files import needing
 from jaxprune.io._folders import naming_damage, read_folder, write_folder
 from jaxprune.io._programs import (
@@ -106,6 +107,7 @@ def save_exported(
         `Exporting and serializing staged-out computations
         <https://docs.jax.dev/en/latest/export/export.html>`_
     """
+    refuse_traced("save_exported", variables=variables, args=args)
     leaves = named_leaves(variables)
     program = any_batch(apply_fn, variables, *args)
     verify_program(program, apply_fn, variables, *args, tolerance=tolerance)

@@ -7,6 +7,7 @@ from typing import Any, Never
 import numpy as np
 
 from jaxprune import scores as scoring
+from jaxprune.core._checks import naming_traced
 from jaxprune.core._limits import Each
 from jaxprune.core._masks import PyTree, expand_masks
 from jaxprune.costing import Cost
@@ -132,8 +133,10 @@ def prune(
     request = Request(**{name: given[name] for name in OPTIONS})
     if isinstance(apply_fn, Pruned):
         return _further(apply_fn, variables, args, kwargs, request)
-    problem = problem_of(apply_fn, variables, args, kwargs, request)
-    return _cut(problem, variables)
+    read = {"variables": variables, "args": args, "kwargs": kwargs}
+    with naming_traced("prune", **read, score=score, batches=batches):
+        problem = problem_of(apply_fn, variables, args, kwargs, request)
+        return _cut(problem, variables)
 
 
 def _cut(problem: Problem, variables: PyTree) -> Pruned:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.core._checks import refuse_traced
 from jaxprune.core._groups import Group, Groups
 from jaxprune.core._masks import PyTree, apply_masks, expand_masks
 from jaxprune.coupling._trace import trace
@@ -90,6 +91,7 @@ def as_json(groups: Groups, keep: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: if a name is no group or a length is not the group's size.
     """
+    refuse_traced("plans.save", keep=dict(keep))
     expand_masks(groups, keep)  # names and sizes are checked there
     plan = {
         name: {

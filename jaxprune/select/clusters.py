@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxprune.core._checks import concrete_array
+from jaxprune.core._checks import concrete_array, refuse_traced
 from jaxprune.core._clusters import check_mergeable, first_units, units_first
 from jaxprune.core._groups import Group, Groups
 from jaxprune.core._leaves import named_leaves, parameter_paths
@@ -77,6 +77,7 @@ def k_means(
             "clusters.k_means needs scikit-learn: pip install jaxprune[experiments]; "
             "clusters.even and clusters.imbalanced need nothing"
         ) from error
+    refuse_traced("clusters.k_means", variables=variables)
     leaves = named_leaves(variables)
 
     def split(group: Group, units: slice, count: int) -> np.ndarray:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.core._checks import refuse_traced
 from jaxprune.core._clusters import checked_clusters, units_first
 from jaxprune.core._groups import Groups
 from jaxprune.core._leaves import named_leaves
@@ -84,6 +85,7 @@ def merge(
         Ding et al., `Centripetal SGD for Pruning Very Deep Convolutional Networks With
         Complicated Structure <https://arxiv.org/abs/1904.03837>`_, CVPR 2019, Sec. 3.3
     """
+    refuse_traced("merge", clusters=dict(clusters))
     firsts = {
         name: checked_clusters(groups, name, ids) for name, ids in clusters.items()
     }

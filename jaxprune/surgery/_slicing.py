@@ -118,7 +118,9 @@ def unslice_params(small: PyTree, masks: PyTree) -> PyTree:
     )
 
 
-def slice_opt_state(tx: Any, opt_state: PyTree, masks: PyTree) -> PyTree:
+def slice_opt_state(
+    tx: Any, opt_state: PyTree, masks: PyTree, *, mixed: bool = False
+) -> PyTree:
     """Slices every copy of the parameters inside an optimiser state.
 
     Momentum survives a round of pruning: one more step of `tx` on sliced parameters
@@ -146,13 +148,15 @@ def slice_opt_state(tx: Any, opt_state: PyTree, masks: PyTree) -> PyTree:
         opt_state: its state for the parameters before slicing.
         masks: tree of bools like the parameters `tx` was initialised with,
             True = kept; concrete.
+        mixed: as for `slice_params`.
 
     Returns:
         The state for ``slice_params(params, masks)``.
 
     Raises:
         ValueError: if optax cannot tell the parameter-like parts of the state, the
-            masks are for another tree, or a part does not have its parameter's axes.
+            masks are for another tree, a part does not have its parameter's axes, or
+            masks remove single weights and whole positions without `mixed`.
         TypeError: if a mask is traced or not boolean.
 
     Example:
@@ -162,7 +166,10 @@ def slice_opt_state(tx: Any, opt_state: PyTree, masks: PyTree) -> PyTree:
         >>> slice_opt_state(tx, tx.init(params), masks)[0].trace
         {'b': Array([0., 0.], dtype=float32)}
     """
-    paths = jax.tree.structure(masks).unflatten(named_leaves(masks))
+    by_path = named_leaves(masks)
+    if not mixed:
+        _refuse_single_weights([(path, mask, mask) for path, mask in by_path.items()])
+    paths = jax.tree.structure(masks).unflatten(by_path)
     try:
         marked = optax.tree.map_params(
             tx, _ParamLike, opt_state, paths, masks, is_leaf=_is_masked_node
@@ -174,7 +181,6 @@ def slice_opt_state(tx: Any, opt_state: PyTree, masks: PyTree) -> PyTree:
             "variables['params']?) or tx keeps parameters in a form optax does not "
             "know; then start again with tx.init(slice_params(params, masks))"
         ) from error
-    by_path = named_leaves(masks)
     return jax.tree.map(
         lambda part: _sliced(part, by_path),
         marked,

@@ -88,8 +88,9 @@ def gradual_pruning(
         every: steps between two refreshes.
         start: the first refresh; others follow `every` steps apart, and one falls on
             the step at which a schedule of `sparsity` reaches its last value.
-        until: the last refresh, wherever it falls; None for no end. One-shot pruning
-            is a constant sparsity with ``start=until=step``.
+        until: the last refresh, wherever it falls, no earlier than the end of a
+            schedule; None for no end. One-shot pruning is a constant sparsity with
+            ``start=until=step``.
         score: "magnitude" ``|w|``, "saliency" ``|w g|``, "random", or a function
             (params, grads) -> scores, larger matters more; both are path -> arrays.
         selection: which go: `select.per_leaf`, `select.across_leaves`, ...; see
@@ -143,7 +144,7 @@ def threshold_pruning(
             constant.
         every: steps between two refreshes.
         start: the first refresh.
-        until: the last refresh; None for no end.
+        until: the last refresh, no earlier than the end of `limit`; None for no end.
         in_deviations: the limit counts standard deviations of the remaining weights
             of each leaf, as Han et al. do.
         prunable: which leaves, see `Budget`.

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from jaxprune import scores as scoring
 from jaxprune import select
@@ -161,6 +162,9 @@ def every_so_often(
         start: the first.
         until: the last, or None.
         ramp: number or schedule of what the masks obey, or path -> such.
+
+    Raises:
+        ValueError: if a number is out of range, or a ramp ends after `until`.
     """
     steps = {"every": every, "start": start}
     for name, step in (steps if until is None else {**steps, "until": until}).items():
@@ -170,6 +174,8 @@ def every_so_often(
         raise ValueError(
             f"need every >= 1 and 0 <= start <= until: {every=}, {start=}, {until=}"
         )
+    if until is not None:
+        _check_reached(ramp, until)
     values = ramp.values() if isinstance(ramp, Mapping) else [ramp]
     schedules = [value for value in values if callable(value)]
 
@@ -188,9 +194,44 @@ def every_so_often(
     return due
 
 
+_LAST = 2**31 - 1
+
+
+def _check_reached(ramp: Any, until: int) -> None:
+    """Complains about a schedule that settles only after the last refresh.
+
+    One that never settles has no end but `until`; of traced ones nothing is known.
+
+    Raises:
+        ValueError: naming both steps and both values.
+    """
+    for path, schedule in (ramp if isinstance(ramp, Mapping) else {"": ramp}).items():
+        if not callable(schedule):
+            continue
+
+        def value(step: int, schedule: Any = schedule) -> Any:
+            with jax.ensure_compile_time_eval():
+                found = schedule(jnp.int32(step))
+                return found if isinstance(found, Tracer) else float(found)
+
+        now, last, before = map(value, (until, _LAST, _LAST // 2))
+        if isinstance(last, Tracer) or last != before or abs(now - last) <= 1e-3 * last:
+            continue
+        low, high = until, _LAST // 2  # the schedule has ended at `high`
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if value(middle) == last else (middle, high)
+        raise ValueError(
+            f"until={until} is before step {high}, at which the schedule"
+            f"{f' of {path}' if path else ''} ends: masks would stay at "
+            f"{now:.4g} and never reach {last:.4g}; give until={high} or "
+            "later, or a schedule that ends by then"
+        )
+
+
 def _has_just_ended(schedule: Callable[[Any], Any], count: jax.Array) -> Any:
     """Does the schedule reach the value that it keeps at this step?"""
-    last = jnp.asarray(schedule(jnp.int32(2**31 - 1)))
+    last = jnp.asarray(schedule(jnp.int32(_LAST)))
     before = jnp.asarray(schedule(jnp.maximum(count - 1, 0)))
     return (jnp.asarray(schedule(count)) == last) & (before != last)
 
