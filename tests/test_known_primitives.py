@@ -108,6 +108,7 @@ def test_the_primitives_of_public_functions_are_known(module):
     unknown, count = {}, 0
     with (
         warnings.catch_warnings(),
+        np.printoptions(),  # jnp.set_printoptions is called too
         jax.numpy_rank_promotion("allow"),
         jax.numpy_dtype_promotion("standard"),
     ):

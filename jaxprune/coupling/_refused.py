@@ -41,6 +41,7 @@ _REASONS = {
         axis_index dim_as_value dimension_size empty empty2 iota_2x32_shape
         shape_assertion
     """,
+    "it carries a note to the compiler": "xla_metadata_call xla_metadata_value",
     "a random key": "from_edtype philox2x32 philox4x32 threefry4x32 to_edtype",
 }
 
