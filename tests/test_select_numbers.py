@@ -100,3 +100,22 @@ def test_masks_are_bools(groups, cost):
 def test_what_decides_shapes_cannot_be_traced(call, groups, cost):
     with pytest.raises(TypeError, match="is traced"):
         jax.jit(lambda x: call(groups, cost, x))(jnp.ones(8))
+
+
+def test_infinite_scores_powers_out_of_range_and_empty_requests(groups, cost):
+    bad = {"w1:1": np.r_[np.arange(6.0), np.inf, np.inf]}
+    for how in (select.per_group, select.across_groups):
+        with pytest.raises(ValueError, match=r"scores\[w1:1\] are not finite"):
+            how(groups, bad, sparsity=0.5)
+    with pytest.raises(ValueError, match=r"scores\[w1:1\] are not finite"):
+        select.to_budget(groups, bad, cost, budget=cost.full)
+    for size in (1e-25, 1e20):
+        with pytest.raises(ValueError, match="scores of w1 are not finite or all 0"):
+            jaxprune.scores.lp({"w1": np.full((2, 2), size, np.float32)}, 3.0)
+    with pytest.raises(ValueError, match="rounds must be a whole number, got nan"):
+        jaxprune.prune(net, PARAMS, X, sparsity=0.5, rounds=float("nan"))
+    with pytest.raises(ValueError, match="sparsity={} names no group"):
+        jaxprune.prune(net, PARAMS, X, sparsity={})
+    huge = {name: leaf * np.float32(2e38) for name, leaf in PARAMS.items()}
+    with pytest.raises(ValueError, match=r"scores\[w1:1\] are not finite"):
+        jaxprune.prune(net, huge, X, sparsity=0.5)

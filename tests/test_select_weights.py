@@ -57,7 +57,7 @@ def test_five_billion_weights_are_counted_in_full(monkeypatch):
     monkeypatch.setattr(bisection, "wide", spy)
     leaf = jax.ShapeDtypeStruct((50_000, 50_000), jnp.float32)
     jax.eval_shape(
-        lambda s: select.across_leaves(s, sparsity=0.5), {"a": leaf, "b": leaf}
+        lambda s: select.across_leaves(s, sparsity=0.5), {"a": leaf, "c": leaf}
     )
     assert seen["count"] in (2_500_000_000, 5_000_000_000 - 2)
     with pytest.raises(ValueError, match=r"\(70000, 70000\) has 4900000000 scores"):
@@ -80,8 +80,8 @@ def test_the_threshold_is_an_entry_at_its_place(share, kind, monkeypatch):
     monkeypatch.setattr(thresholds, "_CHUNK", 1 << 10)
     scores = {"a": values[:30_000].reshape(300, 100), "b": values[30_000:]}
     expected = np.sort(values)[round(share * values.size)]
-    assert select.threshold(scores, sparsity=share) == expected
-    masks = select.across_leaves(scores, sparsity=share)
+    assert select.threshold(scores, sparsity=share, only="*") == expected
+    masks = select.across_leaves(scores, sparsity=share, only="*")
     removed = sum(int((~mask).sum()) for mask in masks.values())
     assert removed == round(share * values.size)
     for name, mask in masks.items():
@@ -157,7 +157,7 @@ def test_a_leaf_of_small_scores_keeps_what_it_must_and_others_pay():
 def test_a_traced_sparsity_follows_a_schedule():
     rng = np.random.default_rng(0)
     scores = {"a": rng.random((8, 9), np.float32), "b": rng.random(30, np.float32)}
-    everywhere = quick_jit(lambda s: select.across_leaves(scores, sparsity=s))
+    everywhere = quick_jit(lambda s: select.across_leaves(scores, sparsity=s, only="*"))
     each = quick_jit(lambda s: select.per_leaf(scores, sparsity=s, only="*"))
     for share in (0.0, 0.25, 0.8, 1.0):
         masks = everywhere(share)
@@ -221,10 +221,10 @@ def test_patterns_and_fractions_by_path():
     "how",
     [
         lambda s: select.per_leaf(s, sparsity=0.5, only="*"),
-        lambda s: select.across_leaves(s, sparsity=0.5),
+        lambda s: select.across_leaves(s, sparsity=0.5, only="*"),
         lambda s: select.n_of_m(s, 1, 2, axis=-1),
         lambda s: select.blocks(s, shape=(1, 2), sparsity=0.5),
-        lambda s: select.threshold(s, sparsity=0.5),
+        lambda s: select.threshold(s, sparsity=0.5, only="*"),
     ],
 )
 def test_nan_is_refused_outside_jit(how):
@@ -364,3 +364,26 @@ def test_every_output_loses_as_many_weights(sparsity):
         np.testing.assert_array_equal(np.flatnonzero(lines[:, k]), kept)
     traced = quick_jit(lambda s: select.per_output(s, **how))(scores)["w"]
     np.testing.assert_array_equal(traced.reshape(36, 5), lines)
+
+
+def test_together_too_kernels_go_and_what_has_no_score_is_named():
+    scores = {"w": np.ones((2, 4)), "b": np.zeros(4), "key": jax.random.key(0)}
+    masks = select.across_leaves(scores, sparsity=0.5)
+    assert masks["w"].sum() == 4 and masks["b"].shape == masks["key"].shape == ()
+    assert select.threshold(scores, sparsity=0.5) == 1
+    for leaf, cause in (
+        (jax.random.key(0), "a random key"),
+        (jax.nn.relu, "not an array"),
+        (jax.ShapeDtypeStruct((2, 2), np.float32), "a shape without values"),
+    ):
+        for how in (select.across_leaves, select.per_leaf, select.threshold):
+            with pytest.raises(TypeError, match=rf"scores\[x\] is .*{cause}"):
+                how({"x": leaf}, sparsity=0.5, only="*")
+
+
+def test_a_kernel_without_an_axis_is_not_left_alone_silently():
+    scores = {"w": np.ones((4, 4)), "tied": np.ones((4, 4)), "b": np.ones(4)}
+    with pytest.raises(ValueError, match="names no axis of the kernel tied"):
+        select.n_of_m(scores, 2, 4, axis={"w": 0})
+    masks = select.n_of_m(scores, 2, 4, axis={"w": 0, "tied": ()})
+    assert masks["w"].sum() == 8 and masks["tied"].shape == ()

@@ -2,10 +2,12 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxprune import scores as scoring
+from jaxprune.core._checks import number
 from jaxprune.core._limits import Each, fraction
 from jaxprune.core._masks import PyTree
 from jaxprune.costing import Cost
@@ -44,7 +46,8 @@ class Request:
 
     def __post_init__(self) -> None:
         _check_target(self.sparsity, self.budget)
-        if isinstance(self.rounds, bool) or int(self.rounds) != self.rounds:
+        rounds = number("rounds", self.rounds)
+        if not math.isfinite(rounds) or int(rounds) != rounds:
             raise ValueError(f"rounds must be a whole number, got {self.rounds!r}")
         if self.rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {self.rounds}")
@@ -99,6 +102,11 @@ def _check_target(sparsity: Any, budget: Any) -> None:
     if sparsity is not None and budget is not None:
         raise ValueError(
             f"sparsity={sparsity} and budget={budget} both say how much goes: give one"
+        )
+    if isinstance(sparsity, Mapping) and not sparsity:
+        raise ValueError(
+            "sparsity={} names no group, so nothing would be cut; give a fraction, or "
+            "name or pattern -> fraction"
         )
     shares = sparsity.values() if isinstance(sparsity, Mapping) else [sparsity]
     for share in shares:

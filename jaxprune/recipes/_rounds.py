@@ -9,6 +9,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
+from jaxprune.core._checks import whole_number
 from jaxprune.core._masks import PyTree, expand_masks
 from jaxprune.core._progress import advancing
 from jaxprune.costing import costs
@@ -386,9 +387,11 @@ def _targets(sparsity: Any, budget: Any, rounds: int | None) -> list[tuple[Any, 
                 raise ValueError(f"{name} is empty; give a number for each round")
             other = budget if name == "sparsity" else sparsity
             return [(g, other) if name == "sparsity" else (other, g) for g in given]
-    if rounds is None or rounds < 1:
+    if rounds is not None:
+        whole_number("rounds", rounds)
+    else:
         raise ValueError(
-            f"rounds must be at least 1, got {rounds}; give rounds=, or a sparsity or "
+            "rounds must be at least 1, got None; give rounds=, or a sparsity or "
             "budget for each"
         )
     return [(sparsity, budget)] * rounds

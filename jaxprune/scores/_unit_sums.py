@@ -108,7 +108,8 @@ def _on_host(
         found = _unit_scores(np, leaves, lines, indices, places, reduce)
     own = [[leaves[path] for path, _ in each] for each in places]
     dtypes = [np.result_type(*{real_dtype(x.dtype) for x in each}) for each in own]
-    done = [units.astype(dtype) for units, dtype in zip(found, dtypes, strict=True)]
+    with np.errstate(all="ignore"):
+        done = [x.astype(dtype) for x, dtype in zip(found, dtypes, strict=True)]
     return all_placed_like(done, [first for first, *_ in own]), negative
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.special
+from jax.core import Tracer
 
 from jaxprune.core._checks import check_leaves, finite
 from jaxprune.core._leafwise import (
@@ -98,7 +99,8 @@ def lp(params: PyTree, p: float) -> PyTree:
         point.
 
     Raises:
-        ValueError: if p is not above 0.
+        ValueError: if p is not above 0, or the power of the largest weight of a leaf
+            is 0 or infinite in its type (NaN under jit, which selection refuses).
 
     Example:
         >>> import jax.numpy as jnp
@@ -107,7 +109,17 @@ def lp(params: PyTree, p: float) -> PyTree:
     """
     if not finite("p", p) > 0:
         raise ValueError(f"p must be above 0, got {p}")
-    return each_leaf(_power, params, is_float, p)
+    found = each_leaf(_power, params, is_float, p)
+    leaves = named_leaves(params)
+    for path, powers in named_leaves(found).items():
+        if _is_lost(powers, leaves[path]):
+            raise ValueError(
+                f"the scores of {path} are not finite or all 0: its largest weight to "
+                f"the power {p} leaves the range of {powers.dtype}; divide the "
+                "parameters by their largest, or rank by a norm, as in "
+                "group_scores(groups, params, reduce='l2')"
+            )
+    return found
 
 
 def lamp(params: PyTree) -> PyTree:
@@ -316,4 +328,20 @@ def _absolute(xp: Any, leaf: Any) -> Any:
 
 
 def _power(xp: Any, leaf: Any, p: float) -> Any:
-    return xp.abs(wide(leaf)) ** p
+    """NaN throughout if the power of the largest entry leaves the range of its type."""
+    sizes = xp.abs(wide(leaf))
+    if p <= 1:
+        return sizes**p
+    largest = xp.max(sizes, initial=0)
+    power = largest**p
+    lost = (power < jnp.finfo(sizes.dtype).tiny) | ~xp.isfinite(power)
+    lost = lost & (largest > 0) & xp.isfinite(largest)
+    return xp.where(lost, xp.full_like(sizes, xp.nan), sizes**p)
+
+
+def _is_lost(powers: Any, leaf: Any) -> bool:
+    """Has `_power` given up on this leaf? Not known where it is traced or far away."""
+    if isinstance(powers, Tracer) or not powers.size or not powers.is_fully_addressable:
+        return False
+    first = (0,) * powers.ndim
+    return bool(jnp.isnan(powers[first])) and not bool(jnp.isnan(leaf[first]))

@@ -131,7 +131,8 @@ def to_budget(
 
     Raises:
         ValueError: if the limits do not allow the budget, the cost is of other groups,
-            a pattern matches no group, or scores are missing or NaN.
+            a pattern matches no group, or scores are missing, NaN or
+            infinite.
         TypeError: if scores are traced.
 
     Example:

@@ -140,7 +140,7 @@ def lamp(
     rated = {name: _lamp(leaf.astype(np.float64)) for name, leaf in leaves.items()}
     rated = {name: rated[name] for name in selected(rated, only, "layers")}
     limits = {"min_keep": min_keep, "max_sparsity": max_sparsity}
-    masks = across_leaves(rated, sparsity=sparsity, **limits)
+    masks = across_leaves(rated, sparsity=sparsity, only=list(rated), **limits)
     return {name: float(1 - masks[name].mean()) for name in rated}
 
 

@@ -12,6 +12,9 @@ from jaxprune.core._limits import Each
 from jaxprune.costing import Cost
 from jaxprune.select._queue import queues
 
+# Below every score; so low that many of them still have a finite sum.
+_GONE = float(np.finfo(np.float64).min) / 2**32
+
 
 def remove_one(
     groups: Groups,
@@ -74,7 +77,11 @@ def remove_one(
     there |= {n: concrete_bools(f"keep[{n}]", k) for n, k in (keep or {}).items()}
     # What is gone already leaves first, so that a queue can be entered half way.
     masked = {
-        name: np.where(units, concrete_array(f"scores[{name}]", scores[name]), -np.inf)
+        name: np.where(
+            units,
+            concrete_array(f"scores[{name}]", scores[name]).astype(np.float64),
+            _GONE,
+        )
         for name, units in there.items()
         if name in scores
     }

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.core._checks import whole_number
+from jaxprune.core._leaves import kernel_paths
 from jaxprune.core._limits import Each, fraction, selected
 from jaxprune.core._masks import PyTree
 from jaxprune.core._placement import readable
@@ -44,16 +45,18 @@ def n_of_m(
         m: length of a run.
         axis: along which axis runs lie: what `taps.contracted_axes` returns; or one
             axis for all leaves (-2 for kernels ``x @ kernel`` and HWIO, -1 for weights
-            ``[out, in]``); or path or pattern -> axis or axes. Leaves that a mapping
-            does not name are left alone.
+            ``[out, in]``); or path or pattern -> axis or axes, () to leave a leaf
+            alone. A mapping must name every kernel (an embedding and a tied weight
+            too, which `taps.contracted_axes` cannot), unless `only` selects others;
+            what else it does not name is left alone.
         only: paths or patterns (as `fnmatch`) of the leaves to prune; None for all.
 
     Returns:
         Masks like `scores`, True = kept; the scalar True for leaves left alone.
 
     Raises:
-        ValueError: if no axis is given, unless 1 <= n <= m, if a pattern matches
-            nothing, or a concrete score is NaN.
+        ValueError: if no axis is given or a mapping lacks a kernel, unless
+            1 <= n <= m, if a pattern matches nothing, or a concrete score is NaN.
 
     Example:
         >>> import numpy as np
@@ -154,7 +157,14 @@ def _along(
     unknown = [path for path in chosen if path not in known]
     if only is not None and unknown:
         raise ValueError(f"axis names no axis of {unknown[0]}, which only= selects")
-    return {path: known[path] for path in chosen if path in known}
+    if missing := kernel_paths({path: leaves[path] for path in unknown}):
+        raise ValueError(
+            f"axis names no axis of the kernel {missing[0]} ({len(missing)} in all), "
+            "which would stay whole: products sum over none or several of its axes, "
+            "as of an embedding or a tied weight; give its axis, () to leave it alone "
+            f"(axis={{**axes, {missing[0]!r}: ()}}), or only= for the leaves to prune"
+        )
+    return {path: known[path] for path in chosen if known.get(path)}
 
 
 def _in_lines(

@@ -62,7 +62,7 @@ def unit_scores(name: str, size: int, scores: Mapping[str, Any]) -> Any:
     """The scores of one group: float64 where concrete, float32 where traced.
 
     Raises:
-        ValueError: if they are missing, of another length or NaN.
+        ValueError: if they are missing, of another length, NaN or infinite.
     """
     if name not in scores:
         raise ValueError(f"scores have no entry for the group {name}")
@@ -79,6 +79,13 @@ def unit_scores(name: str, size: int, scores: Mapping[str, Any]) -> Any:
     values = np.asarray(values).astype(np.float64)
     if np.isnan(values).any():
         raise ValueError(f"scores[{name}] is NaN for {np.isnan(values).sum()} units")
+    if np.isinf(values).any():
+        raise ValueError(
+            f"scores[{name}] are not finite: infinite for {np.isinf(values).sum()} of "
+            f"{size} units, which have no order then; the weights or scores of this "
+            "group may leave the range of their type when they add up: divide them by "
+            "their largest"
+        )
     return values
 
 

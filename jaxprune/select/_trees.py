@@ -33,11 +33,32 @@ def default_leaves(
 
     Trees without a kernel hold scores of whole units, or what a caller has chosen.
     """
-    return only if only is not None else (kernel_paths(leaves) or None)
+    if only is not None:
+        return only
+    able = {path: leaf for path, leaf in leaves.items() if not _unscored(leaf)}
+    if not able and leaves:
+        return None  # for `checked` to name one
+    return kernel_paths(able) or list(able) or None
+
+
+def _unscored(leaf: Any) -> str:
+    """Why this leaf has no scores; empty if it has."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return "a shape without values; give arrays"
+    if not hasattr(leaf, "dtype"):
+        return f"a {type(leaf).__name__}, not an array"
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return f"a random key ({leaf.dtype})"
+    return ""
 
 
 def checked(path: str, leaf: Any, nan: bool = True) -> Any:
     """The scores of a leaf as floats; without NaN, where that is known and wanted."""
+    if reason := _unscored(leaf):
+        raise TypeError(
+            f"scores[{path}] is {reason}: it has no score; put None there, or leave it "
+            "out of only="
+        )
     leaf = leaf if isinstance(leaf, jax.Array) else np.asarray(leaf)
     if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
         raise TypeError(

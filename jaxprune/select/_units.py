@@ -52,7 +52,7 @@ def per_group(
 
     Raises:
         ValueError: if an option is out of range, a pattern matches no group, or
-            scores are missing, of the wrong length or NaN.
+            scores are missing, of the wrong length, NaN or infinite.
         TypeError: if the sparsity is traced.
 
     Example:
@@ -113,7 +113,7 @@ def across_groups(
     Raises:
         ValueError: if the limits leave fewer removable units than the budget asks
             for, an option is out of range, a pattern matches no group, or scores are
-            missing, of the wrong length or NaN.
+            missing, of the wrong length, NaN or infinite.
         TypeError: if the sparsity is traced.
 
     Example:

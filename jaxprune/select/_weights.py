@@ -102,7 +102,7 @@ def across_leaves(
         min_keep: how many entries every leaf keeps at least; 1 or more. One value, or
             path or pattern -> value.
         max_sparsity: no leaf loses more than this fraction; likewise.
-        only: paths or patterns (as `fnmatch`) of the leaves to prune; None for all.
+        only: as for `per_leaf`: None for kernels, ``"*"`` for all leaves.
         normalize: divide the scores of a leaf by their L2 norm before they compete, so
             that leaves of small weights are not the first to go.
 
@@ -125,7 +125,7 @@ def across_leaves(
         Networks <https://arxiv.org/abs/1506.02626>`_, 2015
     """
     leaves = scored(scores)
-    paths = selected(leaves, only, "leaves")
+    paths = selected(leaves, default_leaves(leaves, only), "leaves")
     every = caps(leaves, min_keep, max_sparsity)
     most = [every[path] for path in paths]
     chosen = [checked(path, leaves[path]) for path in paths]
@@ -146,7 +146,9 @@ def across_leaves(
     return masks_like(scores, dict(zip(paths, removed, strict=True)))
 
 
-def threshold(scores: PyTree, *, sparsity: float) -> Any:
+def threshold(
+    scores: PyTree, *, sparsity: float, only: str | Sequence[str] | None = None
+) -> Any:
     """The lowest score that stays when a fraction of all entries goes.
 
     Exact: an entry of `scores`, the one at place ``round(sparsity * N)`` of all N in
@@ -156,6 +158,7 @@ def threshold(scores: PyTree, *, sparsity: float) -> Any:
         scores: tree of floats, without NaN; None where a leaf has no score. Concrete
             scores on one CPU are read about once.
         sparsity: fraction to remove, in [0, 1); static.
+        only: as for `across_leaves`: None for kernels, ``"*"`` for all leaves.
 
     Returns:
         A scalar.
@@ -169,7 +172,9 @@ def threshold(scores: PyTree, *, sparsity: float) -> Any:
         >>> float(threshold(scores, sparsity=0.5))
         4.0
     """
-    leaves = {path: checked(path, x, nan=False) for path, x in scored(scores).items()}
+    found = scored(scores)
+    paths = selected(found, default_leaves(found, only), "leaves")
+    leaves = {path: checked(path, found[path], nan=False) for path in paths}
     total = sum(leaf.size for leaf in leaves.values())
     count = round(fraction("sparsity", sparsity) * total)
     if count >= total:
