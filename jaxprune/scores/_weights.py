@@ -1,5 +1,6 @@
 """Scores from the parameters alone: no data, no gradient."""
 
+import math
 from typing import Any
 
 import jax
@@ -344,4 +345,8 @@ def _is_lost(powers: Any, leaf: Any) -> bool:
     if isinstance(powers, Tracer) or not powers.size or not powers.is_fully_addressable:
         return False
     first = (0,) * powers.ndim
-    return bool(jnp.isnan(powers[first])) and not bool(jnp.isnan(leaf[first]))
+    if all(device.platform == "cpu" for device in powers.devices()):
+        # numpy reads them in place, without a program.
+        powers, leaf = np.asarray(powers), np.asarray(leaf)
+    entries = float(powers[first]), float(leaf[first])
+    return math.isnan(entries[0]) and not math.isnan(entries[1])
