@@ -4,7 +4,7 @@ Question   Filters are cut in one shot, the same share of every layer, lowest L2
            first, and nothing is fine-tuned. How much accuracy is left after training
            with Batch Bridgeout, with dropout, and with weight decay alone?
 Command    jaxprune run batch_bridgeout            (--quick for a first look)
-Time       4 minutes for the default of 3 seeds on 2 CPU cores (Intel Xeon)
+Time       not measured since the study changed; 4 minutes before (2 CPU cores)
 Expected   area under accuracy against cut: Batch Bridgeout above dropout and above
            weight decay (the paper's figures). This is the study of `comparison` at the
            size of a coffee break; what that found is in docs/batch_bridgeout.md

@@ -5,7 +5,9 @@ Question   A person gives `select.to_budget` scores and a budget, nothing else. 
            and scores, without fine-tuning? How much must a group keep at least?
 Command    python -m experiments.budget.study       (a cut that is recorded is not done
            again; nets are kept in runs/budget-nets)
-Leaves     experiments/budget/study.json
+Leaves     experiments/budget/study.json. Of what is committed, 3 seeds, only "default"
+           was made by this command; the other rules by earlier copies of this code,
+           with the same seeds. To be rerun.
 Papers     named at `select.to_budget`
 
 Five nets (two LeNet-300-100, a VGG, a ResNet-8 and a ViT, on digits and Fashion-MNIST)
