@@ -386,19 +386,75 @@ def test_several_passes_need_batches_that_can_be_read_again():
         jaxprune.compensate(groups, net, params, masks, iter([x]))
 
 
-def test_consumers_that_are_no_contraction_are_refused():
+def test_consumers_that_are_no_contraction_are_named_or_refused():
     def summed(params, x):
         hidden = x @ params["w1"]
         return (hidden * params["w2"][None]).sum(1)
 
     params, x = {"w1": normal(4, 5), "w2": normal(5)}, normal(20, 4)
+    case = (*pruned(summed, params, x, "w1:1"), [x])
     with pytest.raises(ValueError, match="w1:1 is pruned|reads the pruned group"):
-        jaxprune.compensate(*pruned(summed, params, x, "w1:1"), [x])
+        jaxprune.compensate(*case, unfitted="raise")
+    with pytest.warns(UserWarning, match="stays as it was cut: .*w1:1"):
+        fitted = jaxprune.compensate(*case)
+    np.testing.assert_array_equal(fitted["w2"], params["w2"] * (np.arange(5) > 0))
 
     def tied(params, x):
         hidden = jnp.tanh(x @ params["w"])
         return hidden @ params["w"].T
 
     params = {"w": normal(4, 5)}
+    case = (*pruned(tied, params, x, "w:1"), [x])
     with pytest.raises(ValueError, match="w loses inputs .* read along different axes"):
-        jaxprune.compensate(*pruned(tied, params, x, "w:1"), [x])
+        jaxprune.compensate(*case, unfitted="raise")
+    with pytest.raises(ValueError, match="unfitted must be .* got 'maybe'"):
+        jaxprune.compensate(*case, unfitted="maybe")
+
+    def quantised(params, x):
+        hidden = jax.nn.relu(x @ params["w1"])
+        return hidden @ params["w2"].astype(jnp.float32)
+
+    params = {"w1": normal(4, 5), "w2": np.ones((5, 3), np.int8)}
+    case = (*pruned(quantised, params, x, "w1:1"), [x])
+    with pytest.warns(UserWarning, match="w2 loses inputs .* its dtype is int8"):
+        jaxprune.compensate(*case)
+
+
+def test_what_can_be_fitted_is_fitted_beside_what_cannot():
+    """Queries and keys meet each other and no parameter; values meet the output."""
+    net, x = nn.MultiHeadDotProductAttention(2, qkv_features=8), normal(9, 5, 4)
+    variables = net.init(jax.random.key(0), x)
+
+    def apply_fn(variables, x):
+        return net.apply(variables, x)
+
+    groups = jaxprune.trace(apply_fn, variables, x, roles=True)
+    keep = {f"params/{n}/kernel:2": np.arange(4) > 0 for n in ("query", "value")}
+    masks = jaxprune.expand_masks(groups, keep)
+    case = groups, apply_fn, variables, masks, [x]
+    with pytest.warns(UserWarning, match="group params/query/kernel:2 is pruned") as w:
+        fitted = jaxprune.compensate(*case)
+    assert "value" not in str(w[0].message)
+    alone = jaxprune.apply_masks(variables, masks)
+    before, cut, after = (apply_fn(v, x) for v in (variables, alone, fitted))
+    assert jnp.square(after - before).sum() < 0.9 * jnp.square(cut - before).sum()
+
+
+def test_a_unit_of_an_lstm_whose_gates_are_side_by_side():
+    """Its kernels are concatenated before they are used; a twin is removed exactly."""
+    net, x = nn.RNN(nn.OptimizedLSTMCell(4)), normal(9, 5, 3)
+    variables = net.init(jax.random.key(0), x)
+
+    def model(variables, x):
+        return net.apply({"params": variables["params"]}, x) @ variables["head"]
+
+    variables = {**variables, "head": normal(4, 2)}
+    groups = jaxprune.trace(model, variables, x, roles=True)
+    [(name, group)] = groups.items()
+    leaves = {path: np.array(leaf) for path, leaf in named_leaves(variables).items()}
+    for member in group.members:
+        if member.role == "producer":
+            line = np.moveaxis(leaves[member.path], member.axis, 0)
+            line[member.index[3]] = line[member.index[1]]
+    variables = jax.tree.structure(variables).unflatten(leaves.values())
+    check_removal(model, variables, [x], {name: [3]})

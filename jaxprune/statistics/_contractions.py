@@ -75,6 +75,7 @@ class Contraction:
         bias: what is added to the outputs, if that is a parameter of its own.
         stages: when the program meets which of the matrices.
         shared: why the parameter cannot be changed for this contraction alone, or "".
+        recurrent: do its inputs depend on what it made of earlier ones?
     """
 
     name: str
@@ -84,6 +85,7 @@ class Contraction:
     bias: Bias | None
     stages: tuple[Stage, ...]
     shared: str = ""
+    recurrent: bool = False
 
     def taps(self) -> list[Tap]:
         """Taps that note the rows at every site."""
@@ -155,6 +157,12 @@ class _Held(NamedTuple):
     at: np.ndarray
 
 
+class _Joined(NamedTuple):
+    """Entries of several leaves side by side, by their positions in all of them."""
+
+    at: np.ndarray
+
+
 class _Data(NamedTuple):
     """Any other value: what it depends on, and which outputs of a contraction it is."""
 
@@ -196,6 +204,7 @@ class _Walk:
         others: path -> what else uses the parameter.
         biases: path -> the equations that add it to outputs.
         sizes: path -> size of every leaf.
+        starts: path -> where every leaf starts if all are laid end to end.
         steps: of the scans around what is met now.
     """
 
@@ -204,6 +213,7 @@ class _Walk:
         self.others: dict[str, str] = {}
         self.biases: dict[str, set[tuple[int, ...]]] = {}
         self.sizes: dict[str, int] = {}
+        self.starts: dict[str, int] = {}
         self.steps: tuple[int, ...] = ()
         ins: list[Any] = []
         for path, var in zip(program.paths, program.jaxpr.invars, strict=True):
@@ -211,6 +221,7 @@ class _Walk:
             if own is None:
                 ins.append(_Data())
                 continue
+            self.starts[own] = sum(self.sizes.values())
             self.sizes[own] = var.aval.size
             small = np.int32 if var.aval.size < 2**31 else np.int64
             at = np.arange(var.aval.size, dtype=small).reshape(var.aval.shape)
@@ -237,7 +248,7 @@ class _Walk:
             return self.run(inner_jaxprs(eqn)[0], values, path)
         if name == "scan":
             return self.scan(eqn, values, path)
-        for made in (self.product, self.move, self.shift):
+        for made in (self.product, self.move, self.join, self.shift):
             found = made(eqn, values, path)
             if found is not None:
                 return found
@@ -257,7 +268,7 @@ class _Walk:
         for k in reversed(steps) if eqn.params["reverse"] else steps:
             xs = [
                 value._replace(at=value.at[k])
-                if isinstance(value, _Held)
+                if isinstance(value, _Held | _Joined)
                 else _Data(value.before)
                 for value in stacked
             ]
@@ -269,7 +280,7 @@ class _Walk:
             outs = [_Data(_before([value])) for value in outs]
             carry, made = outs[:carries], outs[carries:] or made
         for value in stacked:
-            if not isinstance(value, _Held):
+            if not isinstance(value, _Held | _Joined):
                 self.read_elsewhere(value, self.place(eqn))
         return [*carry, *(made or [_Data()] * (len(eqn.outvars) - carries))]
 
@@ -279,17 +290,60 @@ class _Walk:
         known = declaration(eqn)
         if known is None or not known.is_product or len(values) != 2:
             return None
-        held = [k for k in (0, 1) if isinstance(values[k], _Held)]
+        held = [k for k in (0, 1) if isinstance(values[k], _Held | _Joined)]
         if len(held) != 1 or not can_read(eqn, held[0]):
             return None
         [k] = held
         own, other = values[k], values[1 - k]
-        self.read_elsewhere(other, "")
         site = Site(path, 1 - k, operand=True)
         at = as_matrices(eqn, k, own.at)
+        if isinstance(own, _Joined):
+            return self.products(at, site, other)
+        self.read_elsewhere(other, "")
         self.uses.append(_Use(site, self.steps, own.path, at, other.before))
         before = other.before | {own.path}
         return [_Data(before, len(self.uses) - 1, columns(eqn, k))]
+
+    def products(self, at: np.ndarray, site: Site, other: _Data) -> list[Any] | None:
+        """Of one matrix whose columns are of several leaves: a contraction of each."""
+        parts = list(self.owners(at))
+        if any(part is None for _, part in parts):
+            return None
+        self.read_elsewhere(other, "")
+        for own, part in parts:
+            self.uses.append(_Use(site, self.steps, own, part, other.before))
+        return [_Data(other.before | {own for own, _ in parts})]
+
+    def owners(self, at: np.ndarray) -> Iterator[tuple[str, np.ndarray | None]]:
+        """Leaf -> its columns of ``[K, D, N]``, of its own positions.
+
+        None if it does not have columns of its own, each once.
+        """
+        paths, starts = list(self.starts), np.array(list(self.starts.values()))
+        # Of leaves without entries, which start where the next does, the last is meant.
+        owner = np.searchsorted(starts, at, side="right") - 1
+        for number in np.unique(owner):
+            own = owner == number
+            columns = own.any((0, 1))
+            part = at[:, :, columns] - starts[number]
+            alone = own.all((0, 1))[columns].all()
+            alone = alone and len(np.unique(part)) == part.size
+            yield paths[number], part if alone else None
+
+    def join(
+        self, eqn: Any, values: list[Any], path: tuple[int, ...]
+    ) -> list[Any] | None:
+        """Parameters that are laid side by side, as those of gates are."""
+        if eqn.primitive.name != "concatenate" or len(values) < 2:
+            return None
+        if not all(isinstance(value, _Held | _Joined) for value in values):
+            return None
+        parts = [
+            value.at.astype(np.int64)
+            + (self.starts[value.path] if isinstance(value, _Held) else 0)
+            for value in values
+        ]
+        return [_Joined(np.concatenate(parts, eqn.params["dimension"]))]
 
     def move(
         self, eqn: Any, values: list[Any], path: tuple[int, ...]
@@ -318,7 +372,7 @@ class _Walk:
         if sum(kinds) != 1 or (name == "sub" and not kinds[1]):
             return None
         own, data = values[kinds.index(True)], values[kinds.index(False)]
-        if data.at is None:
+        if not isinstance(data, _Data) or data.at is None:
             return None
         use = self.uses[data.use]
         use.readers += 1
@@ -335,6 +389,9 @@ class _Walk:
         """Notes that a value is used as what it is."""
         if isinstance(value, _Held):
             self.others.setdefault(value.path, where)
+        elif isinstance(value, _Joined):
+            for own, _ in self.owners(value.at.reshape(1, 1, -1)):
+                self.others.setdefault(own, where)
         elif value.use is not None:
             self.uses[value.use].readers += 1
 
@@ -419,10 +476,11 @@ def _contraction(
 ) -> Contraction:
     first = uses[0][1].at
     at = np.zeros((len(numbers), *first.shape[1:]), first.dtype)
-    stages, seen = [], set()
+    stages, seen, recurrent = [], set(), False
     for order, use in sorted(uses, key=lambda pair: pair[0]):
         blocks = [numbers[_key(block)] for block in use.at]
         at[blocks] = use.at
+        recurrent |= use.path in use.before and not seen.isdisjoint(blocks)
         if new := [k for k in dict.fromkeys(blocks) if k not in seen]:
             stages.append(Stage(order, np.array(new), use.before))
         seen.update(blocks)
@@ -436,7 +494,7 @@ def _contraction(
     held = {site: np.array(met) for site, met in sites.items()}
     bias = _bias(walk, numbers, [use for _, use in uses])
     path = uses[0][1].path
-    return Contraction(name, path, at, held, bias, tuple(stages), shared)
+    return Contraction(name, path, at, held, bias, tuple(stages), shared, recurrent)
 
 
 def _bias(walk: _Walk, numbers: dict[Any, int], uses: Sequence[_Use]) -> Bias | None:

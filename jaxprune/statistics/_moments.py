@@ -292,6 +292,7 @@ def inputs(
                 f"{name} is read by a contraction on the first batch, but not on a "
                 "later one; do batches have different structures?"
             )
-    taps = [tap for name in names for tap in found[name].taps()]
-    _, notes = call(program, taps, variables, batch)
+    # Leaves that are laid side by side take in the same.
+    taps = {tap.site: tap for name in names for tap in found[name].taps()}
+    _, notes = call(program, list(taps.values()), variables, batch)
     return [found[name].rows(notes) for name in names]

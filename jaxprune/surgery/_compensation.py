@@ -2,13 +2,13 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.core._groups import Group, Groups, Member
+from jaxprune.core._groups import Groups, Member
 from jaxprune.core._leaves import named_leaves
 from jaxprune.core._masks import PyTree, apply_masks, concrete, pair_masks
 from jaxprune.core._positions import axis_keep
@@ -35,6 +35,7 @@ def compensate(
     *,
     ridge: float = 1e-6,
     rescale: bool = False,
+    unfitted: Literal["warn", "raise", "ignore"] = "warn",
     progress: bool | None = None,
 ) -> PyTree:
     r"""Fits what reads a pruned group to the outputs that it had: no training.
@@ -45,8 +46,9 @@ def compensate(
     .. math:: W' = (\Sigma_{SS} + \lambda I)^{-1} (E[x_S y^T] + \lambda W_S), \qquad
         b' = b + E[y] - W'^T E[x_S]
 
-    with x what the pruned net feeds it, all layers before it fitted already, and
-    :math:`y = W^T x_0` what it made of the inputs of the whole net. Both are centred;
+    with x what the pruned net feeds it, all layers before it fitted already (a
+    recurrent kernel: what the whole net does), and :math:`y = W^T x_0` what it made of
+    the inputs of the whole net. Both are centred;
     where there is no bias (a parameter that nothing else uses, added to the outputs,
     or subtracted as the running mean of a BatchNorm is), moments about 0 are used. A
     unit that is an affine function of kept ones is so removed without any change.
@@ -56,9 +58,14 @@ def compensate(
     that do not depend on each other share a pass over the batches. Then `slice_params`
     and `narrow` as ever.
 
+    Some cuts leave nothing to fit: positions of queries and keys, which meet each other
+    and no parameter; an embedding that is also the output layer, so that it cannot
+    change for one use alone; a consumer that is no contraction or is quantised. They
+    stay as they were cut, and a warning names each with its cause.
+
     Args:
         groups: what `trace` returned; with ``roles=True`` consumers that cannot be
-            fitted are told apart from producers, and refused.
+            fitted are told apart from producers, and named.
         apply_fn: ``(variables, batch) -> anything``, as it is to be used: BatchNorm
             with its running statistics.
         variables: tree of arrays that `groups` was traced with, not pruned yet.
@@ -69,19 +76,22 @@ def compensate(
         ridge: :math:`\lambda`, as a share of the mean variance of a kept input. It
             draws to the old weights, so what the data leave open stays as it was.
         rescale: also scale every output to the variance that it had.
+        unfitted: what to do about cuts that leave nothing to fit: "warn", "raise", or
+            "ignore" them.
         progress: show a progress bar? None for on a terminal.
 
     Returns:
         Tree like `variables`; 0 where masked.
 
     Raises:
-        ValueError: if batches run dry, a consumer of a pruned group is no contraction
-            or shares its parameter with something else, or `ridge` is 0 and there are
-            too few rows, or inputs that others explain.
-        TypeError: if a mask is traced, or a consumer is not floating.
+        ValueError: if batches run dry, `ridge` is 0 and there are too few rows, or
+            inputs that others explain; with ``unfitted="raise"`` if a cut leaves
+            nothing to fit.
+        TypeError: if a mask is traced.
 
     Warns:
-        UserWarning: if a layer has fewer rows than inputs, so the ridge decides.
+        UserWarning: if a layer has fewer rows than inputs, so the ridge decides; if a
+            cut leaves nothing to fit.
 
     Example:
         >>> import jax, jax.numpy as jnp, numpy as np, jaxprune
@@ -102,32 +112,73 @@ def compensate(
         <https://arxiv.org/abs/1707.06168>`_, ICCV 2017 (inputs from the net as pruned
         so far, outputs from the whole one)
     """
+    if unfitted not in ("warn", "raise", "ignore"):
+        raise ValueError(
+            f"unfitted must be 'warn', 'raise' or 'ignore', got {unfitted!r}"
+        )
     first, batches = peeked(batches)
     found = contractions(trace_program(apply_fn, variables, first))
-    kept = _kept_weights(found, variables, masks)
-    _check_consumers(groups, variables, masks, found)
-    waves = list(_waves(_items(found, kept)))
+    kept = kept_weights(found, variables, masks)
+    whole = named_leaves(variables)
+    items, refused = fittable(found, kept, whole)
+    refused += _unread(groups, variables, masks, found)
+    _tell(refused, unfitted)
+    waves = list(_waves(items))
     if len(waves) > 1:
         batches = twice(batches, "compensate, which fits one layer after the other,")
-    current, steps = apply_masks(variables, masks), _Steps(apply_fn)
-    whole = named_leaves(variables)
+    current, steps = apply_masks(variables, masks), Steps(apply_fn, found)
     for wave in waves:
         names = tuple(dict.fromkeys(item.name for item in wave))
-        kernels = [found[n].kernel(np.asarray(whole[found[n].path])) for n in names]
-        trees = (current, variables, kernels)
         title = f"compensate {names[0]}" + (" ..." if len(names) > 1 else "")
-        found_sums = streamed(steps(names), trees, batches, title, progress)
-        sums = dict(zip(names, found_sums, strict=True))
+        data = steps, current, variables, batches
+        sums = sums_of(names, *data, title, progress)
         leaves = named_leaves(current)
         for item in wave:
             options = {"ridge": ridge, "rescale": rescale}
             own = sums[item.name]
-            _fit(found[item.name], item, kept[item.name], own, whole, leaves, **options)
+            fit(found[item.name], item, kept[item.name], own, whole, leaves, **options)
         current = jax.tree.structure(current).unflatten(leaves.values())
     return apply_masks(current, masks)
 
 
-class _Item(NamedTuple):
+def _tell(refused: Sequence[str], unfitted: str) -> None:
+    if not refused or unfitted == "ignore":
+        return
+    text = "; ".join(dict.fromkeys(refused))
+    if unfitted == "raise":
+        raise ValueError(text)
+    warnings.warn(f"stays as it was cut: {text}", stacklevel=3)
+
+
+def sums_of(
+    names: Sequence[str],
+    steps: "Steps",
+    current: PyTree,
+    whole: PyTree,
+    batches: Batches,
+    title: str,
+    progress: bool | None,
+) -> dict[str, Sums]:
+    """Of contractions the sums of inputs in `current` and outputs in `whole`.
+
+    Args:
+        names: of the contractions.
+        steps: of the function.
+        current: the variables whose inputs are looked at.
+        whole: the variables whose outputs are.
+        batches: trees of arrays.
+        title: of the progress bar.
+        progress: show it? None for on a terminal.
+    """
+    leaves = named_leaves(whole)
+    found = [steps.found[name] for name in names]
+    kernels = [one.kernel(np.asarray(leaves[one.path])) for one in found]
+    trees = current, whole, kernels
+    sums = streamed(steps(tuple(names)), trees, batches, title, progress)
+    return dict(zip(names, sums, strict=True))
+
+
+class Item(NamedTuple):
     """Matrices of a contraction that are fitted together.
 
     Attributes:
@@ -145,7 +196,7 @@ class _Item(NamedTuple):
     before: frozenset[str]
 
 
-def _kept_weights(
+def kept_weights(
     found: Mapping[str, Contraction], variables: PyTree, masks: PyTree
 ) -> dict[str, np.ndarray]:
     """Contraction -> bool ``[K, D, N]``, for those whose parameter is masked."""
@@ -161,33 +212,43 @@ def _kept_weights(
     }
 
 
-def _items(
-    found: Mapping[str, Contraction], kept: Mapping[str, np.ndarray]
-) -> list[_Item]:
-    """What lost inputs, in the order of the program.
+def fittable(
+    found: Mapping[str, Contraction],
+    kept: Mapping[str, np.ndarray],
+    leaves: Mapping[str, Any],
+) -> tuple[list[Item], list[str]]:
+    """What lost inputs and can be fitted, in the order of the program.
 
-    Raises:
-        ValueError: if a parameter cannot be changed for its contraction alone.
+    Args:
+        found: all contractions.
+        kept: contraction -> bool ``[K, D, N]``, as `kept_weights` gives.
+        leaves: path -> leaf of the variables.
+
+    Returns:
+        The matrices to fit, and of those that cannot be, why.
     """
-    items = []
+    items, refused = [], []
     for name, weights in kept.items():
         one = found[name]
         outputs = np.any(weights, axis=1)
         lost = np.any(~weights & outputs[:, None], axis=(1, 2))
-        if lost.any() and one.shared:
-            raise ValueError(
-                f"{one.path} loses inputs but cannot be fitted: it is also {one.shared}"
-            )
+        why = f"it is also {one.shared}" if one.shared else ""
+        if not jnp.issubdtype(leaves[one.path].dtype, jnp.floating):
+            dtype = leaves[one.path].dtype
+            why = f"its dtype is {dtype}; compensate before quantising"
+        if lost.any() and why:
+            refused.append(f"{one.path} loses inputs but cannot be fitted: {why}")
+            continue
         for stage in one.stages:
             blocks = stage.blocks[lost[stage.blocks]]
             if blocks.size:
-                items.append(_Item(stage.order, name, one.path, blocks, stage.before))
-    return sorted(items, key=lambda item: item.order)
+                items.append(Item(stage.order, name, one.path, blocks, stage.before))
+    return sorted(items, key=lambda item: item.order), refused
 
 
-def _waves(items: Sequence[_Item]) -> Iterator[list[_Item]]:
+def _waves(items: Sequence[Item]) -> Iterator[list[Item]]:
     """Runs of items none of which depends on another."""
-    wave: list[_Item] = []
+    wave: list[Item] = []
     for item in items:
         if any(other.path in item.before for other in wave):
             yield wave
@@ -197,44 +258,36 @@ def _waves(items: Sequence[_Item]) -> Iterator[list[_Item]]:
         yield wave
 
 
-def _check_consumers(
+def _unread(
     groups: Groups,
     variables: PyTree,
     masks: PyTree,
     found: Mapping[str, Contraction],
-) -> None:
-    """Refuses pruned groups with a consumer that cannot be fitted.
-
-    Raises:
-        ValueError: naming path, axis and cause.
-    """
+) -> list[str]:
+    """What says of pruned groups that nothing, or not everything, can be fitted."""
     reading: dict[str, set[str]] = {}
     for one in found.values():
         for name in one.units(groups):
             reading.setdefault(name, set()).add(one.path)
     by_path = {path: (leaf, mask) for path, leaf, mask in pair_masks(variables, masks)}
+    refused = []
     for name, group in groups.items():
         cut = [m for m in group.members if _is_cut(m, by_path)]
-        if not cut:
-            continue
-        for member in cut:
-            if member.role == "consumer" and member.path not in reading.get(name, ()):
-                raise ValueError(
-                    f"{member.path} axis {member.axis} reads the pruned group {name}, "
-                    "but not as a contraction of activations with this parameter as "
-                    "it is, so there is nothing to fit"
-                )
-        if name not in reading:
-            raise ValueError(_unread(group))
-
-
-def _unread(group: Group) -> str:
-    first = group.members[0]
-    return (
-        f"{first.path} axis {first.axis}: group {group.name} is pruned, but no "
-        "contraction reads its units through a parameter as it is, so there is nothing "
-        "to fit"
-    )
+        refused += [
+            f"{m.path} axis {m.axis} reads the pruned group {name}, but not as a "
+            "contraction of activations with this parameter as it is, so there is "
+            "nothing to fit"
+            for m in cut
+            if m.role == "consumer" and m.path not in reading.get(name, ())
+        ]
+        if cut and name not in reading:
+            first = group.members[0]
+            refused.append(
+                f"{first.path} axis {first.axis}: group {name} is pruned, but no "
+                "contraction reads its units through a parameter as it is, so there "
+                "is nothing to fit"
+            )
+    return refused
 
 
 def _is_cut(member: Member, by_path: Mapping[str, tuple[Any, Any]]) -> bool:
@@ -248,11 +301,13 @@ def _is_cut(member: Member, by_path: Mapping[str, tuple[Any, Any]]) -> bool:
     return kept is not None and not kept[member.index].all()
 
 
-class _Steps:
+class Steps:
     """Compiled steps, one for every set of contractions."""
 
-    def __init__(self, apply_fn: Callable[..., Any]) -> None:
-        self.apply_fn = apply_fn
+    def __init__(
+        self, apply_fn: Callable[..., Any], found: Mapping[str, Contraction]
+    ) -> None:
+        self.apply_fn, self.found = apply_fn, found
         self.known: dict[tuple[str, ...], Callable[..., list[Sums]]] = {}
 
     def __call__(self, names: tuple[str, ...]) -> Callable[..., list[Sums]]:
@@ -261,23 +316,32 @@ class _Steps:
         return self.known[names]
 
     def _step(self, names: tuple[str, ...]) -> Callable[..., list[Sums]]:
+        # What a recurrent kernel takes in changes as it is fitted, and becomes again,
+        # as far as the fit can make it, what the whole net feeds it.
+        known = [self.found[name].recurrent for name in names]
+
         def step(
             current: PyTree, whole: PyTree, kernels: list[Any], batch: PyTree
         ) -> list[Sums]:
             pruned = inputs(self.apply_fn, names, current, batch)
             before = inputs(self.apply_fn, names, whole, batch)
-            exact = jax.lax.Precision.HIGHEST
             return [
-                joint_sums(x, jnp.matmul(x0, kernel.astype(x0.dtype), precision=exact))
-                for x, x0, kernel in zip(pruned, before, kernels, strict=True)
+                joint_sums(x0 if own else x, _product(x0, kernel))
+                for x, x0, kernel, own in zip(
+                    pruned, before, kernels, known, strict=True
+                )
             ]
 
         return step
 
 
-def _fit(
+def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return jnp.matmul(x, kernel.astype(x.dtype), precision=jax.lax.Precision.HIGHEST)
+
+
+def fit(
     one: Contraction,
-    item: _Item,
+    item: Item,
     kept: np.ndarray,
     sums: Sums,
     whole: Mapping[str, Any],
@@ -287,14 +351,8 @@ def _fit(
     rescale: bool,
 ) -> None:
     """Fits some matrices of a contraction, and puts them into the leaves."""
-    old = whole[one.path]
-    if not jnp.issubdtype(old.dtype, jnp.floating):
-        raise TypeError(
-            f"{one.path} has dtype {old.dtype} and cannot be fitted; compensate before "
-            "quantising"
-        )
     _check_rows(one, item, kept, sums, ridge)
-    matrices = one.kernel(np.asarray(old)).astype(np.float64)
+    matrices = one.kernel(np.asarray(whole[one.path])).astype(np.float64)
     kernels, shifts = [], []
     for k in item.blocks:
         second, cross = sums.scatter[k] / sums.count, sums.cross[k] / sums.count
@@ -319,7 +377,7 @@ def _fit(
 
 
 def _check_rows(
-    one: Contraction, item: _Item, kept: np.ndarray, sums: Sums, ridge: float
+    one: Contraction, item: Item, kept: np.ndarray, sums: Sums, ridge: float
 ) -> None:
     """Says if there are too few rows, or rows that are no numbers."""
     if not np.isfinite(sums.mean).all() or not np.isfinite(sums.cross).all():
