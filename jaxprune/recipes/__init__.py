@@ -10,4 +10,6 @@ from jaxprune.recipes._rounds import rounds as rounds
 from jaxprune.recipes._sensitivity import Sensitivity as Sensitivity
 from jaxprune.recipes._sensitivity import plot_sensitivity as plot_sensitivity
 from jaxprune.recipes._sensitivity import sensitivity as sensitivity
+from jaxprune.recipes._sparse_gpt import Sparse as Sparse
+from jaxprune.recipes._sparse_gpt import sparse_gpt as sparse_gpt
 from jaxprune.recipes._training import State as State

@@ -1,6 +1,6 @@
 """Scores of weights from what they are multiplied with."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -8,19 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.core._leafwise import widened
-from jaxprune.core._leaves import keystr
+from jaxprune.core._leaves import named_leaves
 from jaxprune.core._masks import PyTree
 from jaxprune.program._jaxprs import trace_program
 from jaxprune.scores._activations import ApplyFn
-from jaxprune.statistics._streaming import (
-    Batches,
-    floating,
-    joined,
-    summed,
-)
-from jaxprune.statistics.taps._named import call
-from jaxprune.statistics.taps._products import Product, products
-from jaxprune.statistics.taps._program import Tap
+from jaxprune.statistics._contractions import contractions
+from jaxprune.statistics._moments import inputs, peeked
+from jaxprune.statistics._streaming import Batches, summed
 
 
 def wanda(
@@ -34,7 +28,9 @@ def wanda(
 
     ``|w| ||x||_2``, the norm over all examples and places that the weight meets: the
     tokens of a dense layer, the patches of a convolution, the steps of a recurrent
-    net. Only needs forward passes; meant to be compared within one output.
+    net. These norms are the diagonal of the second moments of
+    `jaxprune.statistics.moments`. Only needs forward passes; meant to be compared
+    within one output.
 
     Args:
         apply_fn: ``(variables, batch) -> anything``.
@@ -64,55 +60,34 @@ def wanda(
         Sun et al., `A Simple and Effective Pruning Approach for Large Language Models
         <https://arxiv.org/abs/2306.11695>`_, 2023
     """
-
-    def step(variables: PyTree, batch: PyTree, k: Any) -> PyTree:
-        program = trace_program(apply_fn, variables, batch)
-        found = products(program)
-        if not found:
-            raise ValueError(
-                "no parameter is multiplied with activations as it is, so wanda has "
-                "nothing to score"
-            )
-        scored = {owner for product in found for owner in product.owners}
-
-        def squares(floats: PyTree) -> jax.Array:
-            taps = [Tap(p.site, _squared(p), p.site) for p in found]
-            _, notes = call(program, taps, joined(floats, variables), batch)
-            return sum((note.sum() for note in notes.values()), jnp.zeros(()))
-
-        slopes = jax.grad(squares)(floating(variables))
-        return jax.tree_util.tree_map_with_path(
-            lambda path, slope: slope if keystr(path) in scored else None, slopes
+    first, batches = peeked(batches)
+    found = contractions(trace_program(apply_fn, variables, first))
+    if not found:
+        raise ValueError(
+            "no parameter is multiplied with activations as it is, so wanda has "
+            "nothing to score"
         )
+    names = tuple(found)
+
+    def step(variables: PyTree, batch: PyTree, k: Any) -> list[jax.Array]:
+        rows = inputs(apply_fn, names, variables, batch)
+        return [jnp.square(jnp.abs(x)).sum(1) for x in rows]
 
     options: dict[str, Any] = {"title": "wanda", "progress": progress}
-    total, _ = summed(step, variables, batches, **options)
-    return jax.tree.map(
-        lambda squares, leaf: (
-            None
-            if squares is None
-            else jnp.abs(widened(leaf)) * jnp.sqrt(jnp.real(squares))
-        ),
-        total,
-        variables,
-        is_leaf=lambda node: node is None,
-    )
+    squares, _ = summed(step, variables, batches, **options)
+    by_path: dict[str, list[Any]] = {}
+    for one, each in zip(found.values(), squares, strict=True):
+        by_path.setdefault(one.path, []).append((one.at, each))
+    scored = [
+        _scored(leaf, by_path[path]) if path in by_path else None
+        for path, leaf in named_leaves(variables).items()
+    ]
+    return jax.tree.structure(variables).unflatten(scored)
 
 
-def _squared(product: Product) -> Callable[..., tuple[Any, Any]]:
-    """Notes ``sum of f(x^2, w)`` for a product f(x, w).
-
-    It is linear in w, and its slope by a weight is the sum of the squares of all that
-    the weight is multiplied with: the pull-back knows strides, windows and groups.
-    """
-
-    def act(value: Any, eqn: Any, operands: Any) -> tuple[Any, Any]:
-        factors = [*operands]
-        k = product.site.position
-        sizes = jnp.abs(jax.lax.stop_gradient(value)).astype(jnp.float32)
-        factors[k] = jnp.square(sizes)
-        factors[1 - k] = jnp.real(factors[1 - k]).astype(jnp.float32)
-        params = {**eqn.params, "preferred_element_type": np.dtype(np.float32)}
-        return value, eqn.primitive.bind(*factors, **params).sum()
-
-    return act
+def _scored(leaf: Any, met: Sequence[tuple[np.ndarray, jax.Array]]) -> jax.Array:
+    """The scores of a leaf from the squares that its entries meet."""
+    total = jnp.zeros(np.size(leaf), met[0][1].dtype)
+    for at, squares in met:
+        total = total.at[at].add(jnp.broadcast_to(squares[:, :, None], at.shape))
+    return jnp.abs(widened(leaf)) * jnp.sqrt(total.reshape(np.shape(leaf)))

@@ -306,8 +306,9 @@ class _Walk:
 
     def products(self, at: np.ndarray, site: Site, other: _Data) -> list[Any] | None:
         """Of one matrix whose columns are of several leaves: a contraction of each."""
-        parts = list(self.owners(at))
-        if any(part is None for _, part in parts):
+        found = list(self.owners(at))
+        parts = [(own, part) for own, part in found if part is not None]
+        if len(parts) < len(found):
             return None
         self.read_elsewhere(other, "")
         for own, part in parts:
@@ -372,7 +373,7 @@ class _Walk:
         if sum(kinds) != 1 or (name == "sub" and not kinds[1]):
             return None
         own, data = values[kinds.index(True)], values[kinds.index(False)]
-        if not isinstance(data, _Data) or data.at is None:
+        if not isinstance(data, _Data) or data.at is None or data.use is None:
             return None
         use = self.uses[data.use]
         use.readers += 1

@@ -117,13 +117,13 @@ def moments(
     """
     first, batches = peeked(batches)
     found = contractions(trace_program(apply_fn, variables, first))
-    passes = list(_passes(_chosen(found, layers), memory))
+    passes = list(_passes(chosen(found, layers), memory))
     if len(passes) > 1:
         batches = twice(batches, "moments, which do not fit in one pass,")
-    for chosen in passes:
-        step = _observing(apply_fn, [one.name for one in chosen])
+    for held in passes:
+        step = observing(apply_fn, [one.name for one in held])
         sums = streamed(step, (variables,), batches, "moments", progress)
-        for one, each in zip(chosen, sums, strict=True):
+        for one, each in zip(held, sums, strict=True):
             units = {} if groups is None else one.units(groups)
             covariance = each.scatter / each.count
             yield Moments(one.name, each.count, each.mean, covariance, one.at, units)
@@ -144,9 +144,14 @@ def peeked(batches: Batches) -> tuple[PyTree, Batches]:
     raise ValueError("batches is empty, so there is nothing to take moments of")
 
 
-def _chosen(
+def chosen(
     found: Mapping[str, Contraction], layers: str | Sequence[str] | None
 ) -> list[Contraction]:
+    """The contractions of these layers.
+
+    Raises:
+        ValueError: if a pattern matches none.
+    """
     if layers is None:
         return list(found.values())
     names: set[str] = set()
@@ -161,10 +166,10 @@ def _chosen(
     return [one for name, one in found.items() if name in names]
 
 
-def _passes(chosen: Sequence[Contraction], memory: int) -> Iterator[list[Contraction]]:
+def _passes(layers: Sequence[Contraction], memory: int) -> Iterator[list[Contraction]]:
     """As many layers at a time as fit, at least one."""
     held, size = [], 0
-    for one in chosen:
+    for one in layers:
         k, width, _ = one.at.shape
         need = 8 * k * width * width
         if held and size + need > memory:
@@ -265,7 +270,7 @@ def _without_noise(sums: Sums) -> Sums:
     return sums._replace(scatter=scatter, cross=sums.cross * moves[:, :, None])
 
 
-def _observing(apply_fn: ApplyFn, names: Sequence[str]) -> Callable[..., list[Sums]]:
+def observing(apply_fn: ApplyFn, names: Sequence[str]) -> Callable[..., list[Sums]]:
     """A compiled step: the sums of the inputs of some contractions over a batch."""
 
     @jax.jit

@@ -123,11 +123,11 @@ def compensate(
     items, refused = fittable(found, kept, whole)
     refused += _unread(groups, variables, masks, found)
     _tell(refused, unfitted)
-    waves = list(_waves(items))
-    if len(waves) > 1:
+    each = list(waves(items))
+    if len(each) > 1:
         batches = twice(batches, "compensate, which fits one layer after the other,")
     current, steps = apply_masks(variables, masks), Steps(apply_fn, found)
-    for wave in waves:
+    for wave in each:
         names = tuple(dict.fromkeys(item.name for item in wave))
         title = f"compensate {names[0]}" + (" ..." if len(names) > 1 else "")
         data = steps, current, variables, batches
@@ -246,7 +246,7 @@ def fittable(
     return sorted(items, key=lambda item: item.order), refused
 
 
-def _waves(items: Sequence[Item]) -> Iterator[list[Item]]:
+def waves(items: Sequence[Item]) -> Iterator[list[Item]]:
     """Runs of items none of which depends on another."""
     wave: list[Item] = []
     for item in items:
