@@ -51,7 +51,8 @@ def test_inspect(module, capsys, tmp_path):
     assert "1 group, 8 units" in out and "output of apply_fn" in out
     assert "48 parameters, 192 FLOPs" in out
     page = (tmp_path / "page.html").read_text()
-    assert "params/a:1" in page and page.count("<pre") == 2
+    assert "params/a:1" in page and "output of apply_fn" in page
+    assert f"<h1>{module}:make</h1>" in page
     assert main(["inspect", f"{module}:make", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["groups"][0]["members"] == ["params/a:1", "params/b:0"]
@@ -64,7 +65,8 @@ def test_prune_and_export(module, capsys, tmp_path):
     import jaxprune
 
     words = ["prune", f"{module}:make", "--budget", "50%", "--score", "taylor"]
-    assert main([*words, "--out", "small"]) == 0
+    assert main([*words, "--out", "small", "--html", "report.html"]) == 0
+    assert "4 of 8" in (tmp_path / "report.html").read_text()
     out = capsys.readouterr().out
     assert "4 of 8 units kept" in out and "written to small" in out
     loaded = jaxprune.load(tmp_path / "small")

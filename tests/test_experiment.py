@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from pages import BROWSER, Page, check_alone, check_seen, seen_by_a_browser
 
 import jaxprune
 from experiments.batch_bridgeout import report as batch_bridgeout_report
@@ -28,7 +29,7 @@ from experiments.harness import measure, methods, quirks, rounds, runs, training
 from experiments.harness.methods import FRACTIONS, METHODS, Hyper
 from jaxprune.cli import _main as cli
 from jaxprune.data import DATASETS, Dataset, load
-from jaxprune.display._report import Html
+from jaxprune.display import Picture
 from jaxprune.io.export import load_exported
 from jaxprune.models import MODELS, VGG, ResNet, ViT, vgg_widths
 
@@ -343,7 +344,8 @@ def test_the_paper_s_curves_lie_beneath_ours(tmp_path, finished):
     with pytest.MonkeyPatch.context() as patch:
         vgg = {"cifar10": {"tiny": curves["cifar10"]["bridgeout_vgg16"]}}
         patch.setattr(batch_bridgeout_report, "_published", lambda: vgg)
-        patch.setattr(batch_bridgeout_report, "_picture", lambda results: Html(""))
+        nothing = Picture([], {}, True)
+        patch.setattr(batch_bridgeout_report, "_picture", lambda results: nothing)
         page = batch_bridgeout_report.write_report(tmp_path, results).read_text()
         drawn = batch_bridgeout_report._curves(results, ["tiny"]).axes[0]
     assert "the paper" in page and "90.8" in page and "emits a constant" in page
@@ -560,6 +562,29 @@ def test_the_report_shows_the_numbers(finished):
     assert header[: len(wanted)] == wanted
     assert text.count("<figure>") >= len(results["settings"]["models"])
     assert (finished / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.skipif(BROWSER is None, reason="there is no browser")
+def test_a_browser_shows_the_whole_report(finished, tmp_path, monkeypatch):
+    pages = {"toy": (finished / "report.html").read_text()}
+    check_alone(Page(pages["toy"]))
+    # As wide as it gets: all cuts, and long names.
+    text = json.dumps(read(finished)).replace("tiny", "bridgeout_wrn28_10")
+    results = json.loads(text)
+    results["settings"]["fractions"] = list(FRACTIONS)
+    for record in results["records"].values():
+        if "recalibrated" in record:
+            record["accuracy"] = (4 * record["accuracy"])[:10]
+    nothing = Picture([], {}, True)
+    monkeypatch.setattr(batch_bridgeout_report, "_picture", lambda results: nothing)
+    wide = batch_bridgeout_report.write_report(tmp_path, results)
+    pages["wide"] = wide.read_text()
+    for name, seen in seen_by_a_browser(tmp_path, pages).items():
+        check_seen(seen)
+        if "1280" in name:
+            assert seen["heads"]["gain"] < seen["heads"]["60 %"] <= 1280
+        if name.startswith("wide 1280"):
+            assert seen["heads"]["90 %"] <= 1280
 
 
 def test_the_exported_model_takes_raw_images(finished, data_dir):
@@ -790,6 +815,7 @@ def test_a_run_records_the_command_that_anyone_can_type(
 ):
     spec = None if module is None else importlib.machinery.ModuleSpec(module, None)
     monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", "it", raising=False)
     for words in (["run", "it"], ["run", "it", "--seeds", "2"]):  # the second goes on
         monkeypatch.setattr(sys, "argv", ["/somewhere/jaxprune", *words])
         with runs.open_run(tmp_path / "run", {}) as run:

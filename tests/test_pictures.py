@@ -187,6 +187,29 @@ def test_nothing_overlaps_whatever_the_depth(depth):
     assert not overlaps.any()
 
 
+@pytest.mark.parametrize("letters", [10, 90, 300])
+def test_the_legend_is_whole_however_long_its_names(letters):
+    layer = "/".join(["abcdefghi"] * (letters // 10))
+
+    def chain(params, x):
+        for name in params:
+            x = jnp.tanh(x @ params[name])
+        return x
+
+    params = {f"{layer}_{k}": jnp.ones((8, 8)) for k in range(4)}
+    groups = jaxprune.trace(chain, params, jnp.ones((1, 8)))
+    figure = pictures.groups_figure(groups, {})
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    width, height = canvas.get_width_height()
+    texts = figure.legends[0].get_texts()
+    for text in texts:
+        box = text.get_window_extent()
+        assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= width + 1, text
+    told = "".join(texts[0].get_text().split())
+    assert told == f"1{layer}_0:1(8of8)"
+
+
 def test_errors(two):
     with pytest.raises(ValueError, match="'wrong', which does not exist"):
         pictures.groups_figure(two, {"wrong": np.ones(2, bool)})

@@ -75,6 +75,10 @@ def test_the_same_bits_come_back(pruned, plan, folder, apply_fn):
 def test_groups_come_back(pruned, folder):
     groups = load_pruned(folder).groups
     assert repr(groups) == repr(pruned.groups)
+    assert repr(groups.pinned) == repr(pruned.groups.pinned)
+    assert [pin.reason for pin in groups.pinned] == [
+        pin.reason for pin in pruned.groups.pinned
+    ]
     assert groups.shapes == pruned.groups.shapes
     assert groups.treedef == pruned.groups.treedef
     for name, group in pruned.groups.items():

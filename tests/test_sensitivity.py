@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 import jaxprune
-from jaxprune import select
-from jaxprune.display import _report as report
+from jaxprune import display, select
 from jaxprune.recipes import plot_sensitivity
 from jaxprune.scores import group_scores, magnitude
 
@@ -126,11 +125,11 @@ def test_its_plot_shows_every_group_from_the_baseline_on():
     scan = jaxprune.Sensitivity(
         ("a", "b"), np.array([[0.2, 0.4]] * 2), np.array([[0.9, 0.8], [0.7, 0.5]]), 0.92
     )
-    figure = report.new_figure()
+    figure = display.new_figure()
     (axes,) = figure.axes
     plot_sensitivity(axes, scan, ["#0067a5", "#f38400"])
     lines = axes.get_lines()
     assert [line.get_label() for line in lines[:2]] == ["a", "b"]
     np.testing.assert_allclose(lines[0].get_xdata(), [0.0, 0.2, 0.4])
     np.testing.assert_allclose(lines[1].get_ydata(), [0.92, 0.7, 0.5])
-    assert "<svg" in report.figure(figure, "sensitivity of two groups")
+    assert "<svg" in display.as_svg(figure, "sensitivity of two groups")

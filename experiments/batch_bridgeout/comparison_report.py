@@ -16,7 +16,7 @@ from experiments.batch_bridgeout import defaults
 from experiments.batch_bridgeout.comparison import CELLS, SEEDS, Cell
 from experiments.harness.methods import FRACTIONS, area
 from experiments.harness.pages import write_compact
-from jaxprune.display._report import Interval, interval, new_figure, plot_runs
+from jaxprune.display import Interval, interval, new_figure, plot_runs
 
 HERE = Path(__file__).parent
 RESULT, DEFAULTS = HERE / "comparison.json", HERE / "defaults.json"

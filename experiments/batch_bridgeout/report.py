@@ -16,23 +16,14 @@ import numpy as np
 from experiments.harness.methods import METHODS, subject
 from experiments.harness.quirks import QUIRKS
 from jaxprune.data import DATASETS
-from jaxprune.display._pictures import groups_figure
-from jaxprune.display._report import (
-    Html,
+from jaxprune.display import (
     Interval,
-    aside,
-    bar,
-    cards,
-    code,
-    figure,
-    heading,
+    as_facts,
+    as_svg,
+    groups_picture,
     interval,
     new_figure,
-    panels,
     plot_runs,
-    section,
-    table,
-    text,
     write_page,
 )
 
@@ -41,9 +32,10 @@ LABELS = {
     "dropout": "Dropout",
     "weight_decay": "Weight decay",
 }
-COLORS = {"bridgeout": "#c2410c", "dropout": "#2563eb", "weight_decay": "#52525b"}
+COLORS = {"bridgeout": "#c2410c", "dropout": "#2563eb", "weight_decay": "#71717a"}
 
-PAPER = Path(__file__).with_name("paper.json")
+HERE = Path(__file__).parent
+PAPER = HERE / "paper.json"
 
 Results = Mapping[str, Any]
 
@@ -86,35 +78,37 @@ def write_report(folder: Path, results: Results) -> Path:
     models = results["settings"]["models"]
     _curves(results, models).savefig(folder / "curves.png", dpi=150)
     path = folder / "report.html"
-    dataset = results["settings"]["dataset"]
-    write_page(
-        path,
-        f"Batch Bridgeout on {dataset}: which filters can go?",
-        _lead(results),
-        cards(_cards(results)),
-        section(
-            "Accuracy after one-shot cuts",
-            text(
-                "The same share of every layer is cut at once, filters of the lowest "
-                "L2 norm first; nothing is fine-tuned."
-            ),
-            panels(*(_panel(results, model) for model in models)),
-            text(
-                "Thin lines are seeds, thick lines their mean, bands one standard "
-                "deviation; broken lines are the paper's, where it has this net on "
-                "this data set."
-            ),
-            _accuracy_tables(results),
-        ),
-        section("What slicing buys", *_size_tables(results)),
-        section("Rounds of cutting and fine-tuning", *_rounds_section(results)),
-        section("The exported model", *_export_section(results)),
-        section("How it was done", *_conditions(results)),
-    )
+    write_page(path, "report.html.jinja", _values(results), HERE)
     return path
 
 
-def _lead(results: Results) -> Html:
+def _values(results: Results) -> dict[str, Any]:
+    """What the template shows."""
+    settings, records = results["settings"], results["records"]
+    return {
+        "title": f"Batch Bridgeout on {settings['dataset']}: which filters can go?",
+        "models": settings["models"],
+        "lead": _lead(results),
+        "cards": _cards(results),
+        "panels": [_panel(results, model) for model in settings["models"]],
+        "cuts": [f"{100 * fraction:.0f} %" for fraction in settings["fractions"]],
+        "accuracies": _accuracies(results),
+        "labels": list(LABELS.values()),
+        "difference": largest_difference(results),
+        "sizes": [_sizes(results, model) for model in settings["models"]],
+        "rounds": _rounds(results),
+        "round_epochs": settings["round_epochs"],
+        "shares": [f"{100 * row['sparsity']:.0f} %" for row in records["rounds"]],
+        "layers": _layers(records["rounds"]),
+        "picture": _picture(results),
+        "export": records["export"],
+        "command": results["command"],
+        "facts": _facts(results),
+        "hyper": settings["hyper"],
+    }
+
+
+def _lead(results: Results) -> list[str]:
     lines = []
     for model in results["settings"]["models"]:
         ours = interval(areas(results, model, METHODS[0])).mean
@@ -128,7 +122,7 @@ def _lead(results: Results) -> Html:
         )
     for quirk in results["settings"].get("quirks", ()):
         lines.append(f"As in the authors' code: {QUIRKS[quirk]}.")
-    return text(*lines)
+    return lines
 
 
 def _verdict(gain: Interval) -> str:
@@ -164,10 +158,11 @@ def _cards(results: Results) -> dict[str, str]:
     }
 
 
-def _panel(results: Results, model: str) -> Html:
+def _panel(results: Results, model: str) -> dict[str, Any]:
     """The curves of one net, small enough to be read on a telephone."""
+    caption = f"{model}: test accuracy against the share of filters cut."
     drawn = _curves(results, [model], height=3.6, width=4.6)
-    return figure(drawn, f"{model}: test accuracy against the share of filters cut.")
+    return {"svg": as_svg(drawn, caption), "caption": caption}
 
 
 def _curves(
@@ -218,35 +213,31 @@ def _draw_paper(axes: Any, results: Results, model: str) -> None:
         )
 
 
-def _accuracy_tables(results: Results) -> Html:
+def _accuracies(results: Results) -> list[dict[str, Any]]:
+    """The rows of the first table: every net and method, the paper's below ours."""
     fractions = results["settings"]["fractions"]
-    columns = ["net", "method", "area", "gain", "recalibrated"]
-    columns += [f"{100 * f:.0f} %" for f in fractions]
-    rows = []
+    rows: list[dict[str, Any]] = []
     for model in results["settings"]["models"]:
         for method in METHODS:
             runs = _runs(results, model, method)
-            means = [_percent(_mean_accuracy(runs, at)) for at in range(len(fractions))]
-            gain = ""
+            row = {
+                "net": model,
+                "method": LABELS[method],
+                "area": interval(areas(results, model, method)),
+                "gain": None,
+                "recalibrated": _recalibrated(runs),
+                "accuracies": [
+                    _percent(_mean_accuracy(runs, at)) for at in range(len(fractions))
+                ],
+            }
             if method != METHODS[0]:
-                gain = _with_interval(_gain(results, model, method), sign="+")
-            areas_ = [
-                _with_interval(interval(areas(results, model, method))),
-                gain,
-                _recalibrated(runs),
-            ]
-            rows.append([model, LABELS[method], *areas_, *means])
+                row["gain"] = _gain(results, model, method)
+            rows.append(row)
             if theirs := paper_curves(results, model).get(method):
-                rows.append(["", "the paper", "", "", "", *_at(theirs, fractions)])
-    return table(
-        columns,
-        rows,
-        "Area: mean accuracy over all cuts. Gain: area of Batch Bridgeout less that of "
-        "the method, paired by seed. Small print: 95 % confidence interval of the mean "
-        "(Student's t). Recalibrated: area with the statistics of BatchNorm measured "
-        "anew after each cut. Then mean test accuracy in % by share of filters cut.",
-        text_columns=2,
-    )
+                paper = {"net": "", "method": "the paper", "area": None, "gain": None}
+                paper["recalibrated"] = ""
+                rows.append({**paper, "accuracies": _at(theirs, fractions)})
+    return rows
 
 
 def _recalibrated(runs: list[Results]) -> str:
@@ -262,162 +253,79 @@ def _at(curve: Results, fractions: list[float]) -> list[str]:
     return ["" if point is None else f"{point:.1f}" for point in found]
 
 
-def _with_interval(found: Interval, sign: str = "") -> Html:
-    ends = f"{found.low:{sign}.3f} to {found.high:{sign}.3f}" if found.n > 1 else ""
-    return Html(f"{found.mean:{sign}.3f}{'<br>' if ends else ''}{aside(ends)}")
-
-
-def _size_tables(results: Results) -> list[Html]:
-    parts = [
-        text(
-            "Sliced nets are smaller arrays run by a smaller program, without masks. "
-            "On every net and cut they computed what the masked net computes, to at "
-            f"most {largest_difference(results):.0e} of the largest output."
-        )
-    ]
-    for model in results["settings"]["models"]:
-        parts += [heading(model), _size_table(results, model)]
-    return parts
-
-
-def _size_table(results: Results, model: str) -> Html:
-    rows = results["records"][f"sizes/{model}"]
-    batches = list(rows[0]["latency_ms"])
-    body = []
-    for row in rows:
+def _sizes(results: Results, model: str) -> dict[str, Any]:
+    """The table of one net: what every measured cut costs, and its accuracy."""
+    records = results["records"][f"sizes/{model}"]
+    arms = [_runs(results, model, method) for method in METHODS]
+    rows = []
+    for row in records:
         at = results["settings"]["fractions"].index(row["fraction"])
-        runs = [_runs(results, model, method) for method in METHODS]
-        times = [(row["latency_ms"][b], rows[0]["latency_ms"][b]) for b in batches]
-        body.append(
-            [
-                f"{100 * row['fraction']:.0f} %",
-                *(_percent(_mean_accuracy(arm, at)) for arm in runs),
-                _smaller(row["parameters"], rows[0]["parameters"]),
-                _smaller(row["flops"] / 1e6, rows[0]["flops"] / 1e6, 2),
-                *(_smaller(*pair, 2) for pair in times),
-            ]
+        rows.append(
+            {
+                "cut": f"{100 * row['fraction']:.0f} %",
+                "accuracies": [_percent(_mean_accuracy(arm, at)) for arm in arms],
+                "parameters": row["parameters"],
+                "mflops": row["flops"] / 1e6,
+                "times": list(row["latency_ms"].values()),
+            }
         )
-    columns = ["cut", *LABELS.values(), "parameters", "MFLOPs"]
-    columns += [f"ms, batch {batch}" for batch in batches]
-    note = "Test accuracy in %, mean of all seeds; times are medians, sizes are exact."
-    return table(columns, body, note)
+    batches = [f"ms, batch {batch}" for batch in records[0]["latency_ms"]]
+    return {"name": model, "batches": batches, "rows": rows}
 
 
-def _rounds_section(results: Results) -> list[Html]:
+def _rounds(results: Results) -> list[dict[str, Any]]:
+    """The dense net, and the net after every round."""
     records, model = results["records"], results["settings"]["models"][0]
-    rounds, dense = records["rounds"], records[f"sizes/{model}"][0]
+    dense = records[f"sizes/{model}"][0]
     start = _runs(results, model, METHODS[0])[0]["accuracy"][0]
+    names = {"name": "dense", "before": "", "after": _percent(start)}
     rows = [
-        [
-            "dense",
-            f"{dense['parameters']:,}",
-            f"{dense['flops'] / 1e6:.2f}",
-            "",
-            _percent(start),
-        ]
+        {**names, "parameters": dense["parameters"], "mflops": dense["flops"] / 1e6}
     ]
-    rows += [
-        [
-            f"{100 * row['sparsity']:.0f} % of filters cut",
-            _smaller(row["parameters"], dense["parameters"]),
-            _smaller(row["flops"] / 1e6, dense["flops"] / 1e6, 2),
-            _percent(row["before"]),
-            _percent(row["after"]),
-        ]
-        for row in rounds
-    ]
-    columns = ["round", "parameters", "MFLOPs", "accuracy, cut", "accuracy, tuned"]
-    epochs = results["settings"]["round_epochs"]
-    return [
-        text(
-            f"{model}, seed 0 of Batch Bridgeout. Every round slices the net and the "
-            f"optimiser's momentum, and trains for {epochs} epochs more."
-        ),
-        table(columns, rows),
-        text("What each layer has left:"),
-        _layers(rounds),
-        _picture(results),
-    ]
+    for row in records["rounds"]:
+        rows.append(
+            {
+                "name": f"{100 * row['sparsity']:.0f} % of filters cut",
+                "parameters": row["parameters"],
+                "mflops": row["flops"] / 1e6,
+                "before": _percent(row["before"]),
+                "after": _percent(row["after"]),
+            }
+        )
+    return rows
 
 
-def _picture(results: Results) -> Html:
+def _picture(results: Results) -> Any:
     """The groups of the first model, with what the last round has removed."""
     settings, last = results["settings"], results["records"]["rounds"][-1]
-    model = settings["models"][0]
     # Which units went does not show in a picture, only how many of each group.
     keep = {
         name: np.arange(full) < kept for name, (kept, full) in last["units"].items()
     }
-    groups = subject(model, DATASETS[settings["dataset"]]).groups
-    return figure(
-        groups_figure(groups, keep),
-        f"{model} after the last round: every column a layer, every bar an axis of its "
-        "kernel, every colour a group of channels that is cut together.",
-    )
+    groups = subject(settings["models"][0], DATASETS[settings["dataset"]]).groups
+    return groups_picture(groups, keep)
 
 
-def _layers(rounds: list[Results]) -> Html:
-    rows = [
-        [
-            name.removeprefix("params/").partition("/kernel")[0],
-            full,
-            *(row["units"][name][0] for row in rounds),
-            bar(kept / full),
-        ]
-        for name, (kept, full) in rounds[-1]["units"].items()
-    ]
-    shares = [f"{100 * row['sparsity']:.0f} %" for row in rounds]
-    return table(["filters of", "dense", *shares, "left"], rows)
-
-
-def _export_section(results: Results) -> list[Html]:
-    export = results["records"]["export"]
-    size = sum(export["bytes"].values()) / 1024
-    usage = (
-        "from jaxprune.io.export import load_exported\n"
-        f'model = load_exported("{export["folder"]}")\n'
-        "logits = model(images)      # uint8 [any batch, height, width, channels]"
-    )
+def _layers(rounds: list[Results]) -> list[dict[str, Any]]:
+    """How many filters of each layer every round leaves."""
     return [
-        text(
-            f"The folder {export['folder']}/ ({size:.0f} kB) holds the last round's "
-            "net: the program as StableHLO, its parameters, and their description. "
-            "Read back, it gave the same logits (largest difference "
-            f"{export['difference']:.0e}) and {_percent(export['accuracy'])} % test "
-            "accuracy."
-        ),
-        code(usage),
+        {
+            "name": name.removeprefix("params/").partition("/kernel")[0],
+            "full": full,
+            "kept": [row["units"][name][0] for row in rounds],
+        }
+        for name, (_, full) in rounds[-1]["units"].items()
     ]
 
 
-def _conditions(results: Results) -> list[Html]:
-    settings, machine = results["settings"], results["machine"]
-    hyper = [
-        [arm, *(f"{value:g}" for value in values.values())]
-        for arm, values in settings["hyper"].items()
-    ]
-    plain = {k: v for k, v in settings.items() if k != "hyper"}
-    facts = {
-        "command": results["command"],
-        **{name.replace("_", " "): _listed(value) for name, value in plain.items()},
-        "machine": f"{machine['cpu']}, {machine['cores']} cores, {machine['system']}",
-        "versions": ", ".join(f"{k} {v}" for k, v in machine["versions"].items()),
+def _facts(results: Results) -> dict[str, str]:
+    """Settings, machine and versions."""
+    settings = {k: v for k, v in results["settings"].items() if k != "hyper"}
+    return {
+        **{name.replace("_", " "): _listed(value) for name, value in settings.items()},
+        **as_facts(results["machine"]),
         "started": results["started"],
     }
-    return [
-        table(["setting", "value"], list(facts.items()), text_columns=2),
-        table(
-            [
-                "hyper-parameters",
-                "learning rate",
-                "weight decay",
-                "rate",
-                "target",
-                "q",
-            ],
-            hyper,
-        ),
-    ]
 
 
 def _runs(results: Results, model: str, method: str) -> list[Results]:
@@ -431,11 +339,6 @@ def _mean_accuracy(runs: list[Results], at: int) -> float:
 
 def _percent(value: float) -> str:
     return f"{100 * value:.1f}"
-
-
-def _smaller(value: float, dense: float, digits: int = 0) -> Html:
-    ratio = f" {dense / value:.1f}x" if value != dense else ""
-    return Html(f"{value:,.{digits}f}{aside(ratio)}")
 
 
 def _listed(value: Any) -> str:

@@ -30,7 +30,7 @@ import jaxprune
 from experiments.budget.nets import NETS, cross_entropy, trained
 from experiments.harness.pages import write_compact
 from jaxprune import scores, select
-from jaxprune.display._report import machine
+from jaxprune.display import machine
 
 RESULT = Path(__file__).with_suffix(".json")
 FOLDER = Path("runs", "budget-nets")

@@ -29,7 +29,7 @@ from experiments.budget.nets import NETS, cross_entropy, trained
 from experiments.budget.study import CALIBRATION, FOLDER
 from experiments.harness.pages import write_compact
 from jaxprune import scores, select
-from jaxprune.display._report import machine
+from jaxprune.display import machine
 from jaxprune.statistics import taps
 
 RESULT = Path(__file__).with_suffix(".json")

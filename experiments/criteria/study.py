@@ -39,7 +39,7 @@ from experiments.harness.training import Fit, accuracy, fit, make_step, start
 from jaxprune import scores, select
 from jaxprune.cli._main import UsageError, known
 from jaxprune.data import DATASETS, Dataset, load, normalize
-from jaxprune.display._report import interval
+from jaxprune.display import interval
 from jaxprune.models import MODELS
 
 BUDGETS = (0.75, 0.5, 0.25)  # of the FLOPs of the dense net

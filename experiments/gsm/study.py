@@ -57,7 +57,7 @@ from jaxprune import apply_masks
 from jaxprune.cli._main import UsageError, known
 from jaxprune.core._packing import pack_masks
 from jaxprune.data import DATASETS, Dataset, load
-from jaxprune.display._report import interval
+from jaxprune.display import interval
 from jaxprune.models import LeNet300, cifar_resnet
 from jaxprune.training import global_sparse_momentum, hold_masks, winning_ticket
 

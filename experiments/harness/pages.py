@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxprune.display._report import interval, new_figure
+from jaxprune.display import interval, new_figure
 
 Results = Mapping[str, Any]
 

@@ -7,7 +7,6 @@ read and not computed. So the same command goes on where the last one stopped.
 import contextlib
 import json
 import os
-import shlex
 import stat
 import sys
 import threading
@@ -23,7 +22,7 @@ import rich.console
 import rich.progress
 
 from jaxprune.cli._main import UsageError
-from jaxprune.display._report import machine
+from jaxprune.display import command, machine
 from jaxprune.io._files import write_atomically
 
 Tick = Callable[[], None]
@@ -185,7 +184,7 @@ def _opened(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         }
         _write(folder, results)
     _refuse_other(folder, results["settings"], settings)
-    results["command"] = _command()
+    results["command"] = command()
     return results
 
 
@@ -203,13 +202,6 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-def _command() -> str:
-    """What was typed, as anyone can type it: no paths of this machine."""
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    own = ["python", "-m", spec.name] if spec else [Path(sys.argv[0]).name]
-    return shlex.join([*own, *sys.argv[1:]])
 
 
 def _now() -> str:

@@ -1,9 +1,9 @@
 """`jaxprune inspect`, `prune`, `export`: for a person's own model."""
 
+import contextlib
 import dataclasses
-import html
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,8 +12,7 @@ from tyro.conf import Positional
 from jaxprune.cli._factories import Model, load_model
 from jaxprune.cli._words import UsageError
 from jaxprune.core import Groups
-from jaxprune.core._kept import as_html, quantity
-from jaxprune.core._tables import pinned_table
+from jaxprune.core._kept import quantity
 
 Cost = Literal[
     "flops", "multiply_adds", "parameters", "bytes", "activation_bytes", "seconds"
@@ -67,6 +66,8 @@ class Prune:
     """Kept counts are multiples of this."""
     max_sparsity: float | None = None
     """No group loses more than this fraction."""
+    html: Path | None = None
+    """Also write a report, with the latency before and after."""
     json: bool = False
     """Print JSON."""
     quiet: bool = False
@@ -97,7 +98,7 @@ def inspect(config: Inspect) -> None:
     groups = _told(jaxprune.trace, made, pin=config.pin)
     spent = jaxprune.costs(made.apply_fn, made.variables, *made.args)
     if config.html is not None:
-        config.html.write_text(_page(config.model, groups, spent), "utf-8")
+        _page(config.html, config.model, groups, spent)
     if config.json:
         print(json.dumps(_as_json(groups, spent), indent=1))
     elif not config.quiet:
@@ -129,6 +130,9 @@ def prune(config: Prune) -> None:
         progress=False if config.quiet or config.json else None,
     )
     pruned.save(config.out)
+    if config.html is not None:
+        with _missing():
+            pruned.report(config.html, title=config.model)
     if config.json:
         before, after = (
             {"parameters": c.parameters, "flops": c.flops}
@@ -203,20 +207,32 @@ def _as_json(groups: Groups, spent: Any) -> dict[str, Any]:
     }
 
 
-def _page(title: str, groups: Groups, spent: Any) -> str:
-    """A page of its own with the tables."""
-    parts = [as_html(groups.__rich__())]
-    if groups.pinned:
-        parts.append(as_html(pinned_table(groups.pinned)))
-    facts = (
-        f"{quantity(spent.parameters)} parameters, {quantity(spent.flops)} FLOPs, "
-        f"{quantity(spent.activation_bytes)} bytes of activations"
-    )
-    name = html.escape(title)
-    return (
-        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width'>"
-        f"<title>{name}</title><style>:root{{color-scheme:light dark}}"
-        "body{font-family:sans-serif;margin:1rem}</style></head>"
-        f"<body><h1>{name}</h1><p>{facts}</p>{''.join(parts)}</body></html>\n"
-    )
+def _page(path: Path, title: str, groups: Groups, spent: Any) -> None:
+    """A page with what `inspect` prints, and the picture."""
+    with _missing():
+        from jaxprune import display
+
+        values = {
+            "title": title,
+            "cards": {
+                "parameters": quantity(spent.parameters),
+                "FLOPs": quantity(spent.flops),
+                "bytes of activations": quantity(spent.activation_bytes),
+                "groups": len(groups),
+            },
+            "groups": list(groups.values()),
+            "picture": display.groups_picture(groups),
+            "pinned": display.reasons(groups),
+            "command": display.command(),
+            "facts": display.as_facts(display.machine()),
+        }
+        display.write_page(path, "inspect.html.jinja", values)
+
+
+@contextlib.contextmanager
+def _missing() -> Iterator[None]:
+    """What a report needs and is not installed is told in one line."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise UsageError(str(error)) from error

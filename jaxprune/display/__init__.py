@@ -1,21 +1,18 @@
 """Tables, pictures and reports for a person to read."""
 
+from jaxprune.display._columns import Picture as Picture
+from jaxprune.display._columns import groups_picture as groups_picture
 from jaxprune.display._columns import layer_columns as layer_columns
+from jaxprune.display._curves import as_svg as as_svg
+from jaxprune.display._curves import new_figure as new_figure
+from jaxprune.display._curves import plot_runs as plot_runs
+from jaxprune.display._environment import as_facts as as_facts
+from jaxprune.display._environment import command as command
+from jaxprune.display._environment import machine as machine
+from jaxprune.display._intervals import Interval as Interval
+from jaxprune.display._intervals import interval as interval
+from jaxprune.display._pages import write_page as write_page
 from jaxprune.display._pictures import groups_figure as groups_figure
-from jaxprune.display._report import Html as Html
-from jaxprune.display._report import Interval as Interval
-from jaxprune.display._report import aside as aside
-from jaxprune.display._report import bar as bar
-from jaxprune.display._report import cards as cards
-from jaxprune.display._report import code as code
-from jaxprune.display._report import figure as figure
-from jaxprune.display._report import heading as heading
-from jaxprune.display._report import interval as interval
-from jaxprune.display._report import machine as machine
-from jaxprune.display._report import new_figure as new_figure
-from jaxprune.display._report import panels as panels
-from jaxprune.display._report import plot_runs as plot_runs
-from jaxprune.display._report import section as section
-from jaxprune.display._report import table as table
-from jaxprune.display._report import text as text
-from jaxprune.display._report import write_page as write_page
+from jaxprune.display._report import Stage as Stage
+from jaxprune.display._report import reasons as reasons
+from jaxprune.display._report import write_report as write_report

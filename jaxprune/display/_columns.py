@@ -10,6 +10,7 @@ import numpy as np
 from jaxprune.core._groups import Groups
 from jaxprune.core._masks import expand_masks
 from jaxprune.core._tables import split_axis
+from jaxprune.display._colors import PINNED, group_color, readable_on
 
 GAP = 0.9  # between layers; the width of a bar is 1
 
@@ -97,7 +98,7 @@ def layer_columns(
     units |= {name: np.asarray(kept) for name, kept in (keep or {}).items()}
     bars: dict[str, list[Bar]] = {}
     for bar in _all_bars(groups, units):
-        layer = bars.setdefault(_layer(bar.path), [])
+        layer = bars.setdefault(layer_name(bar.path), [])
         if all(_cut_alike(bar) != _cut_alike(other) for other in layer):
             layer.append(bar)
     every = itertools.chain.from_iterable(bars.values())
@@ -110,9 +111,21 @@ def layer_columns(
     ]
 
 
-def _layer(path: str) -> str:
+def layer_name(path: str) -> str:
+    """The layer that a leaf is of, without the collection.
+
+    Example:
+        >>> layer_name("params/conv1/kernel"), layer_name("w1")
+        ('conv1', 'w1')
+    """
     _, layer, leaf = split_axis(f"{path}:0")
     return "".join(layer) or leaf.removesuffix(":0")
+
+
+def short_name(name: str) -> str:
+    """The name of a group without the collection."""
+    collection, _, _ = split_axis(name)
+    return name.removeprefix(collection)
 
 
 def _rank(groups: Groups, bar: Bar) -> int:
@@ -134,7 +147,7 @@ def _all_bars(groups: Groups, units: Mapping[str, np.ndarray]) -> Iterator[Bar]:
     # The window of a convolution is pinned by nature: no bar.
     windows = {(p.path, p.axis) for p in groups.pinned if p.reason.kind == "window"}
     cut_paths = {path for path, _ in cuts}
-    for path in _program_order(groups):
+    for path in program_order(groups):
         for axis, size in enumerate(groups.shapes[path]):
             there = cuts.get((path, axis), [])
             trivial = not there and (size == 1 or (path, axis) in windows)
@@ -142,7 +155,7 @@ def _all_bars(groups: Groups, units: Mapping[str, np.ndarray]) -> Iterator[Bar]:
                 yield _bar(path, axis, size, there, units)
 
 
-def _program_order(groups: Groups) -> Iterable[str]:
+def program_order(groups: Groups) -> Iterable[str]:
     """The leaves in order of first use, which every group and `pinned` follow."""
     order: graphlib.TopologicalSorter[str] = graphlib.TopologicalSorter()
     lists = [groups.pinned, *(group.members for group in groups.values())]
@@ -193,3 +206,61 @@ def _segments(
         start += positions / size
     if held:
         yield Segment(None, start, held / size, 1.0)
+
+
+# --- the picture on a page -----------------------------------------------------------
+
+
+class Entry(NamedTuple):
+    """What the legend says of a group.
+
+    Attributes:
+        number: of the group, from 1; 0 for what is pinned.
+        name: of the group, without the collection.
+        size: how many units it has.
+        kept: how many of them stay.
+        color: of its segments.
+        ink: of what is written on them.
+    """
+
+    number: int
+    name: str
+    size: int
+    kept: int
+    color: str
+    ink: str
+
+
+class Picture(NamedTuple):
+    """What the macro ``groups`` of ``parts.html.jinja`` shows.
+
+    Attributes:
+        columns: the layers.
+        entries: name of a group -> what the legend says; None for what is pinned.
+        cut: is anything removed, or might it be?
+    """
+
+    columns: list[Column]
+    entries: dict[str | None, Entry]
+    cut: bool
+
+
+def groups_picture(groups: Groups, keep: Mapping[str, Any] | None = None) -> Picture:
+    """The picture of `groups_figure`, for a page: it takes the width that there is.
+
+    Args:
+        groups: what `trace` returned.
+        keep: group name -> bool ``[size]``, True = kept; groups that are not named
+            are kept whole.
+
+    Raises:
+        ValueError: if `keep` names no group, or a length is not the group's size.
+    """
+    entries: dict[str | None, Entry] = {}
+    for number, (name, group) in enumerate(groups.items(), start=1):
+        kept = int(np.sum((keep or {}).get(name, group.size)))
+        color = group_color(number)
+        about = short_name(name), group.size, kept, color, readable_on(color)
+        entries[name] = Entry(number, *about)
+    entries[None] = Entry(0, "pinned", 0, 0, PINNED, readable_on(PINNED))
+    return Picture(layer_columns(groups, keep), entries, keep is not None)

@@ -4,32 +4,33 @@ Drawn without pyplot, so no figure stays behind and no backend is chosen.
 """
 
 import math
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import matplotlib.colors
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from jaxprune.core._groups import Groups
-from jaxprune.core._tables import split_axis
-from jaxprune.display._columns import GAP, Bar, Column, Segment, layer_columns
-
-PINNED = "#c4c4c4"
-
-# After Kelly, Twenty-Two Colors of Maximum Contrast, 1965. Where colours repeat, the
-# numbers tell groups apart.
-_COLORS = (
-    "#0067a5 #f38400 #008856 #be0032 #875692 #f3c300 #a1caf1 #e68fac #882d17 "
-    "#8db600 #604e97 #f99379 #b3446c #dcd300 #654522 #e25822 #2b3d26 #f6a600"
-).split()
+from jaxprune.display._colors import PINNED, group_color, readable_on
+from jaxprune.display._columns import (
+    GAP,
+    Bar,
+    Column,
+    Segment,
+    layer_columns,
+    short_name,
+)
 
 _WIDTH = 6.0, 10.0  # of the smallest and the largest figure, in inches
 _PANEL = 60.0  # length of a line of layers; the width of a bar is 1
 _PANEL_HEIGHT = 2.7  # in inches, with the names
 _NAME = 26  # characters of a layer's name
+_LEGEND_SIZE = 6.5
+_LETTER = 0.64 * _LEGEND_SIZE  # width of a letter, in points, a little generous
+_HANDLE = 5 * _LEGEND_SIZE  # of the patch before an entry and the gap behind it
 _NUMBERED = 0.12  # a smaller part of an axis has no room for its number
 
 
@@ -71,10 +72,12 @@ def groups_figure(groups: Groups, keep: Mapping[str, Any] | None = None) -> Figu
     lines = list(_lines(columns))
     length = max(sum(column.width for column in line) for line in lines)
     width = float(np.clip(1.5 + 0.3 * length, *_WIDTH))
-    legend = _legend(groups, keep)
-    legend_columns = 3 if len(legend) > 12 else 2
-    rows = math.ceil(len(legend) / legend_columns)
-    height = len(lines) * _PANEL_HEIGHT + 0.15 * rows + 0.4
+    legend = _legend(groups, keep, round((72 * width - _HANDLE) / _LETTER))
+    legend_columns = _legend_columns(legend, width)
+    rows = (
+        sum(str(entry.get_label()).count("\n") + 1 for entry in legend) / legend_columns
+    )
+    height = len(lines) * _PANEL_HEIGHT + 0.15 * math.ceil(rows) + 0.4
     figure = Figure(figsize=(width, height), layout="constrained")
     panels = figure.subplots(len(lines), squeeze=False)[:, 0]
     numbers = {name: number for number, name in enumerate(groups, start=1)}
@@ -82,7 +85,7 @@ def groups_figure(groups: Groups, keep: Mapping[str, Any] | None = None) -> Figu
         _draw_line(axes, line, numbers, keep is not None)
         axes.set_xlim(-GAP, length)
     figure.suptitle(_title(groups, columns, keep), x=0.01, ha="left", fontsize=10)
-    style = {"fontsize": 6.5, "frameon": False, "ncols": legend_columns}
+    style = {"fontsize": _LEGEND_SIZE, "frameon": False, "ncols": legend_columns}
     figure.legend(handles=legend, loc="outside lower left", **style)
     return figure
 
@@ -135,7 +138,7 @@ def _draw_segment(
     axes: Axes, left: float, width: float, segment: Segment, numbers: Mapping[str, int]
 ) -> None:
     number = numbers.get(segment.group or "", 0)
-    color = _color(number)
+    color = group_color(number)
     kept = segment.size * segment.kept
     line = {"facecolor": color, "edgecolor": "white", "linewidth": 0.5}
     axes.add_patch(Rectangle((left, segment.start), width, kept, **line))
@@ -145,7 +148,7 @@ def _draw_segment(
     if number and segment.size > _NUMBERED:
         on, middle = color, segment.start + kept / 2
         if kept < _NUMBERED:
-            on, middle = "white", top + removed / 2
+            on, middle = "#ffffff", top + removed / 2
         _write(
             axes, left + width / 2, middle, str(number), on, 5.5 if width == 1 else 4
         )
@@ -154,53 +157,40 @@ def _draw_segment(
 def _write(axes: Axes, x: float, y: float, text: str, on: str, fontsize: float) -> None:
     box = {"boxstyle": "square,pad=0.1", "facecolor": on, "linewidth": 0}
     style = {"ha": "center", "va": "center", "fontsize": fontsize, "bbox": box}
-    axes.text(x, y, text, color=_readable_on(on), **style)
+    axes.text(x, y, text, color=readable_on(on), **style)
 
 
 def _removed(color: Any) -> dict[str, Any]:
     return {"facecolor": "white", "edgecolor": color, "hatch": "//////", "linewidth": 0}
 
 
-def _color(number: int) -> str:
-    """The colour of a group, lighter or darker where it repeats; 0 is pinned."""
-    if number == 0:
-        return PINNED
-    cycle, place = divmod(number - 1, len(_COLORS))
-    toward, share = ((0.0, 0.0), (1.0, 0.45), (0.0, 0.4))[cycle % 3]
-    red, green, blue = (
-        part + share * (toward - part)
-        for part in matplotlib.colors.to_rgb(_COLORS[place])
-    )
-    return matplotlib.colors.to_hex((red, green, blue))
-
-
-def _readable_on(color: str) -> str:
-    """Black or white."""
-    luminance = np.dot(matplotlib.colors.to_rgb(color), (0.299, 0.587, 0.114))
-    return "black" if luminance > 0.55 else "white"
-
-
 def _short(name: str) -> str:
     return name if len(name) <= _NAME else "\N{HORIZONTAL ELLIPSIS}" + name[1 - _NAME :]
 
 
-def _legend(groups: Groups, keep: Mapping[str, Any] | None) -> list[Patch]:
+def _legend_columns(legend: list[Patch], width: float) -> int:
+    """As many columns as the longest entry leaves room for."""
+    lines = [line for entry in legend for line in str(entry.get_label()).split("\n")]
+    entry = _LETTER * max(map(len, lines)) + _HANDLE
+    return min(max(int(72 * width / entry), 1), 3)
+
+
+def _legend(
+    groups: Groups, keep: Mapping[str, Any] | None, letters: int
+) -> list[Patch]:
+    """An entry for every group, in lines of at most so many letters."""
     entries = []
     for number, (name, group) in enumerate(groups.items(), start=1):
         units = f"{group.size}"
         if keep is not None:
             left = int(np.sum(keep.get(name, group.size)))
             units = f"{left} of {units}"
-        text = f"{number}  {_short_name(name)}  ({units})"
-        entries.append(Patch(color=_color(number), label=text))
+        text = f"{number}  {short_name(name)}  ({units})"
+        text = "\n".join(textwrap.wrap(text, letters, subsequent_indent="    "))
+        entries.append(Patch(color=group_color(number), label=text))
     if keep is not None:
         entries.append(Patch(**_removed("black"), label="removed"))
     return [*entries, Patch(color=PINNED, label="pinned")]
-
-
-def _short_name(name: str) -> str:
-    collection, _, _ = split_axis(name)
-    return name.removeprefix(collection)
 
 
 def _title(

@@ -1,328 +1,279 @@
-"""Reports: what a run leaves for a person to read.
+"""The report of a pruned function, or of a run of rounds: one page for a person."""
 
-One HTML file that needs nothing else: figures are inline SVG, there are no scripts, and
-nothing is fetched. Text is escaped wherever it enters; what is HTML already has the
-type `Html`.
-"""
-
-import html
-import importlib.metadata
-import io
 import math
-import os
-import platform
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-import scipy.stats
+from jaxprune.core._groups import Groups
+from jaxprune.core._kept import quantity
+from jaxprune.core._leaves import parameter_paths
+from jaxprune.display._columns import groups_picture, layer_name, program_order
+from jaxprune.display._curves import as_svg, new_figure, plot_runs
+from jaxprune.display._environment import as_facts, machine
+from jaxprune.display._intervals import interval
+from jaxprune.display._pages import write_page
 
-PACKAGES = ("jaxprune", "jax", "flax", "optax", "orbax-checkpoint", "numpy")
+_INK = "#c2410c"
 
 
-class Html(str):
-    """Text that is HTML; everything else is escaped."""
-
-
-class Interval(NamedTuple):
-    """What several runs say about one number.
+class Stage(NamedTuple):
+    """A net at one time: before, after, or after a round.
 
     Attributes:
-        mean: of the runs.
-        std: sample standard deviation of the runs; nan for a single one.
-        low: lower end of the 95 % confidence interval of the mean; nan likewise.
-        high: upper end.
-        n: how many runs.
+        name: what it is called.
+        kept: fraction of the units that it has.
+        parameters: how many.
+        flops: of one call.
+        seconds: of one call, None if not measured.
+        metrics: name -> number, such as the accuracy.
     """
 
-    mean: float
-    std: float
-    low: float
-    high: float
-    n: int
-
-    def __str__(self) -> str:
-        if self.n < 2:
-            return f"{self.mean:.3f}"
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+    name: str
+    kept: float
+    parameters: float
+    flops: float
+    seconds: float | None = None
+    metrics: Mapping[str, float] = {}
 
 
-def interval(values: Sequence[float]) -> Interval:
-    """Estimates the mean of independent runs by Student's t.
+class Cell(NamedTuple):
+    """A number in a table, and what qualifies it in small print."""
 
-    Args:
-        values: one number per run.
+    text: str
+    small: str = ""
 
-    Returns:
-        Mean, sample standard deviation and 95 % confidence interval of the mean.
 
-    Raises:
-        ValueError: if there are no values.
+class Layer(NamedTuple):
+    """A layer before and after.
 
-    Example:
-        >>> print(interval([1.0, 2.0, 3.0]))
-        2.000 [-0.484, 4.484]
+    Attributes:
+        name: its path without the collection.
+        shapes: leaf, shape before and after, of the leaves of two axes or more (of
+            all, if there are none).
+        before: how many parameters it has.
+        after: how many are left.
     """
-    if not len(values):
-        raise ValueError("an interval needs at least one value")
-    mean = float(np.mean(values))
-    if len(values) == 1:
-        return Interval(mean, math.nan, math.nan, math.nan, 1)
-    std = float(np.std(values, ddof=1))
-    half = scipy.stats.t.ppf(0.975, len(values) - 1) * std / np.sqrt(len(values))
-    return Interval(mean, std, mean - float(half), mean + float(half), len(values))
+
+    name: str
+    shapes: tuple[tuple[str, str, str], ...]
+    before: int
+    after: int
 
 
-def machine() -> dict[str, Any]:
-    """Says what the numbers were measured on.
-
-    Returns:
-        CPU model, cores this process may use, operating system, versions.
-
-    Example:
-        >>> sorted(machine())
-        ['cores', 'cpu', 'system', 'versions']
-    """
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
-    return {
-        "cpu": _cpu(),
-        "cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
-        "system": platform.platform(),
-        "versions": {"python": platform.python_version(), **versions},
-    }
-
-
-def plot_runs(
-    axes: Any,
-    x: Sequence[float],
-    runs: Mapping[str, Sequence[Sequence[float]]],
-    colors: Mapping[str, str],
-) -> None:
-    """Draws curves of several runs each: every run, their mean, and their spread.
-
-    Args:
-        axes: matplotlib axes.
-        x: the points.
-        runs: label -> one curve per run, ``[runs, points]``.
-        colors: label -> color.
-    """
-    for label, curves in runs.items():
-        values, color = np.asarray(curves), colors[label]
-        mean = values.mean(0)
-        for curve in values:
-            axes.plot(x, curve, color=color, lw=0.7, alpha=0.35)
-        if len(values) > 1:
-            std = values.std(0, ddof=1)
-            axes.fill_between(x, mean - std, mean + std, color=color, alpha=0.14, lw=0)
-        axes.plot(x, mean, color=color, lw=2.2, marker="o", ms=4.5, label=label)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#e4e4e7", lw=0.8)
-    axes.set_axisbelow(True)
-
-
-def new_figure(panels: int = 1, *, height: float = 3.6, width: float = 9.2) -> Any:
-    """Returns a matplotlib figure with its axes in one row; no window, no pyplot."""
-    import matplotlib.figure
-
-    figure = matplotlib.figure.Figure(figsize=(width, height), layout="constrained")
-    figure.subplots(1, panels)
-    return figure
-
-
-def figure(drawn: Any, caption: str) -> Html:
-    """Embeds a matplotlib figure as SVG.
-
-    Args:
-        drawn: the figure.
-        caption: read aloud in its place, and printed below it.
-
-    Returns:
-        A ``<figure>``.
-    """
-    file = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    drawn.savefig(file, format="svg", metadata=nothing)
-    # The prologue names a DTD on the network; inside HTML only the element counts.
-    svg = re.sub(r"(?s)^.*?<svg", "<svg role='img'", file.getvalue())
-    svg = re.sub(r"(?s)<metadata>.*?</metadata>", "", svg)
-    caption = html.escape(caption)
-    return Html(f"<figure>{svg}<figcaption>{caption}</figcaption></figure>")
-
-
-def panels(*figures: Html) -> Html:
-    """Figures side by side, or below each other where the page is narrow."""
-    return Html(f"<div class='panels'>{''.join(figures)}</div>")
-
-
-def table(
-    columns: Sequence[str],
-    rows: Iterable[Sequence[Any]],
-    note: str = "",
+def write_report(
+    path: str | Path,
+    runs: Sequence[Sequence[Stage]],
+    groups: Groups,
+    keep: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
     *,
-    text_columns: int = 1,
-) -> Html:
-    """Makes a table; numbers are for the caller to format.
+    title: str,
+    call: str = "",
+    command: str = "",
+) -> None:
+    """Writes the report of one or several runs as one HTML file.
+
+    `Pruned.report` and `Rounds.report` gather what it shows.
 
     Args:
-        columns: the header.
-        rows: cells, as many in each row as there are columns.
-        note: a caption below.
-        text_columns: how many of the first columns hold text and are aligned left;
-            the others hold numbers.
-
-    Returns:
-        A ``<table>``.
+        path: the HTML file; replaced as a whole.
+        runs: for each run (of another seed, say) its stages, the first of them the
+            whole net; of all runs alike.
+        groups: what `trace` returned.
+        keep: group name -> bool ``[size]``, True = kept, of the net that is drawn.
+        shapes: path -> shape of the variables that are left.
+        title: of the page.
+        call: the Python call that made it.
+        command: the command that made it.
 
     Raises:
-        ValueError: if a row does not have one cell per column.
+        ValueError: if the runs do not have the same stages.
+        ModuleNotFoundError: if jinja2 is missing.
+    """
+    names = [[stage.name for stage in run] for run in runs]
+    if not names or any(each != names[0] for each in names):
+        raise ValueError(f"the runs must have the same stages, got {names}")
+    values = {
+        "title": title,
+        "runs": len(runs),
+        "cards": _cards(runs),
+        "metrics": _metrics(runs),
+        "rows": _rows(runs),
+        "timed": _timed(runs),
+        "curves": _curves(runs),
+        "layers": layers(_in_order(groups), shapes),
+        "picture": groups_picture(groups, keep),
+        "pinned": reasons(groups),
+        "call": call,
+        "command": command,
+        "facts": as_facts(machine()),
+    }
+    write_page(path, "report.html.jinja", values)
+
+
+def layers(
+    before: Mapping[str, tuple[int, ...]], after: Mapping[str, tuple[int, ...]]
+) -> Sequence[Layer]:
+    """The layers of a net before and after, by the shapes of their parameters.
 
     Example:
-        >>> table(["net", "filters"], [["a < b", 16]])
-        "...<td class='text'>a &lt; b</td><td>16</td>..."
-    """
+        >>> layers({"a/w": (3, 4), "a/b": (4,)}, {"a/w": (3, 2), "a/b": (2,)})
+        [Layer(name='a', shapes=(('w', '3 × 4', '3 × 2'),), before=16, after=8)]
+    """  # noqa: RUF002
+    found: dict[str, list[str]] = {}
+    counted = parameter_paths(before)
+    for path in before:
+        if path in counted:
+            found.setdefault(layer_name(path), []).append(path)
+    return [_layer(name, paths, before, after) for name, paths in found.items()]
 
-    def cells(tag: str, row: Sequence[Any]) -> str:
-        if len(row) != len(columns):
-            raise ValueError(f"the row {list(row)} does not fit the columns {columns}")
-        kinds = [" class='text'" if i < text_columns else "" for i in range(len(row))]
-        return "".join(
-            f"<{tag}{kind}>{_escaped(cell)}</{tag}>"
-            for kind, cell in zip(kinds, row, strict=True)
-        )
 
-    body = "".join(f"<tr>{cells('td', row)}</tr>" for row in rows)
-    caption = f"<caption>{_escaped(note)}</caption>" if note else ""
-    return Html(
-        f"<div class='wide'><table>{caption}<thead><tr>{cells('th', columns)}</tr>"
-        f"</thead><tbody>{body}</tbody></table></div>"
+def _in_order(groups: Groups) -> dict[str, tuple[int, ...]]:
+    """The shapes of the leaves, those that are used first in front."""
+    paths = dict.fromkeys([*program_order(groups), *groups.shapes])
+    return {path: groups.shapes[path] for path in paths}
+
+
+def _layer(
+    name: str, paths: list[str], before: Mapping[str, Any], after: Mapping[str, Any]
+) -> Layer:
+    kernels = [path for path in paths if len(before[path]) > 1] or paths
+    shapes = tuple(
+        (path.rpartition("/")[2], _times(before[path]), _times(after[path]))
+        for path in kernels
     )
+    sizes = (sum(math.prod(each[p]) for p in paths) for each in (before, after))
+    return Layer(name, shapes, *sizes)
 
 
-def aside(text: str) -> Html:
-    """Text in small print, for what qualifies a number in a table cell."""
-    return Html(f"<small>{_escaped(text)}</small>")
+def _times(shape: Sequence[int]) -> str:
+    return " \N{MULTIPLICATION SIGN} ".join(map(str, shape)) or "scalar"
 
 
-def bar(fraction: float, text: str = "") -> Html:
-    """A bar of that length, from 0 to 1, for a table cell."""
-    return Html(
-        f"<span class='bar'><i style='width:{100 * fraction:.1f}%'></i></span> "
-        + _escaped(text)
-    )
+def reasons(groups: Groups) -> dict[str, list[str]]:
+    """Why axes are pinned -> these axes, as ``path:axis``."""
+    found: dict[str, list[str]] = {}
+    for pin in groups.pinned:
+        if pin.reason.kind != "window":  # of a convolution: nobody asks
+            found.setdefault(pin.why, []).append(f"{pin.path}:{pin.axis}")
+    return found
 
 
-def cards(facts: Mapping[str, str]) -> Html:
-    """The few numbers to see first: what it is -> value."""
-    boxes = "".join(
-        f"<div><b>{_escaped(value)}</b><span>{_escaped(name)}</span></div>"
-        for name, value in facts.items()
-    )
-    return Html(f"<div class='cards'>{boxes}</div>")
+def _metrics(runs: Sequence[Sequence[Stage]]) -> list[str]:
+    return list(dict.fromkeys(m for run in runs for s in run for m in s.metrics))
 
 
-def text(*paragraphs: str) -> Html:
-    """Paragraphs of plain text."""
-    return Html("".join(f"<p>{_escaped(p)}</p>" for p in paragraphs))
+def _timed(runs: Sequence[Sequence[Stage]]) -> bool:
+    return all(stage.seconds is not None for run in runs for stage in run)
 
 
-def section(title: str, *parts: Html) -> Html:
-    """A part of the page under a heading."""
-    return Html(f"<section><h2>{_escaped(title)}</h2>{''.join(parts)}</section>")
+def _rows(runs: Sequence[Sequence[Stage]]) -> list[list[Cell]]:
+    """A row for every stage, all runs together."""
+    rows = []
+    for at, first in enumerate(runs[0]):
+        stages = [run[at] for run in runs]
+        wholes = [run[0] for run in runs]
+        cells = [Cell(first.name), _cell([s.kept for s in stages], _percent)]
+        for name in _metrics(runs):
+            values = [s.metrics[name] for s in stages if name in s.metrics]
+            cells.append(_cell(values, "{:.4g}".format))
+        for read in (_parameters, _flops, _seconds)[: 2 + _timed(runs)]:
+            values = [read(stage) for stage in stages]
+            cell = _cell(values, quantity)
+            if at:
+                ratios = [read(w) / v for w, v in zip(wholes, values, strict=True) if v]
+                cell = Cell(cell.text, _ratio(ratios) or cell.small)
+            cells.append(cell)
+        rows.append(cells)
+    return rows
 
 
-def heading(title: str) -> Html:
-    """A heading inside a section."""
-    return Html(f"<h3>{_escaped(title)}</h3>")
+def _ratio(ratios: Sequence[float]) -> str:
+    if not ratios:
+        return ""
+    mean = interval(ratios).mean
+    times, word = (mean, "less") if mean >= 1 else (1 / mean, "more")
+    return f"{times:.3g} \N{MULTIPLICATION SIGN} {word}"
 
 
-def code(lines: str) -> Html:
-    """Program text."""
-    return Html(f"<pre>{_escaped(lines)}</pre>")
+def _cell(values: Sequence[float], form: Callable[[float], str]) -> Cell:
+    """Their mean, and where there are several its 95 % interval."""
+    if not values:
+        return Cell("")
+    found = interval(values)
+    if found.n < 2 or form(found.low) == form(found.high):
+        return Cell(form(found.mean))
+    return Cell(form(found.mean), f"{form(found.low)} to {form(found.high)}")
 
 
-def write_page(path: str | Path, title: str, *parts: Html) -> None:
-    """Writes the page, whole or not at all.
-
-    Args:
-        path: the HTML file.
-        title: of the page.
-        *parts: what the other functions return.
-
-    Raises:
-        TypeError: if a part is plain text.
-    """
-    for part in parts:
-        if not isinstance(part, Html):
-            raise TypeError(f"{part[:40]!r} is plain text; wrap it in text(...)")
-    head = _escaped(title)
-    page = (
-        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
-        f"<title>{head}</title><style>{_STYLE}</style></head>"
-        f"<body><main><h1>{head}</h1>{''.join(parts)}</main></body></html>\n"
-    )
-    aside = Path(path).with_suffix(".tmp")
-    aside.write_text(page, "utf-8")
-    aside.replace(path)
+def _parameters(stage: Stage) -> float:
+    return stage.parameters
 
 
-def _escaped(value: Any) -> str:
-    return value if isinstance(value, Html) else html.escape(str(value))
+def _flops(stage: Stage) -> float:
+    return stage.flops
 
 
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        found = re.search(r"model name\s*:\s*(.+)", info.read_text())
-        if found:
-            return found[1].strip()
-    return platform.processor() or platform.machine()
+def _seconds(stage: Stage) -> float:
+    return stage.seconds or 0.0
 
 
-_STYLE = """
-:root { --ink: #18181b; --soft: #52525b; --line: #e4e4e7; --accent: #c2410c;
-  --page: #fff; --box: #f4f4f5; color-scheme: light dark; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e4e4e7; --soft: #a1a1aa; --line: #3f3f46; --accent: #fb923c;
-    --page: #18181b; --box: #27272a; }
-  figure svg { border-radius: .5rem; }
-}
-body { margin: 0; color: var(--ink); background: var(--page);
-  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-main { max-width: 70rem; margin: 0 auto; padding: 2.5rem 1.25rem 5rem; }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .5rem; }
-h2 { font-size: 1.2rem; margin: 2.75rem 0 .5rem; padding-top: 1rem;
-  border-top: 1px solid var(--line); }
-p { margin: .5rem 0; max-width: 46rem; }
-figure { margin: 1.25rem 0; }
-figure svg { width: 100%; height: auto; background: #fff; }
-.panels { display: flex; flex-wrap: wrap; gap: 0 1rem; }
-.panels figure { flex: 1 1 20rem; min-width: 0; margin: 1rem 0 0; }
-figcaption, caption { color: var(--soft); font-size: .875rem; text-align: left; }
-caption { caption-side: bottom; padding-top: .5rem; }
-.wide { overflow-x: auto; margin: 1rem 0; }
-table { border-collapse: collapse; font-size: .9rem; width: 100%;
-  font-variant-numeric: tabular-nums; }
-th, td { padding: .4rem .6rem; text-align: right; border-bottom: 1px solid var(--line);
-  white-space: nowrap; }
-th { color: var(--soft); font-weight: 600; border-bottom: 2px solid var(--line); }
-th.text, td.text { text-align: left; }
-td.text { white-space: normal; }
-th:first-child, td:first-child { padding-left: 0; }
-small { color: var(--soft); font-size: .85em; }
-h3 { font-size: 1rem; margin: 1.5rem 0 0; }
-pre { background: var(--box); padding: .9rem 1rem; border-radius: .5rem;
-  overflow-x: auto; font-size: .85rem; }
-.cards { display: flex; flex-wrap: wrap; gap: .75rem; margin: 1.5rem 0; }
-.cards div { flex: 1 1 9rem; border: 1px solid var(--line); border-radius: .5rem;
-  padding: .75rem 1rem; }
-.cards b { display: block; font-size: 1.5rem; line-height: 1.2; }
-.cards span { color: var(--soft); font-size: .85rem; }
-.bar { display: inline-block; width: 7rem; height: .6rem; background: var(--box);
-  border-radius: .2rem; overflow: hidden; vertical-align: middle; }
-.bar i { display: block; height: 100%; background: var(--accent); }
-"""
+def _percent(value: float) -> str:
+    return f"{100 * value:.3g} %"
+
+
+def _cards(runs: Sequence[Sequence[Stage]]) -> dict[str, str]:
+    """The whole net and the last, in a few numbers."""
+    ends = [(run[0], run[-1]) for run in runs]
+    found = {"units left": _percent(interval([last.kept for _, last in ends]).mean)}
+    reads = {"parameters left": _parameters, "FLOPs left": _flops, "latency": _seconds}
+    for name, read in reads.items():
+        if name != "latency" or _timed(runs):
+            shares = [read(last) / read(first) for first, last in ends if read(first)]
+            found |= {name: _percent(interval(shares).mean)} if shares else {}
+    for name in _metrics(runs):
+        pairs = [[s.metrics[name] for s in end if name in s.metrics] for end in ends]
+        means = [interval(values).mean for values in zip(*pairs, strict=True)]
+        found[name] = " \N{RIGHTWARDS ARROW} ".join(f"{mean:.3g}" for mean in means)
+    return found
+
+
+def _curves(runs: Sequence[Sequence[Stage]]) -> list[dict[str, Any]]:
+    """Every metric against what is left; without a metric, what is left by round."""
+    if len(runs[0]) < 3:
+        return []
+    reads = {"parameters": _parameters, "FLOPs": _flops}
+    found = []
+    for metric in _metrics(runs):
+        for cost, read in reads.items():
+            x = [
+                interval(shares).mean for shares in zip(*_left(runs, read), strict=True)
+            ]
+            curves = [[stage.metrics[metric] for stage in run] for run in runs]
+            found.append(_curve(x, curves, f"{cost} left (%)", metric))
+    if not found:
+        x = list(range(len(runs[0])))
+        for cost, read in reads.items():
+            found.append(_curve(x, _left(runs, read), "round", f"{cost} left (%)"))
+    return found
+
+
+def _left(
+    runs: Sequence[Sequence[Stage]], read: Callable[[Stage], float]
+) -> list[list[float]]:
+    """Run -> percent of the whole that is left after every stage."""
+    return [[100 * read(s) / max(read(run[0]), 1) for s in run] for run in runs]
+
+
+def _curve(
+    x: Sequence[float], curves: Sequence[Sequence[float]], across: str, up: str
+) -> dict[str, Any]:
+    drawn = new_figure(height=3.4, width=4.6)
+    axes = drawn.axes[0]
+    plot_runs(axes, x, {up: curves}, {up: _INK})
+    axes.set(xlabel=across, ylabel=up)
+    if across != "round":
+        axes.invert_xaxis()  # from the whole net to what is left of it
+    caption = f"{up} against {across.removesuffix(' (%)')}"
+    return {"svg": as_svg(drawn, caption), "caption": f"{caption}."}

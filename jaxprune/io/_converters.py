@@ -13,7 +13,8 @@ import numpy as np
 from jax.interpreters import partial_eval
 
 from jaxprune.core import PyTree
-from jaxprune.io._files import first_line, needing, write_atomically
+from jaxprune.core._extras import needing
+from jaxprune.io._files import first_line, write_atomically
 from jaxprune.io._programs import (
     batch_size,
     check_agreement,

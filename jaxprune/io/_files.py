@@ -5,7 +5,6 @@ import errno
 import os
 import stat
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,22 +78,6 @@ def regular_size(path: Path) -> int:
     if not stat.S_ISREG(about.st_mode):
         raise ValueError(f"{path.name} is not a regular file")
     return about.st_size
-
-
-@contextlib.contextmanager
-def needing(what: str, extra: str) -> Iterator[None]:
-    """A missing package is told with the extra that brings it.
-
-    Raises:
-        ModuleNotFoundError: if an import inside fails.
-    """
-    try:
-        yield
-    except ImportError as error:
-        missing = error.name or first_line(error)
-        raise ModuleNotFoundError(
-            f"{what} need {missing}: pip install 'jaxprune[{extra}]'", name=error.name
-        ) from error
 
 
 def first_line(error: BaseException, limit: int = 200) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxprune.core import Group, Groups, Member, Pinned
+from jaxprune.core import Group, Groups, Member, Pinned, Reason
 from jaxprune.io._trees import describe, rebuild
 
 
@@ -54,19 +54,35 @@ def groups_from_json(about: Mapping[str, Any], indices: Sequence[np.ndarray]) ->
             Member(**{**member, "index": indices[member["index"]].astype(np.int64)})
             for member in group["members"]
         )
-        found[group["name"]] = Group(**{**group, "members": members})
-    pinned = tuple(Pinned(**pin) for pin in about["pinned"])
+        found[group["name"]] = Group(**_with_reasons({**group, "members": members}))
+    pinned = tuple(Pinned(**_with_reasons(pin)) for pin in about["pinned"])
     shapes = {path: tuple(shape) for path, shape in about["shapes"].items()}
     tree = rebuild(about["tree"], iter(range(len(shapes))))
     return Groups(found, pinned, shapes, jax.tree.structure(tree))
 
 
+_REASONS = "reason", "obstacle"
+
+
 def _fields(thing: Any, *but: str) -> dict[str, Any]:
-    """The fields that JSON holds as they are; reasons become text."""
+    """The fields that JSON holds as they are, reasons field by field."""
     found = {}
     for field in dataclasses.fields(thing):
         if field.name not in but:
             value = getattr(thing, field.name)
-            plain = value is None or isinstance(value, str | int | float)
-            found[field.name] = value if plain else str(value)
+            is_reason = isinstance(value, Reason)
+            found[field.name] = dataclasses.asdict(value) if is_reason else value
     return found
+
+
+def _with_reasons(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _reason(value) if name in _REASONS and value is not None else value
+        for name, value in fields.items()
+    }
+
+
+def _reason(value: Any) -> Reason:
+    if isinstance(value, str):  # as it was saved before reasons had fields
+        return Reason("saved", value)
+    return Reason(**value)

@@ -11,8 +11,9 @@ import numpy as np
 
 from jaxprune.core import PyTree, named_leaves
 from jaxprune.core._checks import refuse_traced
+from jaxprune.core._extras import needing
 from jaxprune.io._checksums import local_checksum
-from jaxprune.io._files import first_line, needing, read_regular, write_atomically
+from jaxprune.io._files import first_line, read_regular, write_atomically
 from jaxprune.io._folders import sealed
 from jaxprune.io._programs import on_device
 from jaxprune.io._trees import describe, rebuild

@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxprune.core import PyTree, named_leaves
 from jaxprune.core._checks import refuse_traced
-from jaxprune.io._files import needing
+from jaxprune.core._extras import needing
 from jaxprune.io._folders import naming_damage, read_folder, write_folder
 from jaxprune.io._programs import (
     batch_size,

@@ -14,7 +14,8 @@ from jaxprune.costing import Cost
 from jaxprune.narrowing._narrow import narrow
 from jaxprune.recipes._deciding import Problem, decide, problem_of, recalibrated
 from jaxprune.recipes._pruned import Pruned, make_pruned
-from jaxprune.recipes._request import OPTIONS, Request, refuse_unknown
+from jaxprune.recipes._reports import as_call
+from jaxprune.recipes._request import DEFAULTS, OPTIONS, Request, refuse_unknown
 from jaxprune.recipes._targets import CostName, Scope
 from jaxprune.recipes._unit_scores import Score
 from jaxprune.select._budget import Method
@@ -150,10 +151,18 @@ def _cut(problem: Problem, variables: PyTree) -> Pruned:
         small = recalibrated(
             problem, narrow(problem.apply_fn, masks), slice_params(variables, masks)
         )
-    call = problem.groups, problem.args, problem.kwargs
+    call = problem.groups, problem.args, problem.kwargs, _as_call(problem)
     return make_pruned(problem.apply_fn, variables, masks, *call).replace(
         variables=small
     )
+
+
+def _as_call(problem: Problem) -> str:
+    options = {name: getattr(problem.request, name) for name in OPTIONS}
+    options |= {"kwargs": problem.kwargs} if problem.kwargs else {}
+    del options["progress"]
+    call = "jaxprune.prune", problem.apply_fn, problem.args
+    return as_call(*call, options, DEFAULTS)
 
 
 def _further(
@@ -178,4 +187,5 @@ def _further(
         kwargs=again.kwargs,
         last_masks=again.masks,
         seconds=None,
+        call=f"{before.call}\n{again.call}",
     )

@@ -18,6 +18,7 @@ from jaxprune.costing._latency import seconds_per_call
 from jaxprune.narrowing._narrow import narrow
 from jaxprune.program._jaxprs import is_array
 from jaxprune.recipes import plans
+from jaxprune.recipes._reports import report_pruned, zeros
 from jaxprune.statistics._recalibration import recalibrate
 from jaxprune.surgery._composing import units_kept
 from jaxprune.surgery._slicing import slice_opt_state, slice_params
@@ -41,6 +42,7 @@ class Pruned:
         seconds: of one call before and after, once `measured`.
         counted: name, before and after of each cost, where they are not to be counted
             again: of a program that was loaded without its source.
+        call: the call that made it, as text.
     """
 
     apply_fn: Callable[..., Any]
@@ -54,6 +56,7 @@ class Pruned:
     last_masks: PyTree = None
     seconds: tuple[float, float] | None = None
     counted: Any = None
+    call: str = ""
 
     # --- what it is ------------------------------------------------------------------
 
@@ -78,7 +81,7 @@ class Pruned:
     __repr__ = __str__
 
     def __rich__(self) -> Any:
-        found = tuple(Cost(*each) for each in self._counted())
+        found = tuple(Cost(*each) for each in self.counted_costs)
         return kept_table(self.groups, self.plan, found)
 
     def _repr_html_(self) -> str:
@@ -92,6 +95,31 @@ class Pruned:
         from jaxprune.display import groups_figure
 
         return groups_figure(self.groups, self.plan)
+
+    def report(
+        self,
+        path: str | Path,
+        *,
+        title: str = "What was cut",
+        metrics: Mapping[str, Any] | None = None,
+        latency: bool = True,
+    ) -> None:
+        """Writes one HTML file: costs, groups, layers, what is not cut and why.
+
+        It needs nothing else, and is as good on a telephone as on a screen, light or
+        dark.
+
+        Args:
+            path: the file; replaced as a whole.
+            title: of the page.
+            metrics: name -> number after the cut, or ``(before, after)``:
+                ``{"accuracy": (0.98, 0.97)}``.
+            latency: measure a call before and after, unless `measured` has.
+
+        Raises:
+            ModuleNotFoundError: if ``jaxprune[report]`` is missing.
+        """
+        report_pruned(path, self, title, metrics or {}, latency)
 
     # --- what one does with it -------------------------------------------------------
 
@@ -152,8 +180,8 @@ class Pruned:
             **kwargs: keyword arguments, likewise.
         """
         if not args and not kwargs:
-            args, kwargs = jax.tree.map(_zeros, (self.args, dict(self.kwargs)))
-        dense = jax.tree.map(_zeros, self.dense_variables)
+            args, kwargs = jax.tree.map(zeros, (self.args, dict(self.kwargs)))
+        dense = jax.tree.map(zeros, self.dense_variables)
         before = seconds_per_call(self.dense_fn, (dense, *args), kwargs)
         after = seconds_per_call(self.apply_fn, (self.variables, *args), kwargs)
         return dataclasses.replace(self, seconds=(before, after))
@@ -182,11 +210,13 @@ class Pruned:
             *self.args,
             groups=self.groups,
             plan=plans.as_json(self.groups, self.plan),
-            facts={**(facts or {}), "costs": self._counted()},
+            facts={**(facts or {}), "costs": self.counted_costs, "call": self.call},
             **self.kwargs,
         )
 
-    def _counted(self) -> list[list[Any]]:
+    @property
+    def counted_costs(self) -> list[list[Any]]:
+        """Name, before and after of each cost; seconds, if measured."""
         if self.counted is not None:
             return [list(each) for each in self.counted]
         pairs = self.costs_before, self.costs
@@ -216,6 +246,7 @@ def make_pruned(
     groups: Groups,
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
+    call: str = "",
 ) -> Pruned:
     """The `Pruned` of a function and masks; the variables are sliced.
 
@@ -226,6 +257,7 @@ def make_pruned(
         groups: what `trace` returned.
         args: example arguments, arrays or shapes.
         kwargs: example keyword arguments.
+        call: the call that made it, as text.
 
     Returns:
         The smaller function, its variables and the rest.
@@ -239,6 +271,7 @@ def make_pruned(
         jax.tree.map(abstract, variables),
         jax.tree.map(abstract, tuple(args)),
         jax.tree.map(abstract, dict(kwargs or {})),
+        call=call,
     )
 
 
@@ -287,6 +320,7 @@ def load(
         found.apply_fn if apply_fn is None else apply_fn,
         jax.tree.structure(found.variables).unflatten(full),
         counted=found.facts.get("costs"),
+        call=found.facts.get("call", ""),
     )
 
 
@@ -295,14 +329,6 @@ def abstract(leaf: Any) -> Any:
     if not is_array(leaf):
         return leaf
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-
-
-def _zeros(leaf: Any) -> Any:
-    if not isinstance(leaf, jax.ShapeDtypeStruct):
-        return leaf
-    if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        return jax.random.split(jax.random.key(0), leaf.shape)
-    return jax.numpy.zeros(leaf.shape, leaf.dtype)
 
 
 def _check_same_shapes(old: PyTree, new: PyTree) -> None:

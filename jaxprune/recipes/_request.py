@@ -76,6 +76,7 @@ class Request:
 
 
 OPTIONS = tuple(field.name for field in dataclasses.fields(Request))
+DEFAULTS = {field.name: field.default for field in dataclasses.fields(Request)}
 
 
 def refuse_unknown(what: str, unknown: Mapping[str, Any], known: Sequence[str]) -> None:

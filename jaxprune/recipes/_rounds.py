@@ -23,7 +23,8 @@ from jaxprune.recipes._deciding import (
     scores_of,
 )
 from jaxprune.recipes._pruned import Pruned, make_pruned
-from jaxprune.recipes._request import OPTIONS, Request, refuse_unknown
+from jaxprune.recipes._reports import as_call, report_rounds
+from jaxprune.recipes._request import DEFAULTS, OPTIONS, Request, refuse_unknown
 from jaxprune.recipes._round_files import Files, Progress
 from jaxprune.recipes._targets import budget_of
 from jaxprune.recipes._training import (
@@ -70,10 +71,12 @@ class Rounds:
     Attributes:
         history: one entry a round.
         load: number of a round -> the net after it.
+        call: the call that made it, as text.
     """
 
     history: tuple[Round, ...]
     load: Callable[[int], Pruned]
+    call: str = ""
 
     @property
     def last(self) -> Pruned:
@@ -88,6 +91,32 @@ class Rounds:
     def within(self, drop: float) -> Pruned:
         """The smallest net whose metric is at most `drop` below that of round 0."""
         return self.load(self.choose(drop))
+
+    def report(
+        self,
+        path: str | Path,
+        *more: "Rounds",
+        title: str = "Rounds of pruning",
+        metric: str = "metric",
+        latency: bool = True,
+        progress: bool | None = None,
+    ) -> None:
+        """Writes one HTML file: every round's costs and metric, curves, what is left.
+
+        Args:
+            path: the file; replaced as a whole.
+            *more: further runs, such as of other seeds, with as many rounds: tables
+                then have means with 95 % confidence intervals, and curves their spread.
+            title: of the page.
+            metric: what `evaluate` returned is called.
+            latency: measure a call of the net after every round.
+            progress: show a progress bar? None for on a terminal.
+
+        Raises:
+            ValueError: if the runs do not have the same rounds.
+            ModuleNotFoundError: if ``jaxprune[report]`` is missing.
+        """
+        report_rounds(path, [self, *more], title, metric, latency, progress)
 
     def choose(self, drop: float, among: Callable[..., Any] | None = None) -> int:
         """The number of the last round whose metric is good enough.
@@ -234,14 +263,31 @@ def rounds(
     start = first_state(variables, tx, jax.random.key(0) if key is None else key)
     files = Files(folder, problem.groups, start, tx, _settings(plan, schedule))
     found = _run(plan, files, start, progress)
+    asked = {
+        **options,
+        "loss_fn": loss_fn,
+        "sparsity": sparsity,
+        "budget": budget,
+        "rounds": rounds,
+        "steps": steps,
+        "schedule": schedule,
+        "rewind": rewind,
+        "rescore": rescore,
+    }
+    del asked["progress"]
+    usual = DEFAULTS | {"rounds": None, "rewind": None, "rescore": True}
+    usual |= {"schedule": "geometric"}
+    called = as_call("jaxprune.rounds", apply_fn, args, asked, usual)
 
     def load(number: int) -> Pruned:
         keep, small = files.round(number)
         masks = expand_masks(problem.groups, keep)
         call = problem.groups, problem.args, problem.kwargs
-        return make_pruned(apply_fn, variables, masks, *call).replace(variables=small)
+        return make_pruned(apply_fn, variables, masks, *call, called).replace(
+            variables=small
+        )
 
-    return Rounds(tuple(Round(**entry) for entry in found.history), load)
+    return Rounds(tuple(Round(**entry) for entry in found.history), load, called)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
