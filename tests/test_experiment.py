@@ -25,7 +25,7 @@ from experiments.batch_bridgeout import report as batch_bridgeout_report
 from experiments.batch_bridgeout import settings as batch_bridgeout_settings
 from experiments.batch_bridgeout import study as batch_bridgeout
 from experiments.batch_bridgeout.settings import decay_of, learning_rates, settings_for
-from experiments.harness import measure, methods, quirks, rounds, runs, training
+from experiments.harness import measure, methods, quirks, runs, training
 from experiments.harness.methods import FRACTIONS, METHODS, Hyper
 from jaxprune.cli import _main as cli
 from jaxprune.data import DATASETS, Dataset, load
@@ -190,49 +190,11 @@ def test_predictions_of_the_last_batch_are_not_padding(vgg, digits, monkeypatch)
 # ------------------------------------------------------------------------------ rounds
 
 
-def keep_of(groups, bound):
-    return {name: np.arange(group.size) < bound for name, group in groups.items()}
-
-
-def test_two_cuts_are_one(train, vgg):
-    state = train(None, 1)
-    tx = methods.optimizer("bridgeout", HYPER, 0.1)
-    dense = rounds.SmallNet(vgg.net.apply, vgg.groups, state)
-    keep = keep_of(vgg.groups, 2)
-    twice = rounds.cut(rounds.cut(dense, tx, keep_of(vgg.groups, 3)), tx, keep)
-    once = rounds.cut(dense, tx, keep)
-    for found, wanted in zip(
-        jax.tree.leaves((twice.state.variables, optax.tree.get(twice.state, "trace"))),
-        jax.tree.leaves((once.state.variables, optax.tree.get(once.state, "trace"))),
-        strict=True,
-    ):
-        np.testing.assert_array_equal(found, wanted)
-    kernel = state.variables["params"]["conv2"]["kernel"]
-    small = once.state.variables["params"]["conv2"]["kernel"]
-    np.testing.assert_array_equal(small, kernel[:, :, :2, :2])
-
-
-def test_a_round_comes_back(train, vgg, tmp_path):
-    state = train(None, 1)
-    tx = methods.optimizer("bridgeout", HYPER, 0.1)
-    dense = rounds.SmallNet(vgg.net.apply, vgg.groups, state)
-    assert rounds.restore_round(tmp_path, tx, dense) is dense
-    small = rounds.cut(dense, tx, keep_of(vgg.groups, 3)).noted(after=0.5)
-    rounds.save_round(tmp_path, small)
-    found = rounds.restore_round(tmp_path, tx, dense)
-    assert found.history == ({"after": 0.5},)
-    x = jnp.ones((2, 8, 8, 1))
-    np.testing.assert_array_equal(
-        found.apply_fn(found.state.variables, x),
-        small.apply_fn(small.state.variables, x),
-    )
-    wider = {
-        name: dataclasses.replace(group, size=2 * group.size)
-        for name, group in vgg.groups.items()
-    }
-    groups = dataclasses.replace(vgg.groups, by_name=wider)
-    with pytest.raises(ValueError, match="made for another model: its group .* units"):
-        rounds.restore_round(tmp_path, tx, dataclasses.replace(dense, groups=groups))
+def test_epochs_are_counted_those_before_a_kill_at_once():
+    told = []
+    batch = batch_bridgeout.ticking(lambda step: step, 3, lambda: told.append("epoch"))
+    assert [batch(step) for step in (7, 8, 9)] == [7, 8, 9]
+    assert told == ["epoch"] * 4  # the third at step 7, the fourth at step 9
 
 
 # ---------------------------------------------------------------------------- settings

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from contract import quick_jit
 
+import jaxprune
 from jaxprune import scores
 from jaxprune.core._groups import Group, Groups, Member
 from jaxprune.core._leaves import named_leaves
@@ -404,3 +405,35 @@ def test_group_scores_refuse(variables):
         scores.group_scores(groups, variables, normalize="median")
     with pytest.raises(ValueError, match=r"members must be .*got 'last'"):
         scores.group_scores(groups, variables, members="last")
+
+
+def test_producers_are_all_that_write_a_unit():
+    """On a residual stream two kernels write a unit; what reads it does not count."""
+
+    def residual(params, x):
+        x = x @ params["in"]
+        return (x + jnp.tanh(x @ params["mid"])) @ params["out"]
+
+    keys = jax.random.split(jax.random.key(3), 3)
+    shapes = {"in": (3, 4), "mid": (4, 4), "out": (4, 2)}
+    params = {
+        name: jax.random.normal(key, shape)
+        for (name, shape), key in zip(shapes.items(), keys, strict=True)
+    }
+    groups = jaxprune.trace(residual, params, jnp.ones((1, 3)), roles=True)
+    (found,) = scores.group_scores(groups, params, members="producers").values()
+    own, other = np.asarray(params["in"]), np.asarray(params["mid"])
+    wanted = np.sqrt((own**2).sum(0) + (other**2).sum(0))
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    # `prune` asks for the roles by itself, in every round.
+    pruned = jaxprune.prune(
+        residual, params, jnp.ones((1, 3)), sparsity=0.5, members="producers", rounds=2
+    )
+    kept = np.sort(np.argsort(wanted)[2:])
+    np.testing.assert_array_equal(pruned.variables["in"], own[:, kept])
+    with pytest.raises(ValueError, match=r"trace with roles=True"):
+        scores.group_scores(
+            jaxprune.trace(residual, params, jnp.ones((1, 3))),
+            params,
+            members="producers",
+        )

@@ -37,6 +37,7 @@ chose.
 """
 
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -59,10 +60,11 @@ from experiments.harness.methods import (
     METHODS,
     Subject,
     area,
-    lowest_filters,
+    kernel_sizes,
     one_shot_masks,
     optimizer,
     perturb,
+    shares_of,
     subject,
     training_net,
 )
@@ -73,7 +75,6 @@ from experiments.harness.quirks import (
     quirky_masks,
     read_best,
 )
-from experiments.harness.rounds import SmallNet, cut, restore_round, save_round
 from experiments.harness.runs import Job, Run, Tick, open_run
 from experiments.harness.training import (
     Fit,
@@ -85,7 +86,7 @@ from experiments.harness.training import (
     start,
 )
 from jaxprune.cli._main import UsageError, known
-from jaxprune.data import DATASETS, Dataset, load, normalize
+from jaxprune.data import DATASETS, Dataset, batches, load, normalize
 from jaxprune.io.export import load_exported, save_exported
 from jaxprune.models import MODELS, VGG
 
@@ -388,25 +389,44 @@ def sizes(bench: Bench, task: Task) -> list[dict[str, Any]]:
 
 
 def prune_in_rounds(bench: Bench, task: Task, tick: Tick) -> list[dict[str, Any]]:
-    """Cuts, fine-tunes, cuts, ... with the momentum kept; every round a checkpoint."""
-    tx, small = rounds_so_far(bench, task)
-    for _ in range(len(small.history) * bench.settings.round_epochs):
-        tick()
-    for sparsity in bench.settings.round_sparsities[len(small.history) :]:
-        small = one_round(bench, task, tx, small, sparsity, tick)
-        save_round(bench.folder / "checkpoints" / "rounds", small)
-    return list(small.history)
+    """Cuts, fine-tunes, cuts, ... with the momentum kept; what every round left."""
+    run = rounds_of(bench, task, tick)
+    numbers = range(1, len(run.history))  # round 0 is the net before the first cut
+    return [one_round(bench, task, run, number) for number in numbers]
 
 
-def rounds_so_far(
-    bench: Bench, task: Task
-) -> tuple[optax.GradientTransformation, SmallNet]:
-    """The optimiser of the rounds, and the net after the last one that is on disk."""
-    net, tx = bench.subjects[task.model], rounds_tx(bench, task)
-    begin = start(net.init, tx, bench.train, task.seed)
-    begin = begin._replace(variables=trained(bench, task))
-    dense = SmallNet(net.net.apply, net.groups, begin)
-    return tx, restore_round(bench.folder / "checkpoints" / "rounds", tx, dense)
+def rounds_of(bench: Bench, task: Task, tick: Tick = lambda: None) -> jaxprune.Rounds:
+    """The rounds of the net of a task; once they are on disk nothing is computed."""
+    settings, net = bench.settings, bench.subjects[task.model]
+    tx, train = rounds_tx(bench, task), bench.train
+    steps = settings.round_epochs * bench.steps_per_epoch
+
+    def step(apply_fn: Any, state: State, batch: Any) -> State:
+        return make_step(apply_fn, tx, train, perturb(task.method))(state, *batch)
+
+    def evaluate(apply_fn: Any, variables: Any) -> float:
+        return accuracy(make_predict(apply_fn)(variables, bench.test), bench.test)
+
+    def score(variables: Any) -> Any:
+        return {"params": kernel_sizes(variables["params"])}
+
+    return jaxprune.rounds(
+        net.net.apply,
+        trained(bench, task),
+        bench.image,
+        tx=tx,
+        data=ticking(round_batches(bench), bench.steps_per_epoch, tick),
+        steps=[0] + [steps] * len(settings.round_sparsities),
+        sparsity=[shares_of(net.groups, each) for each in settings.round_sparsities],
+        score=score,
+        members="producers",
+        exact=False,
+        step=step,
+        evaluate=evaluate,
+        folder=bench.folder / "checkpoints" / "rounds",
+        key=start(net.init, tx, train, task.seed).key,
+        progress=False,
+    )
 
 
 def rounds_tx(bench: Bench, task: Task) -> optax.GradientTransformation:
@@ -420,49 +440,68 @@ def rounds_tx(bench: Bench, task: Task) -> optax.GradientTransformation:
     return optimizer(task.method, hyper, schedule, task.seed, clip=None)
 
 
+def round_batches(bench: Bench) -> Callable[[int], tuple[np.ndarray, np.ndarray]]:
+    """Number of a step, of all rounds -> its images and labels."""
+    settings, train = bench.settings, bench.train
+
+    @functools.lru_cache(maxsize=1)
+    def rows(epoch: int) -> list[np.ndarray]:
+        done, within = divmod(epoch, settings.round_epochs)
+        order = {"seed": 1001 + done, "epoch": within}
+        return list(batches(train, settings.batch_size, **order))
+
+    def batch(step: int) -> tuple[np.ndarray, np.ndarray]:
+        epoch, within = divmod(step, bench.steps_per_epoch)
+        index = rows(epoch)[within]
+        return train.images[index], train.labels[index]
+
+    return batch
+
+
+def ticking(
+    batch: Callable[[int], Any], steps_per_epoch: int, tick: Tick
+) -> Callable[[int], Any]:
+    """`batch`, and a tick for every epoch that begins, those before a kill at once."""
+    epochs = 0
+
+    def ticked(step: int) -> Any:
+        nonlocal epochs
+        while epochs <= step // steps_per_epoch:
+            tick()
+            epochs += 1
+        return batch(step)
+
+    return ticked
+
+
 def one_round(
-    bench: Bench,
-    task: Task,
-    tx: optax.GradientTransformation,
-    small: SmallNet,
-    sparsity: float,
-    tick: Tick,
-) -> SmallNet:
-    """Cuts once more, trains what is left, and notes how that went."""
-    settings, train, test = bench.settings, bench.train, bench.test
-    params = small.full_variables["params"]
-    small = cut(small, tx, lowest_filters(small.groups, params, sparsity))
+    bench: Bench, task: Task, run: jaxprune.Rounds, number: int
+) -> dict[str, Any]:
+    """What a round has cut and what it left."""
+    test, dense = bench.test, bench.subjects[task.model]
+    entry, small, before = run.history[number], run.load(number), run.load(number - 1)
+    further = jaxprune.slice_params(small.masks, before.masks)
     predict = make_predict(small.apply_fn)
-    before = accuracy(predict(small.state.variables, test), test)
-
-    index = len(small.history) + 1
-    folder = bench.folder / "checkpoints" / f"round{index}"
-    how = Fit(settings.round_epochs, settings.batch_size, 1000 + index, folder)
-    step = make_step(small.apply_fn, tx, train, perturb(task.method))
-    state = fit(step, small.state, train, how, tick)
-
-    small = dataclasses.replace(small, state=state)
-    logits = predict(state.variables, test)
-    full = bench.subjects[task.model].predict(small.full_variables, test)
-    cost = jaxprune.costs(small.apply_fn, state.variables, bench.image)
-    return small.noted(
-        sparsity=sparsity,
-        before=before,
-        after=accuracy(logits, test),
-        difference=difference(logits, full),
-        parameters=cost.parameters,
-        flops=cost.flops,
-        units={
-            name: [int(kept.sum()), small.groups[name].size]
-            for name, kept in small.keep.items()
+    cut = predict(jaxprune.slice_params(before.variables, further), test)
+    full = jaxprune.unslice_params(small.variables, small.masks)
+    found = predict(small.variables, test), dense.predict(full, test)
+    return {
+        "sparsity": bench.settings.round_sparsities[number - 1],
+        "before": accuracy(cut, test),
+        "after": entry.metric,
+        "difference": difference(*found),
+        "parameters": entry.parameters,
+        "flops": entry.flops,
+        "units": {
+            name: [int(kept.sum()), len(kept)] for name, kept in small.plan.items()
         },
-    )
+    }
 
 
 def export(folder: Path, bench: Bench, task: Task) -> dict[str, Any]:
     """Writes the net of the last round for raw images, reads it back, compares."""
-    _, small = rounds_so_far(bench, task)
-    test, apply_fn, variables = bench.test, small.apply_fn, small.state.variables
+    last, test = rounds_of(bench, task).last, bench.test
+    apply_fn, variables = last.apply_fn, last.variables
     logits = make_predict(apply_fn)(variables, test)
     save_exported(
         folder,

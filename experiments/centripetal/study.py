@@ -284,9 +284,7 @@ class Bench:
         size = self.scale.batch_size
         tx = self.tx(hyper, epochs * (len(data) // size), ids)
         key = jax.random.key(seed + 1000 * epochs, impl=PRNG)
-        start = State(
-            variables, tx.init(variables["params"]), key, jnp.zeros((), jnp.int32)
-        )
+        start = State(variables, tx.init(variables["params"]), jnp.int32(0), key)
         step = self.step(share, ids is not None)
         end = fit(step, start, data, Fit(epochs, size, seed), tick)
         return jax.device_get(end.variables)

@@ -293,7 +293,7 @@ class Bench:
         tx = self._tx(hyper, steps, sparse)
         key = jax.random.key(seed + 1000 * steps, impl=PRNG)
         opt_state = tx.init(variables["params"])
-        return State(variables, opt_state, key, jnp.zeros((), jnp.int32))
+        return State(variables, opt_state, jnp.int32(0), key)
 
     def step(self, sparse: float | None) -> Callable[..., State]:
         """Masked SGD, or global sparse momentum."""

@@ -192,20 +192,19 @@ def filter_norms(
     That is one convolution in a plain chain. On a residual stream several write the
     same channel, and they are cut together.
     """
-    kernels = {
-        name: dataclasses.replace(
-            group,
-            members=tuple(
-                member
-                for member in group.members
-                if member.role == "producer" and member.path.endswith("/kernel")
-            ),
-        )
-        for name, group in groups.items()
-    }
-    written = dataclasses.replace(groups, by_name=kernels)
-    norms = jaxprune.group_scores(written, scores.l2(params), reduce=reduce)
+    norms = jaxprune.group_scores(
+        groups, kernel_sizes(params), reduce=reduce, members="producers"
+    )
     return {name: np.asarray(norm) for name, norm in norms.items()}
+
+
+def kernel_sizes(params: Any) -> Any:
+    """The magnitudes of kernels; None for everything else, which has no score."""
+
+    def size(path: Any, leaf: Any) -> Any:
+        return abs(leaf) if path[-1].key == "kernel" else None
+
+    return jax.tree.map_with_path(size, params)
 
 
 def lowest_filters(
@@ -223,12 +222,16 @@ def lowest_units(
     Returns:
         Group name -> bool ``[size]``, True = kept.
     """
+    return select.per_group(groups, scores, sparsity=shares_of(groups, fraction))
+
+
+def shares_of(groups: Groups, fraction: float) -> dict[str, float]:
+    """The share of every group that is ``int(fraction * filters)`` of its filters."""
     # 0.1 is a little more than a tenth of 10 filters in floating point, or less.
-    shares = {
+    return {
         name: int(fraction * group.size + 1e-9) / group.size
         for name, group in groups.items()
     }
-    return select.per_group(groups, scores, sparsity=shares)
 
 
 def one_shot_masks(subject: Subject, variables: Any, fraction: float) -> Any:

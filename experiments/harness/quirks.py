@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments.harness.training import State
 from jaxprune.io import checkpoints
+from jaxprune.recipes import State
 
 QUIRKS: Mapping[str, str] = {
     "fresh_momentum": "the optimiser is made anew in every epoch, so that momentum "

@@ -8,7 +8,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,27 +17,12 @@ import optax
 
 from jaxprune.data import Dataset, augment, batches, eval_batches, normalize
 from jaxprune.io import checkpoints
+from jaxprune.recipes import State
 
 # Hardware-friendly bits: compiles in half the time of the default generator.
 PRNG = "rbg"
 
 EVAL_BATCH = 512
-
-
-class State(NamedTuple):
-    """Everything a training run carries from step to step.
-
-    Attributes:
-        variables: Flax variables, ``params`` and ``batch_stats``.
-        opt_state: state of the optimiser.
-        key: typed key; the draws of a step fold the step in.
-        step: int32 scalar.
-    """
-
-    variables: Any
-    opt_state: Any
-    key: jax.Array
-    step: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +64,7 @@ def start(
     """Returns the state before the first step; `init` is a (jitted) Flax ``init``."""
     init_key, key = jax.random.split(jax.random.key(seed, impl=PRNG))
     variables = init(init_key, jnp.zeros((1, *data.spec.image_shape)))
-    return State(variables, tx.init(variables["params"]), key, jnp.zeros((), jnp.int32))
+    return State(variables, tx.init(variables["params"]), jnp.int32(0), key)
 
 
 def make_step(
@@ -122,7 +107,7 @@ def make_step(
         grads, new = jax.grad(loss_fn, has_aux=True)(where)
         updates, opt_state = tx.update(grads, state.opt_state, params)
         variables = {"params": optax.apply_updates(params, updates), **new}
-        return State(variables, opt_state, state.key, state.step + 1)
+        return State(variables, opt_state, state.step + 1, state.key)
 
     return step
 

@@ -68,7 +68,8 @@ class Request:
     @property
     def patterns(self) -> dict[str, Any]:
         """What `trace` takes."""
-        return {"pin": self.pin, "unpin": self.unpin, "balanced": self.balanced}
+        names = {"pin": self.pin, "unpin": self.unpin, "balanced": self.balanced}
+        return {**names, "roles": self.members == "producers"}
 
     def inputs_of(self, args: tuple[Any, ...]) -> Callable[[Any], tuple[Any, ...]]:
         """Batch -> positional arguments."""

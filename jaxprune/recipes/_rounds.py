@@ -144,7 +144,7 @@ def rounds(
     data: Sequence[Any] | Callable[[int], Any],
     steps: int | Sequence[int],
     kwargs: Mapping[str, Any] | None = None,
-    sparsity: float | Sequence[float] | Mapping[str, float] | None = None,
+    sparsity: float | Sequence[Any] | Mapping[str, float] | None = None,
     budget: float | str | Sequence[float | str] | None = None,
     rounds: int | None = None,
     schedule: Schedule = "geometric",
@@ -178,7 +178,7 @@ def rounds(
         steps: how many steps to train in each round; or one number for round 0 and
             each of the further ones.
         kwargs: keyword arguments of the function.
-        sparsity: as for `prune`, of the last round; or one number for each round.
+        sparsity: as for `prune`, of the last round; or a list, one for each round.
         budget: as for `prune`, of the last round; or one for each round.
         rounds: how many times to cut; not needed if there is a number for each.
         schedule: how to get to the last round: "geometric" leaves the same fraction in

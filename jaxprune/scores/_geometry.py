@@ -27,7 +27,8 @@ def geometric_median(
         groups: what `trace` returned.
         params: tree of arrays like the traced variables, or like their ``params``
             collection.
-        members: "all", or "first" for the producing kernel alone, as published.
+        members: "all", or "first" for the producing kernel alone, as published; or
+            "producers", see `group_scores`.
 
     Returns:
         Group name -> float32 or wider ``[size]``, larger matters more; 0 for the only

@@ -18,7 +18,7 @@ from jaxprune.scores._lamp import share_of_larger
 from jaxprune.scores._unit_sums import Reduce, add_up_units
 
 Normalize = Literal["sum", "mean", "max", "gaussian", "lamp"]
-Members = Literal["all", "first"]
+Members = Literal["all", "first", "producers"]
 
 
 def group_scores(
@@ -61,8 +61,10 @@ def group_scores(
             collection; None or missing where a leaf has no score.
         reduce: how the scores of one unit add up.
         normalize: how the scores of one group are scaled, None for not at all.
-        members: "all", or "first" for the producing kernel alone: the classic filter
-            norm is ``magnitude`` with ``reduce="l1"`` and ``members="first"``.
+        members: "all"; "first" for the kernel that writes the units first alone: the
+            classic filter norm is ``magnitude`` with ``reduce="l1"`` and
+            ``members="first"``; or "producers" for all that write them (on a residual
+            stream every layer that adds to it), where `trace` was asked for roles.
 
     Returns:
         Group name -> float ``[size]``, larger matters more.
@@ -166,6 +168,13 @@ def scored_members(
     """
     _check_choice("members", members, get_args(Members))
     chosen = group.members[: 1 if members == "first" else None]
+    if members == "producers":
+        if not any(member.role for member in chosen):
+            raise ValueError(
+                f"members='producers' needs to know what the members of {group.name} "
+                "do; trace with roles=True"
+            )
+        chosen = tuple(member for member in chosen if member.role == "producer")
     scored = [member for member in chosen if member.path in leaves]
     if not scored:
         paths = ", ".join(member.path for member in chosen)
