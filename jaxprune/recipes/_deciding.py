@@ -249,9 +249,10 @@ def recalibrated(problem: Problem, apply_fn: Any, variables: PyTree) -> PyTree:
     inputs = request.inputs_of(problem.args)
     shown = tracked(request.batches or (), "recalibrate", request.progress)
     batches = (inputs(batch) for batch in shown)
+    quiet: Any = {"progress": False}  # it would not know how many there are
     training = training_kwargs(problem.kwargs, request.recalibrate)
     try:
-        return recalibrate(apply_fn, variables, batches, **training)
+        return recalibrate(apply_fn, variables, batches, **quiet, **training)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"BatchNorm statistics cannot be measured on the batches: {error}. Say how "

@@ -13,6 +13,7 @@ from jaxprune.core._groups import Groups
 from jaxprune.core._kept import Cost, as_html, as_text, kept_table
 from jaxprune.core._leaves import named_leaves
 from jaxprune.core._masks import PyTree
+from jaxprune.core._progress import tracked
 from jaxprune.costing import Costs, costs
 from jaxprune.costing._latency import seconds_per_call
 from jaxprune.narrowing._narrow import narrow
@@ -182,9 +183,12 @@ class Pruned:
         if not args and not kwargs:
             args, kwargs = jax.tree.map(zeros, (self.args, dict(self.kwargs)))
         dense = jax.tree.map(zeros, self.dense_variables)
-        before = seconds_per_call(self.dense_fn, (dense, *args), kwargs)
-        after = seconds_per_call(self.apply_fn, (self.variables, *args), kwargs)
-        return dataclasses.replace(self, seconds=(before, after))
+        calls = (self.dense_fn, dense), (self.apply_fn, self.variables)
+        seconds = tuple(
+            seconds_per_call(fn, (variables, *args), kwargs)
+            for fn, variables in tracked(calls, "latency", None)
+        )
+        return dataclasses.replace(self, seconds=seconds)
 
     def save(self, folder: str | Path, facts: Mapping[str, Any] | None = None) -> None:
         """Writes variables, masks, plan and program into one folder.

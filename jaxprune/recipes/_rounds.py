@@ -322,8 +322,8 @@ def _run(plan: _Plan, files: Files, start: State, shown: bool | None) -> Progres
                 after, step = _cut(plan, now), None
             elif now.done < plan.steps[now.round]:
                 step = step or _compiled(plan, now)
-                after = _train(plan, now, step)
-                advance(after.done - now.done, title)
+                advance(0, title)
+                after = _train(plan, now, step, advance)
             else:
                 after = _finish(plan, files, now)
             spent = now.seconds + time.perf_counter() - began
@@ -333,7 +333,9 @@ def _run(plan: _Plan, files: Files, start: State, shown: bool | None) -> Progres
     return now
 
 
-def _train(plan: _Plan, now: Progress, step: Any) -> Progress:
+def _train(
+    plan: _Plan, now: Progress, step: Any, advance: Callable[..., None]
+) -> Progress:
     """Some steps, at most to where something is to be kept."""
     stops = [now.done + plan.save_every, plan.steps[now.round]]
     if plan.rewind is not None and now.round == 0 and now.rewound is None:
@@ -346,6 +348,7 @@ def _train(plan: _Plan, now: Progress, step: Any) -> Progress:
     count = min(stops) - now.done
     for number in range(first, first + count):
         state = step(state, batch_at(plan.data, number))
+        advance()
     jax.block_until_ready(state.variables)
     return dataclasses.replace(now, state=state, done=now.done + count)
 

@@ -1,7 +1,7 @@
 """Sensitivity: how a metric falls when one group alone loses units."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from jaxprune import select
 from jaxprune.core._groups import Groups
 from jaxprune.core._limits import Each
 from jaxprune.core._masks import PyTree, apply_masks, expand_masks
-from jaxprune.core._progress import tracked
+from jaxprune.core._progress import advancing
 
 _MEMORY = 1 << 30  # bytes that the copies of the variables may take
 
@@ -70,7 +70,7 @@ def sensitivity(
 ) -> Sensitivity:
     """Measures a metric with every group pruned alone, to several sparsities.
 
-    All cuts run in one compiled call, under masks: `batch_size` of them at once, one
+    All cuts run in one compiled program, under masks: `batch_size` of them at once, one
     such batch after the other.
 
     Args:
@@ -88,7 +88,7 @@ def sensitivity(
         batch_size: how many cuts run at once; each holds a copy of the variables and
             of its activations. None: as many as keep these copies below 1 GiB, 16 at
             most.
-        progress: show a progress bar, where there is `data`? None for on a terminal.
+        progress: show a progress bar? None for on a terminal.
 
     Returns:
         The metric for every group and point, and the fractions that really went.
@@ -124,13 +124,21 @@ def sensitivity(
     cuts = [select.per_group(groups, scores, sparsity=s, **limits) for s in points]
     names = tuple(cuts[0])
     keep = _one_at_a_time(cuts, names)
-    run = _compiled(metric, groups, batch_size or _fitting(variables))
-    shown = tracked(() if data is None else data, "sensitivity", progress)
-    batches = ((),) if data is None else ((batch,) for batch in shown)
-    found = [np.asarray(run(variables, keep, *batch), np.float64) for batch in batches]
-    if not found:
+    run = _compiled(metric, groups)
+    rows = 1 + len(names) * len(cuts)
+    parts = list(_parts(keep, rows, min(batch_size or _fitting(variables), rows)))
+    batches = ((),) if data is None else ((batch,) for batch in data)
+    known = len(data) if isinstance(data, Sized) else 1 if data is None else None
+    total, number = np.zeros(rows), 0
+    with advancing("sensitivity", known and known * len(parts), progress) as advance:
+        for batch in batches:
+            number += 1
+            for place, some in parts:
+                total[place] += run(variables, some, *batch)[: len(total[place])]
+                advance()
+    if not number:
         raise ValueError("data has no batches, so there is nothing to measure")
-    values = np.mean(found, axis=0)
+    values = total / number
     gone = [[1 - np.mean(cut[name]) for cut in cuts] for name in names]
     return Sensitivity(
         names,
@@ -172,7 +180,17 @@ def _one_at_a_time(
     return keep
 
 
-def _compiled(metric: Callable[..., Any], groups: Groups, batch_size: int) -> Any:
+def _parts(
+    keep: Mapping[str, np.ndarray], rows: int, together: int
+) -> Iterator[tuple[slice, dict[str, np.ndarray]]]:
+    """So many rows of `keep` at a time; the last again, that all have one shape."""
+    for start in range(0, rows, together):
+        chosen = np.minimum(np.arange(start, start + together), rows - 1)
+        some = {name: units[chosen] for name, units in keep.items()}
+        yield slice(start, min(start + together, rows)), some
+
+
+def _compiled(metric: Callable[..., Any], groups: Groups) -> Any:
     @jax.jit
     def run(variables: PyTree, keep: Mapping[str, Any], *batch: Any) -> jax.Array:
         def one(units: Mapping[str, Any]) -> jax.Array:
@@ -180,7 +198,7 @@ def _compiled(metric: Callable[..., Any], groups: Groups, batch_size: int) -> An
             value = metric(apply_masks(variables, masks), *batch)
             return jnp.asarray(value, jnp.float32)
 
-        return jax.lax.map(one, keep, batch_size=batch_size)
+        return jax.vmap(one)(keep)
 
     return run
 

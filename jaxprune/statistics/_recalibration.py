@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxprune.core._leaves import named_leaves
 from jaxprune.core._limits import selected
+from jaxprune.core._progress import tracked
 
 Moments = Literal["average", "pooled"]
 
@@ -24,6 +25,7 @@ def recalibrate(
     collection: str = "batch_stats",
     moments: Moments = "average",
     only: str | Sequence[str] | None = None,
+    progress: bool | None = None,
     **kwargs: Any,
 ) -> Any:
     """Replaces running averages by their values over some batches.
@@ -64,6 +66,7 @@ def recalibrate(
         only: paths or patterns (as `fnmatch`) within the collection, such as
             ``"*/BatchNorm_*"``, of the leaves to recompute; None for all running
             averages. All others stay as they are.
+        progress: show a progress bar? None for on a terminal.
         **kwargs: passed on, ``train=True`` if none are given. Where training mode draws
             random numbers, give ``rngs`` too. Arrays in them may differ from call to
             call; everything else is part of the program.
@@ -110,7 +113,7 @@ def recalibrate(
     stats = variables[collection]
     momentum: dict[str, Any] | None = None
     found: list[tuple[dict[str, Any], int]] = []
-    for batch in batches:
+    for batch in tracked(batches, "recalibrate", progress):
         batch = batch if isinstance(batch, tuple) else (batch,)
         if momentum is None:
             update = functools.partial(_update, updated_from, variables, batch, stats)
