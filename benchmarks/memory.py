@@ -16,7 +16,12 @@ import numpy as np
 import jaxprune
 
 LAYERS, WIDTH = 8, 2048
-WAYS = ("group_scores(scores.l2(params))", "group_scores(params)", "slice_params")
+WAYS = (
+    "group_scores(scores.l2(params))",
+    "group_scores(params)",
+    "slice_params",
+    "prune",
+)
 
 
 def net(params, x):
@@ -48,6 +53,8 @@ def measure(dtype, way):
     before = peak()
     if way == "slice_params":
         kept = jaxprune.slice_params(params, masks)
+    elif way == "prune":
+        kept = jaxprune.prune(net, params, x, sparsity=0.5).variables
     elif way == "group_scores(params)":
         kept = jaxprune.group_scores(groups, params, reduce="l2")
     else:

@@ -261,3 +261,29 @@ def test_an_ordinary_differential_equation():
     got = jax.jit(jax.grad(summed(narrowed)))(small, X)
     expected = jax.grad(summed(fn))(masked, X)
     assert_same(got, jaxprune.slice_params(expected, masks))
+
+
+@pytest.mark.parametrize("kind", ["jvp", "forward", "backward"])
+def test_a_derivative_that_closes_over_what_the_function_computes(kind):
+    """JAX itself fails at this under jit, in words that name no cause."""
+
+    def fn(params, x):
+        scale = jnp.arange(6.0)[None] + 1  # an array of the program
+        if kind == "jvp":
+            op = jax.custom_jvp(lambda h: 2 * h)
+            op.defjvp(lambda hs, slopes: (op(*hs), slopes[0] * scale))
+        else:
+            op = jax.custom_vjp(lambda h: 2 * h)
+            there = (lambda h: h * scale) if kind == "forward" else lambda h: 2 * h
+            back = (lambda ct: ct * scale) if kind == "backward" else lambda ct: 2 * ct
+            op.defvjp(lambda h: (there(h), None), lambda _, ct: (back(ct),))
+        return op(x @ params["w1"]) @ params["w2"]
+
+    narrowed, small, masks = cut(fn, params := weights(**NET))
+    assert_same(narrowed(small, X), fn(jaxprune.apply_masks(params, masks), X))
+    for wrap in (lambda fn: fn, jax.jit):
+        with pytest.raises(
+            ValueError,
+            match=r"custom_[jv]+p at test_closures.py:.* closes over an array",
+        ):
+            jax.grad(summed(wrap(narrowed)))(small, X)

@@ -85,6 +85,7 @@ CASES = {
         some(2, 3, 4),
         some(5, 4, 2),
     ),
+    "reshape of a transpose": (lambda x: lax.reshape(x, (4, 6), (1, 0)), some(8, 3)),
     "ragged_dot_general": (lax.ragged_dot, some(4, 3), some(2, 3, 2), numbers(1, 3)),
     "ragged_dot_general contracted": (
         lambda x, y, n: lax.ragged_dot_general(x, y, n, RAGGED),

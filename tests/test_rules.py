@@ -456,6 +456,21 @@ def shuffle(p, x):
     return jnp.tanh(h) @ p["v"]
 
 
+@case("reshape", {"w:1": 2, "w:2": 3}, w=(4, 2, 3), v=(3, 2, 2))
+def after_a_transpose(p, x):
+    # lax.reshape transposes first where it is told to: (3, 2, 3) -> (9, 2).
+    h = jnp.einsum("bi,ijk->bjk", x, p["w"])
+    h = lax.reshape(jnp.tanh(h), (9, 2), (0, 2, 1))
+    return jnp.einsum("bkj,kjo->bo", h.reshape(3, 3, 2), p["v"])
+
+
+@case("reshape", {}, w=(4, 6))
+def after_a_transpose_of_the_batch(p, x):
+    # What looks like the middle of a channel shuffle moves the batch.
+    h = lax.reshape(x @ p["w"], (3, 2, 3), (1, 0))
+    return h.transpose(0, 2, 1).reshape(3, 6)
+
+
 @case("dot_general", {"w:1": 2, "w:2": 5}, w=(4, 2, 5), v=(2, 5, 3))
 def batched(p, x):
     h = jnp.einsum("bi,ijk->bjk", x, p["w"])

@@ -23,6 +23,7 @@ from jaxprune.coupling._labels import ALIVE, Value
 from jaxprune.program._interpret import CALLS, inner_jaxprs, interpret
 from jaxprune.program._jaxprs import opened
 from jaxprune.program.primitives import declaration
+from jaxprune.program.primitives._moves import order_of_reshape
 
 LIMIT = 1 << 20  # larger index arrays are treated as data
 
@@ -167,6 +168,10 @@ def _broadcast(eqn: Any, x: np.ndarray) -> np.ndarray:
     return np.broadcast_to(x.reshape(full), shape)
 
 
+def _reshape(eqn: Any, x: np.ndarray) -> np.ndarray:
+    return x.transpose(order_of_reshape(eqn)).reshape(eqn.params["new_sizes"])
+
+
 def _iota(eqn: Any) -> np.ndarray:
     shape, d = eqn.params["shape"], eqn.params["dimension"]
     line = np.arange(shape[d]).reshape([-1 if k == d else 1 for k in range(len(shape))])
@@ -202,7 +207,7 @@ _NUMPY: dict[str, Callable[..., Any]] = {
     "convert_element_type": _ufunc(lambda x: x),
     "broadcast_in_dim": _broadcast,
     "iota": _iota,
-    "reshape": lambda eqn, x: x.reshape(eqn.params["new_sizes"]),
+    "reshape": _reshape,
     "squeeze": lambda eqn, x: np.squeeze(x, eqn.params["dimensions"]),
     "transpose": lambda eqn, x: np.transpose(x, eqn.params["permutation"]),
     "concatenate": lambda eqn, *xs: np.concatenate(xs, eqn.params["dimension"]),

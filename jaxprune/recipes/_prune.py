@@ -152,9 +152,7 @@ def _cut(problem: Problem, variables: PyTree) -> Pruned:
             problem, narrow(problem.apply_fn, masks), slice_params(variables, masks)
         )
     call = problem.groups, problem.args, problem.kwargs, _as_call(problem)
-    return make_pruned(problem.apply_fn, variables, masks, *call).replace(
-        variables=small
-    )
+    return make_pruned(problem.apply_fn, variables, masks, *call, small=small)
 
 
 def _as_call(problem: Problem) -> str:

@@ -251,8 +251,9 @@ def make_pruned(
     args: tuple[Any, ...] = (),
     kwargs: Mapping[str, Any] | None = None,
     call: str = "",
+    small: PyTree = None,
 ) -> Pruned:
-    """The `Pruned` of a function and masks; the variables are sliced.
+    """The `Pruned` of a function and masks.
 
     Args:
         dense_fn: the original function.
@@ -262,13 +263,14 @@ def make_pruned(
         args: example arguments, arrays or shapes.
         kwargs: example keyword arguments.
         call: the call that made it, as text.
+        small: its variables, sliced; None to slice them here.
 
     Returns:
         The smaller function, its variables and the rest.
     """
     return Pruned(
         narrow(dense_fn, masks),
-        slice_params(variables, masks),
+        slice_params(variables, masks) if small is None else small,
         masks,
         groups,
         dense_fn,

@@ -50,9 +50,16 @@ class Subject:
 Scored = tuple[PyTree, scoring.Reduce]
 
 
-def _of_weights(name: str, reduced: str = "") -> Callable[[Subject], Scored]:
-    reduce = REDUCTIONS[reduced or name]
-    return lambda subject: (getattr(scoring, name)(subject.variables), reduce)
+def _norm(reduced: str) -> Callable[[Subject], Scored]:
+    """The norm is a reduction of the weights themselves: no tree of their sizes."""
+    return lambda subject: (subject.variables, REDUCTIONS[reduced])
+
+
+def _of_weights(name: str) -> Callable[[Subject], Scored]:
+    return lambda subject: (
+        getattr(scoring, name)(subject.variables),
+        REDUCTIONS[name],
+    )
 
 
 def _of_loss(name: str) -> Callable[[Subject], Scored]:
@@ -102,9 +109,9 @@ def _group_fisher(subject: Subject) -> Mapping[str, jax.Array]:
 
 # Scores of weights, and how those of a unit add up.
 _TREES: dict[str, Callable[[Subject], Scored]] = {
-    "l1": _of_weights("magnitude", "l1"),
-    "l2": _of_weights("magnitude", "l2"),
-    "lamp": _of_weights("magnitude", "l2"),
+    "l1": _norm("l1"),
+    "l2": _norm("l2"),
+    "lamp": _norm("l2"),
     "batch_norm_scale": _of_weights("batch_norm_scale"),
     "activation_probability": _of_weights("activation_probability"),
     "synflow": _synflow,

@@ -62,9 +62,14 @@ def _slice(at: np.ndarray, p: Any) -> np.ndarray:
     return at[tuple([slice(*triple) for triple in triples])]
 
 
+def _reshape(at: np.ndarray, p: Any) -> np.ndarray:
+    order = p["dimensions"] or range(at.ndim)
+    return at.transpose(tuple(order)).reshape(p["new_sizes"])
+
+
 _MOVES = {
     "transpose": lambda at, p: at.transpose(p["permutation"]),
-    "reshape": lambda at, p: at.reshape(p["new_sizes"]),
+    "reshape": _reshape,
     "squeeze": lambda at, p: at.squeeze(tuple(p["dimensions"])),
     "broadcast_in_dim": _broadcast,
     "slice": _slice,

@@ -17,7 +17,7 @@ from jax.extend.linear_util import wrap_init
 
 from jaxprune.coupling._labels import Value
 from jaxprune.coupling._registry import rule
-from jaxprune.program._jaxprs import abstract, bind, opened
+from jaxprune.program._jaxprs import abstract, bind, opened, source_line
 
 
 def _all_operands(eqn: Any) -> int:
@@ -32,6 +32,7 @@ def _resize_custom_jvp(kept: Any, step: Any) -> dict[str, Any]:
     @functools.cache
     def small_jvp(*zeros: bool) -> Any:
         jaxpr, consts, out_zeros = p["jvp_jaxpr_fun"].call_wrapped(*zeros)
+        _check_closed_over(consts, step)
         tangents = [v for v, zero in zip(slopes, zeros, strict=True) if not zero]
         given = list(map(kept.given, (*ins, *tangents)))
         small = kept.narrow_jaxpr(ClosedJaxpr(jaxpr, consts), given)
@@ -95,6 +96,7 @@ class _Forward:
         avals = [abstract(var.aval) for var in step.eqn.invars]
         given = list(map(kept.given, step.ins))
         self.narrowed = kept.narrow_call(self._forward, avals, given)
+        _check_closed_over(self.narrowed.program.closed.consts, step)
 
     def _forward(self, *primals: Any) -> Any:
         """At full size."""
@@ -121,6 +123,7 @@ class _Forward:
         given += [self.kept.given(self.step.outs[k]) for k in reals]
         avals = narrowed.out_shapes[1], [abstract(outs[k]) for k in reals]
         run = self.kept.narrow_call(full, avals, given)
+        _check_closed_over(run.program.closed.consts, self.step)
         slopes = run(residuals, [_instantiated(cotangents[k]) for k in reals])
         labels = dict(zip(self.moving, run.walked.outs, strict=True))
         return {
@@ -139,6 +142,27 @@ class _Forward:
                 at = (slice(None),) * d + (positions,)
                 slope = jnp.zeros(shape, slope.dtype).at[at].set(slope)
         return slope
+
+
+def _check_closed_over(consts: Sequence[Any], step: Any) -> None:
+    """Raises if a derivative reads what the traced function computed outside of it.
+
+    A derivative is Python code that runs when somebody differentiates. By then the
+    trace that such an array belongs to is over: it has an equation that made it, but
+    its trace has none any more.
+    """
+    for const in consts:
+        made = getattr(const, "parent", None) is not None
+        frame = getattr(getattr(const, "_trace", None), "frame", None)
+        if made and frame is not None and not frame.tracing_eqns:
+            what, line = step.eqn.primitive.name, source_line(step.eqn)
+            place = what.removesuffix("_call") + (line and f" at {line}")
+            raise ValueError(
+                f"the derivative of {place} closes over an array ({const.aval}) that "
+                "the pruned function computes outside of it; neither can JAX "
+                "differentiate that under jit. Give the array to it as an argument, or "
+                "compute it inside the derivative"
+            )
 
 
 def _instantiated(ct: Any) -> Any:

@@ -16,6 +16,7 @@ from jaxprune.coupling._labels import (
 )
 from jaxprune.coupling._registry import register_label, rule
 from jaxprune.coupling.rules._factors import by_factors
+from jaxprune.program.primitives._moves import order_of_reshape
 from jaxprune.program.primitives._signature import segments
 
 # --- broadcast, iota -----------------------------------------------------------------
@@ -87,7 +88,10 @@ def _resize_reshape(kept: Any, step: Any) -> dict[str, Any]:
 
 @rule("reshape", resize=_resize_reshape)
 def _reshape(walk: Any, eqn: Any, value: Value, *dynamic: Value) -> Value:
-    if eqn.params.get("dimensions") is not None:
-        return walk.unknown(eqn, value)[0]
+    order = order_of_reshape(eqn)
+    value = value._replace(
+        shape=tuple([value.shape[d] for d in order]),
+        axes=tuple([value.axes[d] for d in order]),
+    )
     shape = tuple(eqn.params["new_sizes"])
     return Value(shape, reshape_axes(walk, eqn, value, shape), value.is_zero)

@@ -56,7 +56,7 @@ def join_shuffles(eqns: list[Any], outvars: list[Any]) -> list[Any]:
     """The equations, with every channel shuffle as one `Permutation`."""
     if len(eqns) < 3:
         return eqns
-    moves = {eqn.outvars[0]: eqn for eqn in eqns if eqn.primitive.name in _MOVES}
+    moves = {eqn.outvars[0]: eqn for eqn in eqns if _is_move(eqn)}
     joined: dict[int, Permutation | None] = {}
     for last in moves.values():
         turn = _before(moves, last, "transpose") if _is(last, "reshape") else None
@@ -72,7 +72,11 @@ def join_shuffles(eqns: list[Any], outvars: list[Any]) -> list[Any]:
     return [eqn for eqn in replaced if eqn is not None]
 
 
-_MOVES = ("reshape", "transpose")
+def _is_move(eqn: Any) -> bool:
+    """A transpose, or a reshape that is not also one."""
+    return _is(eqn, "transpose") or (
+        _is(eqn, "reshape") and eqn.params.get("dimensions") is None
+    )
 
 
 def _is(eqn: Any, name: str) -> bool:

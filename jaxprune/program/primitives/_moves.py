@@ -35,16 +35,26 @@ def _one(eqn: Any, sizes: Any, axes: Any, out: Any, **more: Any) -> Signature:
     )
 
 
+def order_of_reshape(eqn: Any) -> tuple[int, ...]:
+    """In which order a reshape reads the axes of its operand.
+
+    ``lax.reshape(x, sizes, dimensions)`` transposes first; JAX writes it when it
+    batches convolutions.
+    """
+    order = eqn.params.get("dimensions")
+    return tuple(range(len(shape_of(eqn.invars[0])))) if order is None else order
+
+
 @declare("reshape", combine="add", zero="all", moves=True)
 def _reshape(eqn: Any, constant: Constants) -> Signature | None:
-    if eqn.params.get("dimensions") is not None:
-        return None
-    before, after = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
+    shape, after = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
+    order = order_of_reshape(eqn)
+    before = tuple([shape[d] for d in order])
     axes: list[Factors] = [()] * len(before)
     out: list[Factors] = [()] * len(after)
     sizes = []
     for size, i, j in refined(before, after) if math.prod(after) else ():
-        axes[i] += (len(sizes),)
+        axes[order[i]] += (len(sizes),)
         out[j] += (len(sizes),)
         sizes.append(size)
     return _one(eqn, sizes, axes, out)
