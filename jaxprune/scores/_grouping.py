@@ -45,8 +45,9 @@ def group_scores(
     deviation, or ("lamp", see `lamp`) divides their squares by the sum of all squares
     that are not smaller, so that groups of different scale can be ranked together. A
     group of equal scores keeps finite numbers. Accumulates in float32 or wider;
-    jit-able in `scores` (whose signs are not checked then). `REDUCTIONS` names the
-    reduction that each criterion is published with.
+    jit-able in `scores` (whose signs are not checked then, and where XLA takes
+    subnormal numbers, in single precision those below 1.2e-38, for 0). `REDUCTIONS`
+    names the reduction that each criterion is published with.
 
     A norm of the weights themselves needs no score before: give the parameters, as in
     ``group_scores(groups, params, reduce="l1")``.

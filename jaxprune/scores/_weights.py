@@ -135,7 +135,8 @@ def lamp(params: PyTree) -> PyTree:
     Equal weights score the same (the paper breaks ties by position), so the largest
     weight of a leaf scores 1 divided by the number of weights as large. An all-zero
     leaf scores 0. A leaf sharded over several devices is ranked in turns: the shards
-    pass through all devices, and none ever holds the whole leaf.
+    pass through all devices, and none ever holds the whole leaf. Inside `jax.jit`,
+    where its sharding is not known, XLA sorts it as it sees fit: score before.
 
     For whole units, ``group_scores(magnitude(params), normalize="lamp")`` puts the
     norms of the units of a group in the place of weights.
