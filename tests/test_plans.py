@@ -172,7 +172,8 @@ def test_verify_does_not_reorder_units_tied_to_a_table(key):
 
 def test_verify_refuses_an_inexact_plan_and_says_where(key):
     def gate(params, x):
-        return jax.nn.softmax(x @ params["w1"]) @ params["w2"]
+        table = jnp.arange(4.0)[None]
+        return jax.nn.softmax(x @ params["w1"] + table) @ params["w2"]
 
     params = {"w1": jnp.ones((3, 4)), "w2": jnp.ones((4, 2))}
     keep = {"w1:1": np.arange(4) < 2}

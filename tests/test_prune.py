@@ -107,7 +107,8 @@ def test_lamp_ranks_units_across_groups_by_what_they_add_to_their_group(params):
 
 def test_inexact_groups_are_cut_only_on_demand():
     def gate(params, x):
-        return jax.nn.softmax(x @ params["w1"]) @ params["w2"]
+        table = jnp.arange(4.0)[None]
+        return jax.nn.softmax(x @ params["w1"] + table) @ params["w2"]
 
     params = {"w1": jnp.ones((3, 4)), "w2": jnp.ones((4, 2))}
     with pytest.raises(

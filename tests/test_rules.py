@@ -66,7 +66,8 @@ def check(name, fn, shapes, expected):
 
 # --- one operand ---------------------------------------------------------------------
 #
-# The result is summed over the units: exact if and only if f(0) = 0.
+# The result is summed over the units: as it is where f(0) = 0, else completed with f(0)
+# for each unit that is cut; not exact where f(0) is not finite, or f(-0) another number.
 
 
 def bits(x):
@@ -149,6 +150,9 @@ UNARY_LOSES = {
     "pow": lambda x: lax.pow(x * x + 1.0, 1.5),
     "clamp": lambda x: lax.clamp(0.25, x, 0.5),
 }
+POLES = set("log rsqrt lgamma digamma integer_pow div rem".split())
+SEE_SIGNS = set("nextafter bitcast_convert_type atan2".split())
+DOUBTED = POLES | SEE_SIGNS
 
 
 def summed(op, params, x):
@@ -161,9 +165,9 @@ def test_a_function_that_keeps_zero_is_summed_exactly(name):
 
 
 @pytest.mark.parametrize("name", UNARY_LOSES)
-def test_a_function_that_loses_zero_is_not_summed_exactly(name):
+def test_a_sum_is_completed_where_a_function_loses_zero(name):
     fn = functools.partial(summed, UNARY_LOSES[name])
-    check(name, fn, {"w": (4, 6)}, {"w:1": -6})
+    check(name, fn, {"w": (4, 6)}, {"w:1": -6 if name in DOUBTED else 6})
 
 
 # Where the result is finite, a product with a parameter makes it 0 again.
@@ -210,7 +214,7 @@ BINARY_LOSES = {
     "atan2": lambda x, y: lax.atan2(jnp.abs(x), -jnp.abs(y)),  # atan2(0, -0) is pi
     "div": lambda x, y: x / y,
     "rem": lambda x, y: lax.rem(x, y),
-    "pow": lambda x, y: lax.pow(jnp.abs(x), y),
+    "pow": lambda x, y: lax.pow(jnp.abs(x), y - 1.0),
     "select_n": lambda x, y: jnp.where(x > y, x, 1.0),
 }
 
@@ -231,7 +235,9 @@ def test_two_operands_are_cut_together(name):
 @pytest.mark.parametrize("name", BINARY_LOSES)
 def test_two_operands_that_lose_zero(name):
     fn = functools.partial(summed_pair, BINARY_LOSES[name])
-    check(name, fn, {"w": (4, 6), "v": (4, 6)}, {"w:1": -6})
+    is_doubted = name in DOUBTED or name == "pow"
+    sizes = {"w:1": -6 if is_doubted else 6}
+    check(name, fn, {"w": (4, 6), "v": (4, 6)}, sizes)
 
 
 def test_add_any():
@@ -477,7 +483,7 @@ def batched(p, x):
     return jnp.einsum("bjk,jko->bjo", jnp.tanh(h), p["v"]).sum(1)
 
 
-@case("dot_general", {"w:1": -6}, w=(4, 6))
+@case("dot_general", {"w:1": 6}, w=(4, 6))
 def with_itself(p, x):
     h = jnp.exp(x @ p["w"])
     return h @ h.T
@@ -533,7 +539,7 @@ def _(p, x):
     return (x @ p["w"]).sum(-1)
 
 
-@case("reduce_max", {"w:1": -6}, w=(4, 6))
+@case("reduce_max", {"w:1": 6}, w=(4, 6))
 def _(p, x):
     return -1.0 + (-jnp.abs(x @ p["w"])).max(-1)
 
@@ -543,7 +549,7 @@ def over_another_axis(p, x):
     return jnp.einsum("bi,ijk->bjk", x, p["w"]).max((0,)) @ p["v"]
 
 
-@case("reduce_min", {"w:1": -6}, w=(4, 6))
+@case("reduce_min", {"w:1": 6}, w=(4, 6))
 def _(p, x):
     return 1.0 + jnp.abs(x @ p["w"]).min(-1)
 

@@ -170,16 +170,16 @@ def test_the_checks_can_fail(monkeypatch):
     """A rule that is wrong in any way is seen."""
     rules = {
         "rev": lambda walk, eqn, value: value,  # forgets to reverse the labels
-        "reduce_max": by_factors,  # as a sum: claims that zeros do not count
+        "reduce_prod": by_factors,  # claims that zeros do not count
         "tanh": lambda walk, eqn, value: walk.unknown(eqn, value)[0],  # cuts nothing
     }
     for primitive, name, word in (
         ("rev", "flip_channels", "differ by"),
-        ("reduce_max", "maxout", "inexact {}"),
+        ("reduce_prod", "product_over_channels", "inexact {}"),
         ("tanh", "own_parameters_linear", "has no rule"),
     ):
         with monkeypatch.context() as patched:
             patched.setitem(RULES, primitive, Rule(rules[primitive]))
-            if primitive == "reduce_max":
+            if primitive == "reduce_prod":
                 patched.setitem(DECLARATIONS, primitive, DECLARATIONS["reduce_sum"])
             assert word in outcome(name)

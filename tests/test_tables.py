@@ -95,7 +95,8 @@ def test_groups_that_differ_in_more_than_a_number_stay_apart():
 def test_what_is_not_exact_says_why():
     def gate(params, x):
         hidden = jax.nn.relu(x @ params["up"]["w"] + params["up"]["b"][None])
-        return jax.nn.softmax(hidden @ params["gate"]["w"]) @ params["out"]["w"]
+        table = jnp.arange(4.0)[None]
+        return jax.nn.softmax(hidden @ params["gate"]["w"] + table) @ params["out"]["w"]
 
     sizes = {
         "up": {"w": (3, 8), "b": (8,)},

@@ -9,8 +9,9 @@ go, linear for channels, a product for heads x dimensions, quadratic for a Gram 
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
+from functools import reduce
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -20,7 +21,8 @@ from jaxprune.coupling._labels import ALIVE, Axis, Column, Value
 from jaxprune.coupling._ledger import Ledger
 from jaxprune.coupling._solution import NEVER, Solution
 
-Monomial: TypeAlias = tuple[tuple[int, int], ...]  # (number of a group, power)
+# (number of a group, power); of ~group it is 1 if any unit of the group is cut, else 0.
+Monomial: TypeAlias = tuple[tuple[int, int], ...]
 Number: TypeAlias = int | Fraction
 Sum: TypeAlias = Mapping[Monomial, Number]
 
@@ -58,14 +60,24 @@ def _joined(a: Monomial, b: Monomial) -> Monomial:
         return a or b
     powers = dict(a)
     for group, power in b:
-        powers[group] = powers.get(group, 0) + power
+        powers[group] = powers.get(group, 0) + power if group >= 0 else 1
     return tuple(sorted(powers.items()))
 
 
-def value_at(total: Sum, sizes: Sequence[int]) -> Number:
-    """The value at these sizes of all groups."""
+def either(a: Sum, b: Sum) -> Sum:
+    """1 where one of two conditions holds, which are 0 or 1."""
+    return plus(a, b, negative(times(a, b)))
+
+
+def negative(total: Sum) -> Sum:
+    """The sum times -1."""
+    return {monomial: -c for monomial, c in total.items()}
+
+
+def full_value(total: Sum, sizes: Sequence[int]) -> Number:
+    """The value at the full sizes of all groups."""
     return sum(
-        c * math.prod(sizes[g] ** power for g, power in monomial)
+        c * math.prod(sizes[g] ** power if g >= 0 else 0 for g, power in monomial)
         for monomial, c in total.items()
     )
 
@@ -167,10 +179,20 @@ class Lengths:
             self._seen[key] = axis, self._count(axis, n)
         return self._seen[key][1]
 
-    def size(self, value: Value) -> Sum:
-        """How many entries a value has."""
-        dims = zip(value.axes, value.shape, strict=True)
-        return times(*(self.of(axis, n) for axis, n in dims))
+    def size(self, value: Value, dead: Collection[int] = ()) -> Sum:
+        """How many entries a value has: one along the dimensions `dead`."""
+        dims = enumerate(zip(value.axes, value.shape, strict=True))
+        return times(*(self.of(axis, n) for d, (axis, n) in dims if d not in dead))
+
+    def dies(self, value: Value, d: int) -> bool:
+        """Can any position of an axis be cut?"""
+        return any(self.of(value.axes[d], value.shape[d]))
+
+    def is_cut(self, value: Value, d: int) -> Sum:
+        """1 if any position of an axis is cut, else 0."""
+        length = self.of(value.axes[d], value.shape[d])
+        groups = {g for monomial in length for g, _ in monomial}
+        return reduce(either, ({((~g, 1),): 1} for g in sorted(groups)))
 
     def _count(self, axis: tuple[Column, ...], n: int) -> Sum:
         atoms = [column for part in axis for column in self._solution.atoms(part.units)]

@@ -72,7 +72,8 @@ class CostModel:
     @property
     def flops(self) -> Polynomial:
         """Floating point operations: two per multiply-add."""
-        doubled = (Term(2 * t.coefficient, t.powers) for t in self.multiply_adds.terms)
+        terms = self.multiply_adds.terms
+        doubled = (t._replace(coefficient=2 * t.coefficient) for t in terms)
         return Polynomial(self.sizes, tuple(doubled))
 
     def bit_operations(
@@ -167,12 +168,16 @@ def _model(
 
     def each_block(monomial: Monomial) -> Number:
         """From the units of one block to those of all."""
-        scale = math.prod(blocks[g] ** power for g, power in monomial)
+        scale = math.prod(blocks[g] ** power for g, power in monomial if g >= 0)
         return 1 if scale == 1 else Fraction(1, scale)
 
     def made(total: Sum) -> Polynomial:
         terms = [
-            Term(c * each_block(monomial), tuple((names[g], p) for g, p in monomial))
+            Term(
+                c * each_block(monomial),
+                tuple((names[g], p) for g, p in monomial if g >= 0),
+                tuple(names[~g] for g, _ in reversed(monomial) if g < 0),
+            )
             for monomial, c in sorted(total.items())
         ]
         return Polynomial(sizes, tuple(terms))

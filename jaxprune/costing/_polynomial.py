@@ -97,10 +97,13 @@ class Term(NamedTuple):
         coefficient: whole, but for groups whose units weigh differently
             and products in which a group meets itself.
         powers: ``(group name, power)``, sorted.
+        cut: groups of which some unit must be gone, else the term is 0: what a cut
+            adds, such as a sum over what is removed (see `narrow`).
     """
 
     coefficient: int | Fraction
     powers: tuple[tuple[str, int], ...]
+    cut: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -136,6 +139,7 @@ class Polynomial(Cost):
                     [
                         str(term.coefficient),
                         *(n if p == 1 else f"{n}^{p}" for n, p in term.powers),
+                        *(f"[{n} cut]" for n in term.cut),
                     ]
                 )
                 for term in self.terms
@@ -152,6 +156,7 @@ class Polynomial(Cost):
             term.coefficient
             * math.prod(_number(point[name]) ** p for name, p in term.powers)
             for term in self.terms
+            if all(point[name] < self.sizes[name] for name in term.cut)
         )
         if isinstance(total, float):
             return total
@@ -161,15 +166,21 @@ class Polynomial(Cost):
     def _traced(self, point: Mapping[str, Any]) -> jax.Array:
         factors, coefficients = self._table
         columns = [jnp.asarray(n, jnp.float32) for n in point.values()]
-        padded = jnp.stack([*columns, jnp.ones((), jnp.float32)])
+        full = [jnp.asarray(n, jnp.float32) for n in self.sizes.values()]
+        is_cut = [(n < m).astype(n.dtype) for n, m in zip(columns, full, strict=True)]
+        padded = jnp.stack([*columns, *is_cut, jnp.ones((), jnp.float32)])
         return jnp.sum(
             jnp.asarray(coefficients, jnp.float32) * padded[factors].prod(axis=1)
         )
 
     def savings(self, sizes: np.ndarray, steps: np.ndarray) -> np.ndarray:
         """See `Cost.savings`; in float64, all groups at once."""
+        if any(term.cut for term in self.terms):
+            always, at_a_cut = self._by_condition
+            return always.savings(sizes, steps) + Cost.savings(at_a_cut, sizes, steps)
         factors, coefficients = self._table
-        terms = coefficients * np.append(sizes, 1.0)[factors].prod(axis=1)
+        rest = np.ones(len(sizes) + 1)
+        terms = coefficients * np.append(sizes, rest)[factors].prod(axis=1)
         row, group, power = self._incidence
         with np.errstate(divide="ignore", invalid="ignore"):
             left = np.nan_to_num((sizes - steps) / sizes)
@@ -177,14 +188,28 @@ class Polynomial(Cost):
         return np.bincount(group, weights=saved, minlength=len(sizes))
 
     @functools.cached_property
+    def _by_condition(self) -> "tuple[Polynomial, Polynomial]":
+        """The terms that are always there, and those that a cut adds."""
+        always = tuple([term for term in self.terms if not term.cut])
+        at_a_cut = tuple([term for term in self.terms if term.cut])
+        return Polynomial(self.sizes, always), Polynomial(self.sizes, at_a_cut)
+
+    @functools.cached_property
     def _table(self) -> tuple[np.ndarray, np.ndarray]:
-        """Every term's groups, repeated by power and padded, and its coefficient."""
+        """Every term's groups, repeated by power and padded, and its coefficient.
+
+        Groups of `Term.cut` are numbered after all groups; what pads comes last.
+        """
         number = {name: k for k, name in enumerate(self.sizes)}
-        degree = max((sum(p for _, p in t.powers) for t in self.terms), default=0)
-        factors = np.full((len(self.terms), max(degree, 1)), len(number))
-        for row, term in enumerate(self.terms):
-            flat = [number[name] for name, power in term.powers for _ in range(power)]
-            factors[row, : len(flat)] = flat
+        flat = [
+            [number[name] for name, power in term.powers for _ in range(power)]
+            + [len(number) + number[name] for name in term.cut]
+            for term in self.terms
+        ]
+        degree = max(map(len, flat), default=0)
+        factors = np.full((len(self.terms), max(degree, 1)), 2 * len(number))
+        for row, own in enumerate(flat):
+            factors[row, : len(own)] = own
         return factors, np.array([float(term.coefficient) for term in self.terms])
 
     @functools.cached_property

@@ -10,15 +10,31 @@ from jaxprune.costing._count import (
     repeats,
 )
 from jaxprune.costing._lengths import (
+    ONE,
     Lengths,
     Monomial,
     Number,
     Sum,
     constant,
+    either,
+    full_value,
+    negative,
     plus,
     times,
-    value_at,
 )
+from jaxprune.coupling._dead import (
+    FOLDS,
+    NOWHERE,
+    REDUCTIONS,
+    Dims,
+    Part,
+    Scope,
+    are_even,
+    is_zero_at,
+    made_by,
+    parts,
+)
+from jaxprune.coupling._labels import Value
 from jaxprune.coupling._registry import RULES
 from jaxprune.coupling._walk import Step, Walked
 from jaxprune.program.primitives import declaration
@@ -66,10 +82,15 @@ class Tally:
     def __init__(self, lengths: Lengths, sizes: Sequence[int]) -> None:
         self.lengths, self.sizes = lengths, sizes
         self.unsure = False  # could another branch of a cond become the most expensive?
+        # (id of a scope, variable, dimensions) -> when it is computed at dead positions
+        self._dead: dict[Any, Sum] = {}
 
     def program(self, walked: Walked) -> Spent:
         """All equations together."""
-        return _together([self.step(step) for step in walked.steps])
+        spent = []
+        for step in walked.steps:
+            spent += [self.step(step), *self._completed(walked.scope, step)]
+        return _together(spent)
 
     def step(self, step: Step) -> Spent:
         """One equation, with what is inside it."""
@@ -84,10 +105,8 @@ class Tally:
             if not value.data
         ]
         own = Spent(plus(*sizes), frozenset(_key(size) for size in sizes))
-        known, signature = declaration(eqn), signature_of(eqn)
-        if known is not None and signature is not None and known.is_product:
-            inputs = self._lengths(step, signature.summed())
-            products = {_key(inputs): self._lengths(step, signature.loops())}
+        products = self._products(step)
+        if products:
             return own._replace(products=products)
         if name == "permute":  # a reshape, a transpose and a reshape
             return _together([own], 3)
@@ -109,15 +128,128 @@ class Tally:
         )
 
     def _most(self, sums: Sequence[Sum]) -> int:
-        values = [value_at(total, self.sizes) for total in sums]
+        values = [full_value(total, self.sizes) for total in sums]
         most = values.index(max(values))
         self.unsure |= not all(_dominates(sums[most], other) for other in sums)
         return most
 
-    def _lengths(self, step: Step, axes: Sequence[tuple[int, int]]) -> Sum:
-        """The product of the lengths of axes, as `Signature.loops` lists them."""
-        values = [(step.outs[0] if k < 0 else step.ins[k], d) for k, d in axes]
-        return times(*(self.lengths.of(v.axes[d], v.shape[d]) for v, d in values))
+    def _products(
+        self,
+        step: Step,
+        dims: Sequence[Dims] = (),
+        out: Dims = NOWHERE,
+        when: Sum = ONE,
+    ) -> Mapping[Key, Sum]:
+        """The multiply-adds of one equation, by inputs.
+
+        Args:
+            step: the equation.
+            dims: for every operand the dimensions at dead positions; () for none.
+            out: of the result, likewise.
+            when: the condition.
+        """
+        known, signature = declaration(step.eqn), signature_of(step.eqn)
+        if known is None or signature is None or not known.is_product:
+            return {}
+
+        def lengths(axes: Sequence[tuple[int, int]]) -> Sum:
+            living = [
+                (step.outs[0] if k < 0 else step.ins[k], d)
+                for k, d in axes
+                if d not in (out if k < 0 else dims[k] if dims else NOWHERE)
+            ]
+            return times(*(self.lengths.of(v.axes[d], v.shape[d]) for v, d in living))
+
+        inputs = lengths(signature.summed())
+        return {_key(inputs): times(when, lengths(signature.loops()))}
+
+    # -- what is added for dead positions, as `jaxprune.narrowing._dead` writes it
+
+    def _completed(self, scope: Scope, step: Step) -> list[Spent]:
+        """What a reduction computes of what is at dead positions."""
+        if step.eqn.primitive.name not in REDUCTIONS:
+            return []
+        found = parts(step.eqn, step.ins, NOWHERE, self.lengths.dies)
+        if found is None or len(found) == 1:
+            return []
+        if not are_even(scope, step.eqn, step.ins, found):
+            return []
+        spent: list[Spent] = []
+        self._joined(spent, scope, step, NOWHERE, found[1:], ONE, ONE, varies=True)
+        return spent
+
+    def _joined(
+        self,
+        spent: list[Spent],
+        scope: Scope,
+        step: Step,
+        dims: Dims,
+        found: Sequence[Part],
+        asked: Sum,
+        new: Sum,
+        *,
+        varies: bool,
+    ) -> bool:
+        """Adds what the parts of one equation cost; does its result vary?
+
+        Args:
+            spent: is added to.
+            scope: of the program that the step is of.
+            step: the equation.
+            dims: of its result, at dead positions.
+            found: the parts.
+            asked: when the result is asked for.
+            new: when it is, and was not asked for before.
+            varies: does what the parts are joined to depend on an input?
+        """
+        eqn, [value] = step.eqn, step.outs
+        size = times(
+            constant(_itemsize(eqn.outvars[0])), self.lengths.size(value, dims)
+        )
+        joins = varies
+        for part in found:
+            axes = part.axes(eqn)
+            cut = times(*(self.lengths.is_cut(step.ins[k], d) for k, d in axes))
+            when, own = times(asked, cut), times(new, cut)
+            each = zip(eqn.invars, step.ins, part.dims, strict=True)
+            depends = [self._at_dead(spent, scope, *one, when) for one in each]
+            written = times(own, size)
+            one = Spent(written, frozenset([_key(written)]))
+            if any(depends):
+                products = self._products(step, part.dims, dims, own)
+                spent.append(one._replace(products=products))
+            if part.factors:  # times how often, and joined to what lives
+                is_sum = eqn.primitive.name not in FOLDS
+                spent += [one] * (is_sum and any(depends))
+                spent += [one] * (joins or any(depends))
+            joins = joins or any(depends)
+        return joins
+
+    def _at_dead(
+        self,
+        spent: list[Spent],
+        scope: Scope,
+        var: Any,
+        value: Value,
+        dims: Dims,
+        when: Sum,
+    ) -> bool:
+        """Adds what a value at dead positions costs; does it depend on an input?"""
+        if value.data or not dims:
+            return not value.data
+        if is_zero_at(value, dims):
+            return False
+        above = made_by(scope, var)
+        if above is not None:
+            return self._at_dead(spent, *above, dims, when)
+        key = id(scope), var, dims
+        before = self._dead.get(key, {})
+        self._dead[key] = either(before, when)
+        new = plus(self._dead[key], negative(before))
+        step, _ = scope.made[var]
+        found = parts(step.eqn, step.ins, dims, self.lengths.dies)
+        assert found is not None  # it is even
+        return self._joined(spent, scope, step, dims, found, when, new, varies=False)
 
 
 def _fixed(count: Count) -> Spent:

@@ -107,7 +107,7 @@ def _derive(eqn: Any, k: int, var: Any, operands: tuple[Value, ...]) -> Value:
     origin = None
     if name in _NUMPY and all(v.origin is not None for v in operands):
         small = math.prod(shape) <= LIMIT
-        number = not shape and name == "convert_element_type"
+        number = not shape and name in _ON_NUMBERS
         if number or (small and _is_index(var.aval.dtype)):
             origin = Derived(eqn, k, operands)
     axes = (ALIVE,) * len(shape)
@@ -215,3 +215,4 @@ _NUMPY: dict[str, Callable[..., Any]] = {
     "slice": _slice,
     "copy": lambda eqn, x: x,
 }
+_ON_NUMBERS = frozenset("convert_element_type add sub mul".split())  # floats too

@@ -1,11 +1,13 @@
 """The ledger: everything the walk over a program finds out about its units.
 
-Five kinds of entries, appended as arrays and solved once at the end (`solve`):
-ties (two units are one), definitions (a unit lives if all of several others live),
-freezes (a unit can never be cut, and why), doubts (cutting a unit differs from
-masking it, and why) and orders (a unit is tied to a place in a table).
+Six kinds of entries, appended as arrays; the first five are solved once at the end
+(`solve`): ties (two units are one), definitions (a unit lives if all of several others
+live), freezes (a unit can never be cut, and why), doubts (cutting a unit differs from
+masking it, and why), orders (a unit is tied to a place in a table) and completions (a
+reduction counts what is at the dead positions of an axis).
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -54,6 +56,7 @@ class Ledger:
         self.freezes: list[tuple[Units, int]] = []
         self.doubts: list[tuple[Units, int]] = []
         self.ordered: list[Units] = []
+        self.completed: list[tuple[Axis, int]] = []
         self.reasons: dict[int, Cause] = {ALIVE: Cause("alive", text_of("alive"))}
         self.calls: list[Any] = []  # the equations being walked, outermost first
         self._reason_of: dict[tuple[str | int, ...], int] = {}
@@ -165,23 +168,40 @@ class Ledger:
         matrix = np.stack([column.units for column in several], axis=1)
         self.definitions.append((single.units, matrix))
 
-    def sum_over(self, axis: Axis, kind: str, eqn: Any, **details: str) -> None:
-        """A sum over `axis`: exact only where dead positions hold 0."""
+    def sum_over(
+        self,
+        axis: Axis,
+        kind: str,
+        eqn: Any,
+        completes: Callable[[], bool] | None = None,
+        **details: str,
+    ) -> None:
+        """A sum over `axis`: exact where dead positions hold 0, or it is completed."""
         if isinstance(axis, int):
             return
         for units, zero in axis:
             if zero is not True and not np.all(zero):
+                if completes is not None and completes():
+                    self.completed.append((axis, self.reason("completed", eqn)))
+                    return
                 bad = units if isinstance(zero, bool) else units[~zero]
                 self.doubt(bad, self.reason(kind, eqn, **details))
 
-    def contract(self, a: Axis, b: Axis, kind: str, eqn: Any) -> None:
+    def contract(
+        self,
+        a: Axis,
+        b: Axis,
+        kind: str,
+        eqn: Any,
+        completes: Callable[[], bool] | None = None,
+    ) -> None:
         """A sum over products of `a` and `b`: exact if one of them is 0 when dead."""
         self.tie(a, b)
         if isinstance(a, int) or isinstance(b, int):
             return  # nothing dies here
         flags = [column.zero for column in a]
         product = list(map(either, flags, flags_on(a, b)))
-        self.sum_over(with_flags(a, product), kind, eqn)
+        self.sum_over(with_flags(a, product), kind, eqn, completes)
 
     def split(self, axis: Axis, sizes: tuple[int, ...]) -> list[Axis]:
         """Labels of the axes that a reshape makes from one axis (row-major).

@@ -54,6 +54,7 @@ TEXTS: Mapping[str, str] = MappingProxyType(
         "sum": "a sum runs over masked positions that are not 0",
         "reduction": "{name} over this axis includes masked positions",
         "cumulative": "a cumulative operation runs over masked positions",
+        "completed": "a reduction over the group counts what is at removed positions",
         "ordered": "units may be pruned but not permuted, so no two are equal",
         "consumer_returned": "a consumer is an output of apply_fn",
         "not_one_axis": "units do not occupy one axis once each",

@@ -64,7 +64,10 @@ def find_roles(
     _mark(proof, program, consumers)
     ordered = [k for k, each in enumerate(units) if solution.ordered[each].any()]
     why = ledger.reason("ordered")
-    return Roles(consumers, {**proof.refused, **dict.fromkeys(ordered, why)})
+    refused = {**proof.refused, **dict.fromkeys(ordered, why)}
+    for axis, reason in ledger.completed:
+        refused = {**dict.fromkeys(places.on(axis), reason), **refused}
+    return Roles(consumers, refused)
 
 
 def _mark(marking: Marking, program: Whole, consumers: frozenset[Place]) -> None:

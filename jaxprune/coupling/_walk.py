@@ -1,6 +1,6 @@
 """The interpreter: walks a jaxpr once, moving labels through every equation."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -8,6 +8,7 @@ from jax.extend.core import Literal
 
 from jaxprune.coupling import _data as data
 from jaxprune.coupling import rules
+from jaxprune.coupling._dead import Scope, completes
 from jaxprune.coupling._labels import Value
 from jaxprune.coupling._ledger import Ledger
 from jaxprune.coupling._refused import REFUSED
@@ -36,13 +37,18 @@ class Step(NamedTuple):
 
 
 class Walked(NamedTuple):
-    """A walked jaxpr: what `narrow` writes down at other sizes."""
+    """A walked jaxpr: what `narrow` writes down at other sizes.
+
+    Attributes:
+        scope: its steps by what they make, to find what is at dead positions.
+    """
 
     jaxpr: Any
     consts: list[Any]
     ins: list[Value]
     outs: list[Value]
     steps: list[Step]
+    scope: Scope
 
     @property
     def eqns(self) -> list[Any]:
@@ -56,6 +62,7 @@ class Walk:
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger
         self._subs: list[Walked] = []
+        self._scope: Scope | None = None
 
     def run(
         self, jaxpr: Any, ins: list[Value], used: list[bool] | None = None
@@ -65,6 +72,8 @@ class Walk:
         known = dict(zip(jaxpr.constvars, map(data.constant, consts), strict=True))
         eqns = join_shuffles(live_equations(jaxpr, used), jaxpr.outvars)
         outer, steps = self._subs, []
+        around, scope = self._scope, self._inner_scope(jaxpr, ins)
+        self._scope, made = scope, scope.made
         calls = self.ledger.calls
 
         def step(number: int, eqn: Any, values: list[Value]) -> tuple[Value, ...]:
@@ -72,6 +81,7 @@ class Walk:
             calls.append(eqn)
             labelled = self._label(eqn, values)
             calls.pop()
+            made.update({var: (labelled, k) for k, var in enumerate(eqn.outvars)})
             steps.append(labelled)
             return labelled.outs
 
@@ -81,8 +91,20 @@ class Walk:
             return known.get(var) or unused(var)
 
         outs = interpret(jaxpr, ins, step, constant, eqns)
-        self._subs = outer
-        return Walked(jaxpr, consts, list(ins), outs, steps)
+        self._subs, self._scope = outer, around
+        return Walked(jaxpr, consts, list(ins), outs, steps, scope)
+
+    def _inner_scope(self, jaxpr: Any, ins: list[Value]) -> Scope:
+        """The scope of a program that the current equation, if any, holds."""
+        eqn = self.ledger.calls[-1] if self.ledger.calls else None
+        if eqn is None or not RULES[eqn.primitive.name].inline:
+            return Scope()
+        around = zip(eqn.invars, ins, strict=True)
+        return Scope(self._scope, zip(jaxpr.invars, around, strict=True))
+
+    def completes(self, eqn: Any, *values: Value) -> bool:
+        """Can a reduction be completed with what is at the dead positions?"""
+        return self._scope is not None and completes(self._scope, eqn, *values)
 
     def enter(
         self, jaxpr: Any, ins: list[Value], used: list[bool] | None = None
@@ -148,31 +170,38 @@ _NO_RULE = Rule(Walk.unknown)
 
 
 def walk_program(
-    program: Program, count: int, known: Mapping[int, Value] = MappingProxyType({})
+    program: Program,
+    count: int,
+    known: Mapping[int, Value] = MappingProxyType({}),
+    zero: Mapping[int, Sequence[bool]] = MappingProxyType({}),
 ) -> tuple[Ledger, Walked]:
     """Walks a program whose first `count` inputs may be cut anywhere, others nowhere.
 
-    Inputs that are data of an outer program are `known`, by their number.
+    Inputs that are data of an outer program are `known`, by their number; `zero` says
+    of which axes of an input the dead positions hold 0: of all, if it is not named.
 
     A program is walked once, however often it is asked for (by `trace`, by `narrow`);
     the ledger is the caller's own.
     """
-    if known or not program.lasting:
-        return _walk_program(program, count, known)
+    if known or not program.lasting or not all(map(all, zero.values())):
+        return _walk_program(program, count, known, zero)
     # By the rules too: what was registered since makes it another walk. And with the
     # jaxpr, so that no other can have its id.
     key = id(program.closed), count, tuple(program.paths), tuple(RULES.items())
     if key not in program.memory:
         while len(program.memory) >= _MOST_WALKS:  # the oldest goes
             del program.memory[next(iter(program.memory))]
-        walk = _walk_program(program, count, {})
+        walk = _walk_program(program, count, {}, {})
         program.memory[key] = program.closed, *walk
     _, ledger, walked = program.memory[key]
     return ledger.copy(), walked
 
 
 def _walk_program(
-    program: Program, count: int, known: Mapping[int, Value]
+    program: Program,
+    count: int,
+    known: Mapping[int, Value],
+    zero: Mapping[int, Sequence[bool]],
 ) -> tuple[Ledger, Walked]:
     ledger = Ledger()
     ledger.reason("pinned")  # of several reasons the first is told
@@ -185,7 +214,9 @@ def _walk_program(
             ins.append(known[k])
             continue
         if k < count:  # what is cut from a variable is zero in the masked program
-            axes = tuple([ledger.fresh_axis(n, zero=True) for n in shape])
+            flags = zero.get(k, (True,) * len(shape))
+            pairs = zip(shape, flags, strict=True)
+            axes = tuple([ledger.fresh_axis(n, zero=flag) for n, flag in pairs])
         else:
             why = ledger.reason("input", name=input_name(path))
             axes = (why,) * len(shape)

@@ -15,9 +15,12 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.extend.core import JaxprEqn, Literal, Var
 
+from jaxprune.coupling._dead import REDUCTIONS
 from jaxprune.coupling._labels import Value
 from jaxprune.coupling._registry import RULES
 from jaxprune.coupling._walk import Step, Walked
+from jaxprune.narrowing._dead import complete
+from jaxprune.narrowing._means import by_own_count
 from jaxprune.program._interpret import interpret
 from jaxprune.program._jaxprs import abstract, bind, closed, opened
 
@@ -46,6 +49,8 @@ class _Emitter:
         eqns: the equations.
         consts: variable -> its value.
         effects: of equations that the walked program did not have.
+        envs: id of the scope of a program -> its variables, as written.
+        dead: (id of a scope, variable, dimensions) -> what is at dead positions.
     """
 
     def __init__(self, kept: Any) -> None:
@@ -53,6 +58,8 @@ class _Emitter:
         self.eqns: list[Any] = []
         self.consts: dict[Any, Any] = {}
         self.effects: set[Any] = set()
+        self.envs: dict[int, dict[Any, Any]] = {}
+        self.dead: dict[Any, Any] = {}
         self._types: dict[Any, Any] = {}  # (id of the full type, shape) -> type
         self._variables: dict[int, Any] = {}  # id of a constant -> its variable
 
@@ -77,13 +84,24 @@ class _Emitter:
     def write(self, walked: Walked, operands: Sequence[Any]) -> list[Any]:
         """Writes all steps of a program; returns its results, None if not computed."""
         arrays = dict(zip(walked.jaxpr.constvars, walked.consts, strict=True))
+        env = self.envs[id(walked.scope)] = dict(
+            zip(walked.jaxpr.invars, operands, strict=True)
+        )
+        for var, array in arrays.items():
+            env[var] = self.constant(array, var.aval)
 
         def step(number: int, eqn: Any, operands: list[Any]) -> list[Any]:
             here = walked.steps[number]
             for k, value in enumerate(here.ins):
                 if value.data:
                     operands[k] = self._cut(operands[k], value)
-            return self._step(here, operands)
+            if not self.kept.counts_removed:
+                operands = by_own_count(self, walked.scope, here, operands)
+            results = self._step(here, operands)
+            if self._is_completed(here):
+                results = complete(self, walked.scope, here, results)
+            env.update(zip(eqn.outvars, results, strict=True))
+            return results
 
         def constant(var: Any) -> Any:
             if isinstance(var, Literal) or var not in arrays:
@@ -96,13 +114,18 @@ class _Emitter:
             for out, value in zip(outs, walked.outs, strict=True)
         ]
 
+    def _is_completed(self, step: Step) -> bool:
+        """May a step have to count what is at dead positions?"""
+        reduces = step.eqn.primitive.name in REDUCTIONS
+        return reduces and self.kept.counts_removed and self.kept.touches(*step.ins)
+
     def _cut(self, operand: Any, value: Value) -> Any:
         """Data at the positions that one use keeps."""
         if not self.kept.touches(value):
             return operand
         array = self._known(operand)
         if array is None or isinstance(array, Tracer):
-            [cut] = self._traced(lambda x: [self.kept.cut(x, value)], [operand])
+            [cut] = self.traced(lambda x: [self.kept.cut(x, value)], [operand])
             return cut
         with jax.ensure_compile_time_eval():  # a constant stays one
             cut = self.kept.cut(array, value)
@@ -114,22 +137,22 @@ class _Emitter:
         shapes = [kept.shape(value) for value in step.outs]
         if not (kept.touches(*step.ins, *step.outs) or kept.cuts_inside(step)):
             if isinstance(eqn, JaxprEqn):
-                return self._copied(eqn, operands, shapes, eqn.params)
-            return self._traced(lambda *xs: bind(eqn, *xs), operands)
+                return self.copied(eqn, operands, shapes, eqn.params)
+            return self.traced(lambda *xs: bind(eqn, *xs), operands)
         if shapes and all(0 in shape for shape in shapes):
             types = [var.aval.dtype for var in eqn.outvars]
-            return self._traced(lambda: list(map(jnp.zeros, shapes, types)), [])
+            return self.traced(lambda: list(map(jnp.zeros, shapes, types)), [])
         rule = RULES[eqn.primitive.name]
         if rule.inline:
             return self.write(step.subs[0], operands)
         resize, narrow = rule.resize, rule.narrow
         changed = resize(kept, step) if resize else None
         if changed is not None:
-            return self._copied(eqn, operands, shapes, {**eqn.params, **changed})
+            return self.copied(eqn, operands, shapes, {**eqn.params, **changed})
         if narrow is None:
-            return self._copied(eqn, operands, shapes, eqn.params)
+            return self.copied(eqn, operands, shapes, eqn.params)
         with eqn.ctx.manager:
-            outs = self._traced(lambda *xs: narrow(kept, step, *xs), operands)
+            outs = self.traced(lambda *xs: narrow(kept, step, *xs), operands)
         made = [out.aval.shape for out in outs]
         if made != shapes:
             raise ValueError(
@@ -138,7 +161,7 @@ class _Emitter:
             )
         return outs
 
-    def _copied(
+    def copied(
         self, eqn: Any, operands: list[Any], shapes: list[Any], params: Any
     ) -> list[Any]:
         """The same equation on these operands, for results of these shapes."""
@@ -146,7 +169,7 @@ class _Emitter:
         self.eqns.append(eqn.replace(invars=operands, outvars=outs, params=params))
         return outs
 
-    def _traced(self, fn: Callable[..., Any], operands: list[Any]) -> list[Any]:
+    def traced(self, fn: Callable[..., Any], operands: list[Any]) -> list[Any]:
         """The equations of a function of these operands."""
         known = list(map(self._known, operands))
         free = [operand for operand in operands if self._known(operand) is None]

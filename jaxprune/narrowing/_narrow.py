@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -13,12 +13,17 @@ from jaxprune.core._names import listed
 from jaxprune.core._positions import axis_keep
 from jaxprune.coupling._trace import twin_of
 from jaxprune.narrowing._decide import SILENT, Alive, untraced
-from jaxprune.narrowing._replay import Restricted, restrict
+from jaxprune.narrowing._replay import Part, Restricted, restrict
 from jaxprune.program._collector import collector_paused
 from jaxprune.program._jaxprs import Program, abstract, is_array, trace_program
 
 
-def narrow(apply_fn: Callable[..., Any], masks: Any) -> Callable[..., Any]:
+def narrow(
+    apply_fn: Callable[..., Any],
+    masks: Any,
+    *,
+    statistics: Literal["masked", "kept"] = "masked",
+) -> Callable[..., Any]:
     """Transforms a function of full-size variables into one of sliced variables.
 
     The contract::
@@ -27,7 +32,9 @@ def narrow(apply_fn: Callable[..., Any], masks: Any) -> Callable[..., Any]:
         narrow(apply_fn, masks)(small, *args) == apply_fn(
             apply_masks(variables, masks), *args)          # to float rounding
 
-    whenever the groups that `masks` cuts are exact (`Group.exact`). Like `jax.vmap`
+    whenever the groups that `masks` cuts are exact (`Group.exact`). Sums, maxima and
+    contractions over an axis that is cut count what the masked program holds at the
+    dead positions (exp(0) in a softmax), computed once for all of them. Like `jax.vmap`
     it is a transformation: same signature, same static arguments, usable under jit,
     grad, vmap, scan and export. The program is traced at its original shapes, which
     the masks know, and written down at the smaller ones, with the source lines and
@@ -38,6 +45,14 @@ def narrow(apply_fn: Callable[..., Any], masks: Any) -> Callable[..., Any]:
     Args:
         apply_fn: the function; its first argument is the variables.
         masks: tree like the variables, bool, True = kept, broadcastable, concrete.
+        statistics: what a reduction over an axis that is cut runs over. ``"masked"``:
+            what the masked program holds, which is the contract. ``"kept"``: what is
+            kept alone; a sum over N positions that is divided by N (or N - 1) is then
+            divided by as many as are kept. So a LayerNorm has the mean and variance of
+            the smaller layer, like a network built at that width, which width pruning
+            followed by distillation wants (Muralidharan et al., `Minitron
+            <https://arxiv.org/abs/2407.14679>`_, 2024); the result differs from the
+            masked model.
 
     Returns:
         A function with the signature of `apply_fn` that takes sliced variables. New
@@ -45,9 +60,10 @@ def narrow(apply_fn: Callable[..., Any], masks: Any) -> Callable[..., Any]:
 
     Raises:
         TypeError: if the masks are tracers.
-        ValueError: when called, if the variables do not have the sliced shapes, if
-            the masks cut a unit in one axis and keep it in a coupled one, or if they
-            cut an axis that cannot be cut. The text names the axes.
+        ValueError: if `statistics` is neither; when called, if the variables do not
+            have the sliced shapes, if the masks cut a unit in one axis and keep it in a
+            coupled one, or if they cut an axis that cannot be cut. The text names the
+            axes.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxprune
@@ -63,6 +79,8 @@ def narrow(apply_fn: Callable[..., Any], masks: Any) -> Callable[..., Any]:
         >>> jaxprune.narrow(mlp, masks)(small, jnp.ones((1, 3)))
         Array([[15., 15.]], dtype=float32)
     """
+    if statistics not in ("masked", "kept"):
+        raise ValueError(f"statistics must be 'masked' or 'kept', got {statistics!r}")
     leaves, treedef = jax.tree.flatten(masks)
     names = leaf_names(masks, treedef)
     flat = list(zip(names, map(_concrete, names, leaves), strict=True))
@@ -76,7 +94,9 @@ def narrow(apply_fn: Callable[..., Any], masks: Any) -> Callable[..., Any]:
         ready = restricted.get(program)
         if ready is None:
             names = [path.split("/", 2)[-1] for path in program.paths[: len(alive)]]
-            ready = restrict(program, alive, names)
+            given = [Part(each, (True,) * len(each)) for each in alive]
+            counts = statistics == "masked"
+            ready = restrict(program, given, names, counts_removed=counts)
             _check_new_values(ready, names)
         if program.lasting:
             restricted[program] = ready

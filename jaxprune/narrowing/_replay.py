@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,24 +11,41 @@ from jax import lax
 from jax.core import Tracer
 from jax.extend.core import jaxpr_as_fun
 
-from jaxprune.coupling._labels import Axis, Column, Value
+from jaxprune.coupling._labels import Axis, Column, Value, all_zero
 from jaxprune.coupling._solve import solve
 from jaxprune.coupling._walk import Step, Walked, walk_program
 from jaxprune.narrowing._build import build
 from jaxprune.narrowing._decide import Alive, decide
 from jaxprune.program._jaxprs import Program, abstract, call, trace_program
 
-# Of an input: which positions of every axis live; or, if it is data, its value.
-Given: TypeAlias = list[Alive] | Value
+
+class Part(NamedTuple):
+    """What a program is told of an input that may be cut.
+
+    Attributes:
+        alive: which positions of every axis live.
+        zero: for every axis, is the value 0 at its dead positions?
+    """
+
+    alive: list[Alive]
+    zero: tuple[bool, ...]
+
+
+Given: TypeAlias = Part | Value  # the value itself, if it is data
 
 
 class Kept:
     """What stays of every value of a walked program.
 
     The rules' `narrow` halves see the program through this object alone.
+
+    Attributes:
+        counts_removed: do reductions count what the masked program holds at the dead
+            positions?
     """
 
-    def __init__(self, alive_units: np.ndarray) -> None:
+    def __init__(self, alive_units: np.ndarray, counts_removed: bool = True) -> None:
+        self.counts_removed = counts_removed
         self._alive = alive_units
         # By id, together with what has this id, so that it stays its own.
         self._lines: dict[int, tuple[Any, Alive, int]] = {}
@@ -57,7 +74,10 @@ class Kept:
 
     def given(self, value: Value) -> Given:
         """What a program that takes this value is told of it."""
-        return value if value.data else [self.mask(axis) for axis in value.axes]
+        if value.data:
+            return value
+        zero = tuple([value.is_zero or all_zero(axis) for axis in value.axes])
+        return Part([self.mask(axis) for axis in value.axes], zero)
 
     def shape(self, value: Value) -> tuple[int, ...]:
         """The size of a value when dead positions are gone."""
@@ -84,6 +104,10 @@ class Kept:
     def take(self, x: Any, positions: np.ndarray, d: int) -> Any:
         """``x`` at these positions of axis `d`; a slice wherever that does it."""
         return take_positions(x, positions, d)
+
+    def dies(self, value: Value, d: int) -> bool:
+        """Is any position of this axis dead?"""
+        return self.shape(value)[d] < value.shape[d]
 
     def touches(self, *values: Value) -> bool:
         """Is any axis of these values cut?"""
@@ -114,14 +138,16 @@ class Kept:
     def narrow_jaxpr(self, jaxpr: Any, given: Sequence[Given]) -> Any:
         """What remains of a closed jaxpr of whose inputs this is `given`."""
         paths = [f"input {k}" for k in range(len(given))]
-        run = restrict(Program(jaxpr, paths, [], None), given)
+        program = Program(jaxpr, paths, [], None)
+        run = restrict(program, given, counts_removed=self.counts_removed)
         return run.kept.program(run.walked)
 
     def narrow_call(
         self, fn: Callable[..., Any], avals: Any, given: Sequence[Given]
     ) -> "Restricted":
         """`fn(*avals)`, traced at full size, for inputs of which this is `given`."""
-        return restrict(trace_program(fn, *avals), given)
+        program = trace_program(fn, *avals)
+        return restrict(program, given, counts_removed=self.counts_removed)
 
 
 def take_positions(x: Any, positions: np.ndarray, d: int) -> Any:
@@ -179,22 +205,28 @@ class Restricted:
 
 
 def restrict(
-    program: Program, given: Sequence[Given], names: Sequence[str] | None = None
+    program: Program,
+    given: Sequence[Given],
+    names: Sequence[str] | None = None,
+    *,
+    counts_removed: bool = True,
 ) -> Restricted:
     """Decides every unit of a program from the living positions of its inputs.
 
     Args:
         program: the traced program.
-        given: for the first input leaves, which positions of each axis live, or the
-            value itself if it is data; nothing of the others is cut.
+        given: for the first input leaves what is known of each; nothing of the others
+            is cut.
         names: how to call the input leaves in error messages.
+        counts_removed: see `Kept`.
 
     Raises:
         ValueError: if two coupled axes disagree, or a pinned position is cut.
     """
     known = {k: each for k, each in enumerate(given) if isinstance(each, Value)}
-    ledger, walked = walk_program(program, len(given), known)
+    zero = {k: each.zero for k, each in enumerate(given) if isinstance(each, Part)}
+    ledger, walked = walk_program(program, len(given), known, zero)
     names = names or [f"input {k}" for k in range(len(given))]
-    masks = [[] if isinstance(each, Value) else each for each in given]
+    masks = [[] if isinstance(each, Value) else each.alive for each in given]
     alive_units = decide(ledger, solve(ledger), walked, names, masks)
-    return Restricted(program, walked, Kept(alive_units))
+    return Restricted(program, walked, Kept(alive_units, counts_removed))

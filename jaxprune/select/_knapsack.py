@@ -13,7 +13,7 @@ and ``v`` is described exactly by linear constraints, because one of the z is 1:
 for ``low <= y <= high``. Nothing is approximated: an optimum is one of the true cost.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -22,7 +22,8 @@ from scipy.sparse import coo_matrix
 from jaxprune.costing import Cost, Polynomial
 
 Row = dict[int, float]  # variable -> coefficient
-Powers = tuple[tuple[str, int], ...]
+# (group, power, is it 0 at full size?): the factors of a term, see `costing.Term`.
+Powers = tuple[tuple[str, int, bool], ...]
 
 
 def solve_exactly(
@@ -88,7 +89,7 @@ class _Programme:
             self.rows.append((dict.fromkeys(own.tolist(), 1.0), 1, 1))
         self.fixed, self.spent = 0.0, {}
         for term in cost.terms:
-            self._spend(float(term.coefficient), term.powers)
+            self._spend(float(term.coefficient), dict(term.powers), term.cut)
 
     def solve(
         self, kept: Mapping[str, np.ndarray], budget: float, time_limit: float
@@ -127,14 +128,20 @@ class _Programme:
         self.high += [high] * n
         return np.arange(start, start + n)
 
-    def _spend(self, coefficient: float, powers: Powers) -> None:
+    def _spend(
+        self, coefficient: float, powers: Mapping[str, int], cut: Collection[str]
+    ) -> None:
         """Adds a term to the cost; groups that are not chosen have their full size."""
-        chosen = []
-        for name, power in powers:
+        if any(name not in self.widths for name in cut):
+            return
+        for name, power in powers.items():
             # Relative sizes keep all numbers near 1.
             coefficient *= float(self.sizes[name]) ** power
-            if name in self.widths:
-                chosen.append((name, power))
+        chosen = [
+            (name, powers.get(name, 0), name in cut)
+            for name in sorted({*powers, *cut})
+            if name in self.widths
+        ]
         if not chosen:
             self.fixed += coefficient
             return
@@ -148,8 +155,10 @@ class _Programme:
             return self.products[powers]
         # The group with the most choices is last: its sum needs no more variables.
         powers_by_count = sorted(powers, key=lambda each: len(self.widths[each[0]]))
-        (name, power), *rest = powers_by_count
+        (name, power, at_a_cut), *rest = powers_by_count
         shares = (self.widths[name] / self.sizes[name]) ** power
+        if at_a_cut:
+            shares = shares * (self.widths[name] < self.sizes[name])
         own = self.choices[name]
         if not rest:
             found = dict(zip(own.tolist(), shares.tolist(), strict=True))

@@ -33,8 +33,6 @@ class Mixer(nn.Module):
         "params/tokens_in/kernel:1": 5,
         "params/features_in/kernel:1": 7,
     },
-    # Mixing tokens adds its bias to every channel, cut or not, before the next norm.
-    inexact=("params/patches/kernel:3",),
 )
 def _():
     return linen(Mixer(), normal(8, 8, 3))
@@ -316,10 +314,9 @@ def _():
 @model(
     "experts_dense",
     {
-        "router:1": 3,  # an expert goes with its column of the router: not exact
+        "router:1": 3,  # an expert goes with its column of the router
         "up:2": 5,
     },
-    inexact=("router:1",),
 )
 def _():
     def apply_fn(params, x):

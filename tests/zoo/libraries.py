@@ -91,7 +91,6 @@ class EqxNet(eqx.Module):
         "mlp/layers/0/weight:0": 7,
         "mlp/layers/1/weight:0": 7,
     },
-    inexact=("conv/weight:0",),  # Equinox computes the variance in two passes
 )
 def _():
     net = eqx.filter_eval_shape(EqxNet, jax.random.key(0))

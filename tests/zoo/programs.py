@@ -278,8 +278,8 @@ def _():
     return apply_fn, weights(w1=(4, 10), w2=(5, 3)), normal(4)
 
 
-# A unit is both of its pieces; a single piece of all units is the maximum's business.
-@model("maxout", {"w1:1": 2, "w1:1#2": 5}, inexact=("w1:1",))
+# A unit is both of its pieces; or a single piece of all units.
+@model("maxout", {"w1:1": 2, "w1:1#2": 5})
 def _():
     def apply_fn(params, x):
         h = (x @ params["w1"]).reshape(x.shape[0], 5, 2)

@@ -5,7 +5,7 @@ is exact where dead positions hold 0.
 """
 
 from collections.abc import Mapping, Sequence
-from functools import reduce
+from functools import partial, reduce
 from typing import Any, NamedTuple, TypeAlias
 
 from jaxprune.coupling._data import concrete
@@ -75,7 +75,7 @@ def by_factors(walk: Any, eqn: Any, *values: Value) -> Any:
             for k, d, part in places
         ]
         if f in plan.reduced:
-            _reduce(walk, eqn, known, axes)
+            _reduce(walk, eqn, known, axes, values)
         else:
             joined[f] = _join(walk, plan, places, axes)
     is_zero = not plan.bare and _is_zero(plan, values)
@@ -147,18 +147,24 @@ def _long(signature: Signature, factors: Factors) -> Factors:
     return tuple([f for f in factors if signature.sizes[f] != 1]) or factors[:1]
 
 
-def _reduce(walk: Any, eqn: Any, known: Declaration, axes: list[Axis]) -> None:
-    ledger = walk.ledger
+def _reduce(
+    walk: Any,
+    eqn: Any,
+    known: Declaration,
+    axes: list[Axis],
+    values: Sequence[Value],
+) -> None:
+    ledger, completes = walk.ledger, partial(walk.completes, eqn, *values)
     if known.is_product and len(axes) == 2:
-        ledger.contract(*axes, "contraction", eqn)
+        ledger.contract(*axes, "contraction", eqn, completes)
         return
     for axis in axes:
         if known.reduce == "sum":
-            ledger.sum_over(axis, "sum", eqn)
+            ledger.sum_over(axis, "sum", eqn, completes)
         else:
             name = _KINDS.get(eqn.primitive.name.removeprefix("reduce_"), "a reduction")
             pinned = with_zero(axis, False)
-            ledger.sum_over(pinned, "reduction", eqn, name=name)
+            ledger.sum_over(pinned, "reduction", eqn, completes, name=name)
 
 
 _KINDS = {"max": "a maximum", "min": "a minimum", "prod": "a product"}

@@ -1,5 +1,6 @@
 """Reductions, scans along an axis, windows and orderings."""
 
+import functools
 from typing import Any
 
 from jaxprune.coupling._labels import Value, with_zero
@@ -32,9 +33,10 @@ def reduced(
         keeps_zero: is the result the same with more zeros on these axes?
         **details: what the text of the reason names.
     """
+    completes = functools.partial(walk.completes, eqn, value)
     for d in axes:
         axis = value.axes[d] if keeps_zero else with_zero(value.axes[d], False)
-        walk.ledger.sum_over(axis, kind, eqn, **details)
+        walk.ledger.sum_over(axis, kind, eqn, completes, **details)
     return Value(*_drop(value, axes), value.is_zero)
 
 

@@ -33,14 +33,13 @@ def _(p, x):
     return head(x * gate[:, None, None], p["w"])
 
 
-# A softmax over the channels divides by a sum in which exp(0) = 1 still counts for a
-# masked channel.
+# A softmax over the channels divides by a sum in which exp(0) = 1 counts for a masked
+# channel: the narrowed program adds it.
 @structure(
     "channel_softmax_gate",
     "right",
     {"stem:3": 6},
     {**STEM, "gate": (6, 6), "w": (6, 2)},
-    inexact={"stem:3": "a maximum over this axis"},
 )
 def _(p, x):
     x = relu_conv(x, p["stem"])
@@ -59,14 +58,12 @@ def _(p, x):
     return head(x * jax.nn.sigmoid(conv(x, p["gate"])), p["w"])
 
 
-# CBAM: the mean of non-negative channels is exact, the maximum is not in general: it
-# sees the 0 of a masked channel, and cutting removes it.
+# CBAM: a maximum sees the 0 of a masked channel: the narrowed program compares with it.
 @structure(
     "cbam_mean_and_max_over_channels",
     "idle",
     {"stem:3": 6},
     {**STEM, "gate": (3, 3, 2, 1), "w": (6, 2)},
-    inexact={"stem:3": "a maximum over this axis"},
 )
 def _(p, x):
     x = conv(x, p["stem"])
@@ -163,13 +160,12 @@ def _(p, x):
 
 
 # Every mean over the inputs of a filter counts those that were masked: the difference
-# w - mean is not 0 where the channel is dead, which no later product mends.
+# w - mean is not 0 where the channel is dead, but the same in all of them.
 @structure(
     "weight_standardisation",
     "thread",
     {"stem:3": 6, "deep:3": 5},
     {**STEM, "deep": (3, 3, 6, 5), "w": (5, 2)},
-    inexact={"stem:3": "a sum runs over"},
 )
 def _(p, x):
     def standard(kernel):

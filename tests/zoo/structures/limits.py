@@ -19,7 +19,6 @@ STEM = {"stem": (3, 3, 3, 6)}
     {"a:1": 6},
     {"a": (4, 6), "w": (6, 3)},
     ROW,
-    inexact={"a:1": "a sum runs over"},
 )
 def _(p, x):
     h = x @ p["a"]
