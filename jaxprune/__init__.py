@@ -5,17 +5,17 @@ matter (`scores`, `group_scores`), which ones stay (`select`), what if they were
 (`expand_masks`, `apply_masks`, `hold_masks`, `bridgeout`), make them gone
 (`slice_params`, `narrow`). `prune` asks all five in one call.
 
-Families live in namespaces: `scores`, `select`, `clusters`, `taps`, `training`,
-`schedules`, `noisy_layers`, `plans`; and, imported on first use because they need
-further packages, `io`, `checkpoints`, `export`, `integrations`, `display`, `data` and
-`models`.
+Families live in namespaces: `scores`, `select`, `search`, `clusters`, `taps`,
+`training`, `schedules`, `noisy_layers`, `plans`; and, imported on first use because
+they need further packages, `io`, `checkpoints`, `export`, `integrations`, `display`,
+`data` and `models`.
 """
 
 import importlib
 import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
-from jaxprune import scores, select, training
+from jaxprune import scores, search, select, training
 from jaxprune.core import (
     Group,
     Groups,
@@ -46,6 +46,7 @@ from jaxprune.recipes import (
     sensitivity,
 )
 from jaxprune.scores import group_scores
+from jaxprune.search import slimmable
 from jaxprune.select import clusters
 from jaxprune.statistics import recalibrate, taps
 from jaxprune.surgery import (
@@ -55,6 +56,7 @@ from jaxprune.surgery import (
     deviation,
     merge,
     merge_error,
+    permute,
     slice_opt_state,
     slice_params,
     unslice_params,
@@ -122,6 +124,7 @@ __all__ = [
     "narrow",
     "noisy_layers",
     "noisy_params",
+    "permute",
     "plans",
     "prune",
     "recalibrate",
@@ -129,10 +132,12 @@ __all__ = [
     "rounds",
     "schedules",
     "scores",
+    "search",
     "select",
     "sensitivity",
     "slice_opt_state",
     "slice_params",
+    "slimmable",
     "sparsity",
     "taps",
     "trace",

@@ -183,7 +183,8 @@ def test_verify_refuses_an_inexact_plan_and_says_where(key):
 
 def test_verify_catches_units_that_are_not_interchangeable(key, monkeypatch):
     params = {"q": jnp.ones((3, 4)), "k": jnp.ones((3, 4))}
-    monkeypatch.setattr("jaxprune.plans._can_permute", lambda group: True)
+    for module in ("jaxprune.recipes.plans", "jaxprune.surgery._permuting"):
+        monkeypatch.setattr(f"{module}.can_permute", lambda group: True)
     with pytest.raises(ValueError, match="reordering the units of"):
         jaxprune.plans.verify(
             rotary, params, jnp.ones((2, 3)), keep={"q:1": np.arange(4) < 2}, key=key

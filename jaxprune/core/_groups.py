@@ -87,7 +87,8 @@ class Group:
         exact: True if cutting any units equals masking them, up to rounding.
         reason: why not, if not exact; `why` is its text.
         ordered: the place of a unit matters (it is tied to an entry of a table, such
-            as a rotary frequency), so units can be cut but not reordered.
+            as a rotary frequency, or the program takes the units apart), so units can
+            be cut but not reordered.
         blocks: the units come in this many blocks of equal size, one after the other
             (see `balanced` of `trace`); a cut takes as many from every block.
         obstacle: why units that are equal cannot be merged (see `merge`); None if they

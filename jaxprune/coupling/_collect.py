@@ -10,8 +10,10 @@ from jaxprune.core._groups import Group, Groups, Member
 from jaxprune.coupling._labels import Value
 from jaxprune.coupling._ledger import Ledger
 from jaxprune.coupling._lines import Axes, Lines, explain, find_lines, find_pinned
+from jaxprune.coupling._parted import parted
 from jaxprune.coupling._roles import Whole, find_roles
 from jaxprune.coupling._solution import NEVER, Solution
+from jaxprune.coupling._walk import Walked
 
 
 class _Places(NamedTuple):
@@ -50,13 +52,20 @@ def collect_groups(
     shapes: Mapping[str, tuple[int, ...]],
     treedef: Any,
     program: Whole | None = None,
+    walked: Walked | None = None,
 ) -> Groups:
     """Gathers units with the same signature into groups, in order of first use."""
     lines = find_lines(ledger, solution, variables)
     found = _found(solution, lines)
     groups = _named(ledger, solution, found)
+    units = [each.units for each in found]
+    if walked is not None:
+        apart = parted(solution, walked, units)
+        groups = {
+            name: dataclasses.replace(group, ordered=True) if g in apart else group
+            for g, (name, group) in enumerate(groups.items())
+        }
     if program is not None:
-        units = [each.units for each in found]
         groups = _with_roles(ledger, solution, program, units, groups)
     return Groups(groups, find_pinned(ledger, solution, lines), shapes, treedef)
 

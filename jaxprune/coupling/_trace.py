@@ -94,7 +94,7 @@ def trace(
         _pin_labels(ledger, known, groups, labels)
     solution = solve(ledger)
     whole = Whole(walked, arrays, twins) if roles else None
-    groups = collect_groups(ledger, solution, ordered, shapes, treedef, whole)
+    groups = collect_groups(ledger, solution, ordered, shapes, treedef, whole, walked)
     if not balanced:
         return groups
     balance = Balance(solution, walked, find_groups(ledger, solution, ordered))

@@ -22,6 +22,7 @@ from jaxprune.coupling._trace import trace
 from jaxprune.io._files import first_line, read_regular, write_atomically
 from jaxprune.narrowing._narrow import narrow
 from jaxprune.program._jaxprs import is_array
+from jaxprune.surgery._permuting import can_permute, permute
 from jaxprune.surgery._slicing import slice_params
 
 FORMAT = 1
@@ -263,7 +264,7 @@ def verify(
     permuted = {
         name: _difference(full, run(_permuted(groups, name, variables, order_key)))
         for name in keep
-        if _can_permute(groups[name])
+        if can_permute(groups[name])
     }
     proof = Proof(narrowed, permuted, tolerance)
     _check(groups, keep, proof)
@@ -323,22 +324,9 @@ def _difference(a: PyTree, b: PyTree) -> float:
     return worst
 
 
-def _can_permute(group: Group) -> bool:
-    """Not where units share positions (a Gram matrix) or have a place of their own."""
-    apart = all(len(np.unique(m.index)) == m.index.size for m in group.members)
-    return apart and not group.ordered
-
-
 def _permuted(groups: Groups, name: str, variables: PyTree, key: jax.Array) -> PyTree:
     """The variables with the units of one group, block by block, in another order."""
     group = groups[name]
     grid = jnp.arange(group.size).reshape(group.blocks, -1)
-    order = np.asarray(
-        jax.random.permutation(key, grid, axis=1, independent=True)
-    ).ravel()
-    leaves = dict(zip(groups.shapes, jax.tree.leaves(variables), strict=True))
-    for member in group.members:
-        source = np.arange(groups.shapes[member.path][member.axis])
-        source[member.index.ravel()] = member.index[order].ravel()
-        leaves[member.path] = jnp.take(leaves[member.path], source, axis=member.axis)
-    return groups.treedef.unflatten(leaves.values())
+    order = jax.random.permutation(key, grid, axis=1, independent=True)
+    return permute(variables, groups, {name: np.asarray(order).ravel()})

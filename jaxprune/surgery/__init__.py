@@ -9,6 +9,7 @@ from jaxprune.surgery._merging import averaging_matrix as averaging_matrix
 from jaxprune.surgery._merging import deviation as deviation
 from jaxprune.surgery._merging import merge as merge
 from jaxprune.surgery._merging import merge_error as merge_error
+from jaxprune.surgery._permuting import permute as permute
 from jaxprune.surgery._slicing import slice_opt_state as slice_opt_state
 from jaxprune.surgery._slicing import slice_params as slice_params
 from jaxprune.surgery._slicing import unslice_params as unslice_params

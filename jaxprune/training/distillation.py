@@ -127,11 +127,49 @@ def in_place(
     if not logits:
         raise ValueError("logits must hold one array per width, the widest first")
     widest, *others = logits
-    loss = _cross_entropy(widest, labels)
+    loss = label_loss(widest, labels)
     for narrow in others:
-        soft = soft_cross_entropy(narrow, widest, temperature=temperature)
-        loss = loss + alpha * soft + (1 - alpha) * _cross_entropy(narrow, labels)
+        options = {"alpha": alpha, "temperature": temperature}
+        loss = loss + taught(narrow, widest, labels, **options)
     return loss
+
+
+def taught(
+    student: jax.Array,
+    teacher: jax.Array,
+    labels: jax.Array,
+    *,
+    alpha: float | jax.Array = 0.9,
+    temperature: float | jax.Array = 1.0,
+) -> jax.Array:
+    r"""The loss of a network that learns from a teacher and from labels.
+
+    .. math:: \alpha \, S_T(z_s, z_t) + (1 - \alpha) \, CE(z_s, y)
+
+    with `soft_cross_entropy` :math:`S_T`.
+
+    Args:
+        student: logits ``[batch, classes]``.
+        teacher: logits like them; they get no gradient.
+        labels: int ``[batch]``, or probabilities ``[batch, classes]``.
+        alpha: share of the teacher, in [0, 1].
+        temperature: of the teacher's share, above 0.
+
+    Returns:
+        ``[batch]``.
+
+    Raises:
+        ValueError: if the shapes differ or a number is out of range.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> logits = jnp.zeros((1, 2))
+        >>> taught(logits, logits, jnp.array([0]))  # log 2, whatever the share
+        Array([0.693...], dtype=float32)
+    """
+    check("alpha", alpha)
+    soft = soft_cross_entropy(student, teacher, temperature=temperature)
+    return alpha * soft + (1 - alpha) * label_loss(student, labels)
 
 
 def block_wise(
@@ -208,7 +246,21 @@ def _softened(student: jax.Array, teacher: jax.Array, temperature: Any) -> Any:
     return jax.nn.softmax(teacher / t), jax.nn.log_softmax(student / t), t * t
 
 
-def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+def label_loss(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Cross-entropy against labels, or probabilities, of every example.
+
+    Args:
+        logits: ``[batch, classes]``.
+        labels: int ``[batch]``, or probabilities ``[batch, classes]``.
+
+    Returns:
+        ``[batch]``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> label_loss(jnp.zeros((1, 2)), jnp.array([0]))
+        Array([0.693...], dtype=float32)
+    """
     if jnp.issubdtype(labels.dtype, jnp.integer):
         return optax.losses.softmax_cross_entropy_with_integer_labels(logits, labels)
     return optax.losses.softmax_cross_entropy(logits, labels)
