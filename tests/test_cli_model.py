@@ -79,6 +79,13 @@ def test_prune_and_export(module, capsys, tmp_path):
     model = jaxprune.export.load_exported(tmp_path / "other")
     x = np.ones((3, 4), np.float32)
     np.testing.assert_allclose(model(x), loaded(x), rtol=1e-6)
+    # The folder alone is enough.
+    assert main(["export", "small", "--out", "alone", "--quiet"]) == 0
+    model = jaxprune.export.load_exported(tmp_path / "alone")
+    np.testing.assert_allclose(model(x), loaded(x), rtol=1e-6)
+    words = ["export", "small", "--out", "x", "--format", "onnx"]
+    assert main(words) == 2
+    assert "needs --model module:factory" in capsys.readouterr().err
 
 
 def test_variables_of_a_checkpoint(module, tmp_path, capsys):

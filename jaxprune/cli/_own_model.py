@@ -85,7 +85,8 @@ class Export:
     format: Format = "stablehlo"
     """Of the file."""
     model: str | None = None
-    """module:factory of the original, which tflite and onnx need."""
+    """module:factory of the original, which tflite and onnx need; stablehlo takes the
+    program in the folder without."""
     quiet: bool = False
     """Print nothing."""
 
@@ -156,21 +157,27 @@ def export(config: Export) -> None:
         loaded = io.load_pruned(config.folder, apply_fn)
     except ValueError as error:
         raise UsageError(str(error)) from error
-    if config.format == "safetensors":
-        io.save_safetensors(config.out, loaded.variables, plan=loaded.plan)
-    elif original is None:
+    args = original.args if original else loaded.args
+    if config.format in ("tflite", "onnx") and original is None:
         raise UsageError(f"--format {config.format} needs --model module:factory")
-    else:
-        writers: dict[str, Callable[..., None]] = {
-            "stablehlo": io.save_exported,
-            "tflite": io.save_tflite,
-            "onnx": io.save_onnx,
-        }
-        writer = writers[config.format]
-        try:
-            writer(config.out, loaded.apply_fn, loaded.variables, *original.args)
-        except (ValueError, ModuleNotFoundError) as error:
-            raise UsageError(str(error).splitlines()[0]) from error
+    if config.format != "safetensors" and not args:
+        raise UsageError(
+            f"{config.folder} does not say how the function is called; give --model "
+            "module:factory"
+        )
+    writers: dict[str, Callable[..., None]] = {
+        "stablehlo": io.save_exported,
+        "tflite": io.save_tflite,
+        "onnx": io.save_onnx,
+    }
+    try:
+        if config.format == "safetensors":
+            io.save_safetensors(config.out, loaded.variables, plan=loaded.plan)
+        else:
+            writer = writers[config.format]
+            writer(config.out, loaded.apply_fn, loaded.variables, *args)
+    except (ValueError, ModuleNotFoundError) as error:
+        raise UsageError(str(error).splitlines()[0]) from error
     if not config.quiet:
         print(f"written to {config.out}")
 

@@ -34,7 +34,8 @@ def each_example(apply_fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
     """``(variables, *args)``, computed for every example of a batch by itself.
 
     The function is traced for a batch of one and mapped, so whatever it does
-    (`jaxprune.narrow` included) meets concrete shapes only.
+    (`jaxprune.narrow` included) meets concrete shapes only. A program that was exported
+    before cannot be mapped; it takes batches of any size by itself, or refuses.
     """
 
     def mapped(variables: PyTree, *args: Any) -> PyTree:
@@ -42,7 +43,12 @@ def each_example(apply_fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
             batch_of_one = jax.tree.map(lambda x: x[None], example)
             return jax.tree.map(lambda y: y[0], apply_fn(variables, *batch_of_one))
 
-        return jax.vmap(one)(*args)
+        try:
+            return jax.vmap(one)(*args)
+        except NotImplementedError as error:
+            if "call_exported" not in str(error):
+                raise
+        return apply_fn(variables, *args)
 
     return mapped
 

@@ -5,6 +5,7 @@ function the folder is loaded as that function narrowed; without it, as the expo
 program, which needs nothing of the model's source.
 """
 
+import ast
 import dataclasses
 import importlib.metadata
 import json
@@ -60,6 +61,9 @@ class Loaded:
         groups: what `trace` found in the original, or None if they were not saved.
         plan: which units were cut (see `jaxprune.plans.from_json`), or None.
         facts: what was saved beside them.
+        args: the example arguments, shapes and dtypes where they are arrays; () if they
+            are not known.
+        kwargs: example keyword arguments.
     """
 
     apply_fn: Callable[..., Any]
@@ -68,6 +72,8 @@ class Loaded:
     groups: Groups | None
     plan: Any
     facts: Mapping[str, Any]
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def save_pruned(
@@ -197,7 +203,9 @@ def load_pruned(
         variables, masks = (_in_tree(folder, t, like) for t in (variables, masks))
     chosen = program if apply_fn is None else narrow(apply_fn, masks)
     assert chosen is not None
-    return Loaded(chosen, variables, masks, groups, about["plan"], about["facts"])
+    call = _example(about["program"]) if "program" in about else ((), {})
+    told = about["plan"], about["facts"]
+    return Loaded(chosen, variables, masks, groups, *told, *call)
 
 
 # ------------------------------------------------------------------------------ program
@@ -232,6 +240,7 @@ def _program(
         "built in": built_in,
         "keywords": {name: repr(value) for name, value in kwargs.items()},
         "inputs": [describe(arg) for arg in given],
+        "example": [_described(leaf) for leaf in jax.tree.leaves(given)],
     }
     outputs = jax.eval_shape(of_arrays, shapes_of(variables), *map(shapes_of, given))
     about["outputs"] = describe(outputs)
@@ -314,10 +323,44 @@ def _call(about: Mapping[str, Any], program: jax.export.Exported) -> Callable[..
                     f"array argument {number} was saved as {structure}, got "
                     f"{describe(arg)}"
                 )
+        shapes = [_described(leaf) for leaf in jax.tree.leaves(given)]
+        if about["batch"] != "any" and shapes != about["shapes"]:
+            raise ValueError(
+                "the exported program takes a batch of one size, "
+                f"{', '.join(about['shapes'])}, got {', '.join(shapes)}; load it with "
+                "the original function for other sizes"
+            )
         found = flat(jax.tree.leaves(variables), *jax.tree.leaves(given))
         return rebuild(outputs, iter(found))
 
     return apply_fn
+
+
+def _example(about: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call; none if one that is built in cannot be read back."""
+    try:
+        leaves = iter([_shape(text) for text in about["example"]])
+        inputs = iter([rebuild(structure, leaves) for structure in about["inputs"]])
+        args = tuple(
+            next(inputs) if text is None else ast.literal_eval(text)
+            for text in about["built in"]
+        )
+        keywords = about["keywords"].items()
+        return args, {name: ast.literal_eval(text) for name, text in keywords}
+    except (KeyError, ValueError, SyntaxError):
+        return (), {}
+
+
+def _described(leaf: Any) -> str:
+    return f"{leaf.dtype}[{','.join(map(str, np.shape(leaf)))}]"
+
+
+def _shape(text: str) -> jax.ShapeDtypeStruct:
+    """The shape and dtype of what is `_described`."""
+    dtype, _, dims = text.removesuffix("]").partition("[")
+    shape = tuple(int(length) for length in dims.split(",") if length)
+    like = _blank(dtype, shape)
+    return jax.ShapeDtypeStruct(shape, like.dtype)
 
 
 def _all_arrays(arg: Any) -> bool:

@@ -172,6 +172,11 @@ def _further(
     request: Request,
 ) -> Pruned:
     """Cuts what an earlier cut has left; the masks are those of the original."""
+    if before.is_program:
+        raise ValueError(
+            "this was loaded without the original function, as a compiled program, "
+            "which cannot be cut; load it with jaxprune.load(folder, apply_fn)"
+        )
     variables = before.variables if variables is None else variables
     args, kwargs = args or before.args, before.kwargs if kwargs is None else kwargs
     problem = problem_of(before.apply_fn, variables, args, kwargs, request)
@@ -186,5 +191,6 @@ def _further(
         kwargs=again.kwargs,
         last_masks=again.masks,
         seconds=None,
+        counted=None,
         call=f"{before.call}\n{again.call}",
     )

@@ -69,11 +69,13 @@ class Pruned:
     @functools.cached_property
     def costs_before(self) -> Costs:
         """What a call of the original costs."""
+        self._need_source("costs_before")
         return costs(self.dense_fn, self.dense_variables, *self.args, **self.kwargs)
 
     @functools.cached_property
     def costs(self) -> Costs:
         """What a call costs now."""
+        self._need_source("costs")
         return costs(self.apply_fn, self.variables, *self.args, **self.kwargs)
 
     def __str__(self) -> str:
@@ -121,6 +123,18 @@ class Pruned:
             ModuleNotFoundError: if ``jaxprune[report]`` is missing.
         """
         report_pruned(path, self, title, metrics or {}, latency)
+
+    @property
+    def is_program(self) -> bool:
+        """Was it loaded without the source of the original?"""
+        return self.dense_fn is self.apply_fn
+
+    def _need_source(self, what: str) -> None:
+        if self.is_program:
+            raise ValueError(
+                f"{what} needs the original function, but this was loaded without it, "
+                "as a compiled program; load it with jaxprune.load(folder, apply_fn)"
+            )
 
     # --- what one does with it -------------------------------------------------------
 
@@ -179,7 +193,11 @@ class Pruned:
         Args:
             *args: arguments to call with; by default zeros like the example.
             **kwargs: keyword arguments, likewise.
+
+        Raises:
+            ValueError: if it was loaded without the original function.
         """
+        self._need_source("measured")
         if not args and not kwargs:
             args, kwargs = jax.tree.map(zeros, (self.args, dict(self.kwargs)))
         dense = jax.tree.map(zeros, self.dense_variables)
@@ -221,14 +239,18 @@ class Pruned:
     @property
     def counted_costs(self) -> list[list[Any]]:
         """Name, before and after of each cost; seconds, if measured."""
+        seconds = [["seconds", *self.seconds]] if self.seconds else []
         if self.counted is not None:
-            return [list(each) for each in self.counted]
+            known = [list(each) for each in self.counted]
+            return [
+                each for each in known if each[0] != "seconds" or not seconds
+            ] + seconds
         pairs = self.costs_before, self.costs
         found = [
             ["parameters", *(each.parameters for each in pairs)],
             ["FLOPs", *(each.flops for each in pairs)],
         ]
-        return [*found, *([["seconds", *self.seconds]] if self.seconds else [])]
+        return [*found, *seconds]
 
     # --- pickle and copy -------------------------------------------------------------
 
@@ -325,6 +347,8 @@ def load(
         found.groups,
         found.apply_fn if apply_fn is None else apply_fn,
         jax.tree.structure(found.variables).unflatten(full),
+        found.args,
+        found.kwargs,
         counted=found.facts.get("costs"),
         call=found.facts.get("call", ""),
     )

@@ -30,7 +30,7 @@ def report_pruned(
         from jaxprune.display import Stage
 
     # Where the original is not at hand there is nothing to compare with.
-    if latency and pruned.seconds is None and pruned.counted is None and pruned.args:
+    if latency and pruned.seconds is None and pruned.args and not pruned.is_program:
         pruned = pruned.measured()
     found = {name: ends for name, *ends in pruned.counted_costs}
     before, after = _ends(metrics)
