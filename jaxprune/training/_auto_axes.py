@@ -9,16 +9,20 @@ inside is not touched: it runs in the mode of its caller.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxprune.core._types import Array, PyTree
 
-def under_auto_axes(fn: Callable[..., Any], *args: Any, like: Any) -> Any:
+T = TypeVar("T")
+
+
+def under_auto_axes(fn: Callable[..., T], *args: PyTree, like: PyTree) -> T:
     """``fn(*args)``, with explicit axes of the mesh made automatic meanwhile.
 
     Args:
@@ -49,10 +53,13 @@ def under_auto_axes(fn: Callable[..., Any], *args: Any, like: Any) -> Any:
         like,
         is_leaf=lambda x: x is None,
     )
-    return jax.sharding.auto_axes(fn, axes=explicit, out_sharding=out)(*args)
+    typed = jax.sharding.auto_axes(fn, axes=explicit, out_sharding=out)
+    return cast(Callable[..., T], typed)(*args)
 
 
-def beside_leaves(fn: Callable[..., Any], *args: Any, leaves: Mapping[str, Any]) -> Any:
+def beside_leaves(
+    fn: Callable[..., T], *args: PyTree, leaves: Mapping[str, Array]
+) -> T:
     """`under_auto_axes` for results by path, each sharded as the leaf that it is for.
 
     Args:
@@ -69,14 +76,14 @@ def beside_leaves(fn: Callable[..., Any], *args: Any, leaves: Mapping[str, Any])
     return under_auto_axes(fn, *args, like=like)
 
 
-def shapes_of(tree: Any) -> Any:
+def shapes_of(tree: PyTree) -> PyTree:
     """Shapes and dtypes alone, on no mesh."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree
     )
 
 
-def explicit_mesh(tree: Any) -> Any:
+def explicit_mesh(tree: PyTree) -> Mesh | AbstractMesh | None:
     """The mesh with explicit axes that an array of the tree lies on, or None.
 
     It is the mesh of devices where the array is concrete, and abstract in a trace.
@@ -92,12 +99,12 @@ def explicit_mesh(tree: Any) -> Any:
         if mesh.empty or AxisType.Explicit not in mesh.axis_types:
             continue
         concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
-        own: Any = getattr(leaf, "sharding", None) if concrete else sharding
+        own = getattr(leaf, "sharding", None) if concrete else sharding
         return own.mesh if isinstance(own, NamedSharding) else mesh
     return None
 
 
-def sharding_for(shape: tuple[int, ...], leaf: Any) -> Any:
+def sharding_for(shape: tuple[int, ...], leaf: Array) -> NamedSharding | None:
     """How an array that goes along with a leaf is sharded on its explicit mesh.
 
     Axis by axis as the leaf, where the size allows it; whole elsewhere.
@@ -108,7 +115,7 @@ def sharding_for(shape: tuple[int, ...], leaf: Any) -> Any:
     mesh = explicit_mesh(leaf)
     if mesh is None:
         return None
-    spec: list[Any] = [None] * len(shape)
+    spec: list[str | tuple[str, ...] | None] = [None] * len(shape)
     for axis, names in enumerate(_typed(leaf).spec[: len(shape)]):
         parts = 1
         for name in names if isinstance(names, tuple) else (names,):
@@ -118,11 +125,11 @@ def sharding_for(shape: tuple[int, ...], leaf: Any) -> Any:
     return NamedSharding(mesh, P(*spec))
 
 
-def _typed(leaf: Any) -> Any:
+def _typed(leaf: Array) -> NamedSharding:
     return jax.typeof(leaf).sharding
 
 
-def _sharding_of(mesh: Any, leaf: Any) -> NamedSharding:
+def _sharding_of(mesh: Mesh | AbstractMesh, leaf: Array | None) -> NamedSharding:
     if leaf is None:
         return NamedSharding(mesh, P())
     own = _typed(leaf)

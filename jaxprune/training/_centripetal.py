@@ -6,21 +6,25 @@ instead, and equal units can be merged into one without changing the function
 everything else of optax go on as usual.
 """
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.tree_util import KeyPath
+from jax.typing import ArrayLike
 
 from jaxprune.core._clusters import checked_clusters
 from jaxprune.core._groups import Groups, Member
 from jaxprune.core._leafwise import widened
 from jaxprune.core._leaves import keystr, named_leaves, parameter_paths
+from jaxprune.core._types import Array
 from jaxprune.training._hyperparameters import check, current
-from jaxprune.training._leaves import select_leaves
+from jaxprune.training._leaves import MaskOrFn, select_leaves
+from jaxprune.training._links import link
 
 
 class CentripetalState(NamedTuple):
@@ -45,7 +49,7 @@ def centripetal(
     *,
     vector_strength: float = 0.1,
     weight_decay: float = 0.0,
-    mask: Any = None,
+    mask: MaskOrFn = None,
 ) -> optax.GradientTransformation:
     r"""Draws the units of every cluster together while they are trained.
 
@@ -119,14 +123,18 @@ def centripetal(
     }
     makers = _makers(groups, firsts)
 
-    def init(params: Any) -> CentripetalState:
+    def init(params: optax.Params) -> CentripetalState:
         if jax.tree.leaves(params):  # optax.tree.map_params probes with none
             _check_traced(groups, makers, params)
         count = jnp.zeros((), jnp.int32)
         arrays = {name: jnp.asarray(ids, jnp.int32) for name, ids in firsts.items()}
         return CentripetalState(count, current("strength", strength, count), arrays)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(
+        updates: optax.Updates,
+        state: CentripetalState,
+        params: optax.Params | None = None,
+    ) -> tuple[optax.Updates, CentripetalState]:
         if params is None:
             raise ValueError(
                 "units are drawn to each other by their weights; call "
@@ -136,7 +144,7 @@ def centripetal(
         weights = named_leaves(params)
         kernels = select_leaves(params, mask, gets="decay")
 
-        def rewrite(path: Any, grad: jax.Array) -> jax.Array:
+        def rewrite(path: KeyPath, grad: jax.Array) -> jax.Array:
             name = keystr(path)
             is_kernel, members = name in kernels, makers.get(_traced(groups, name), ())
             if not members and not is_kernel:
@@ -152,14 +160,14 @@ def centripetal(
         new = CentripetalState(count, now, state.clusters)
         return jax.tree.map_with_path(rewrite, updates), new
 
-    return optax.GradientTransformation(init, update)
+    return link(init, update)
 
 
 def _drawn(
     grad: jax.Array,
     weight: jax.Array,
-    pull: Any,
-    decay: Any,
+    pull: ArrayLike,
+    decay: ArrayLike,
     targets: list[tuple[int, jax.Array]],
 ) -> jax.Array:
     """The new gradient of a leaf; `targets` say which slices of it are one."""
@@ -176,7 +184,7 @@ def _drawn(
 _Makers = Mapping[str, list[tuple[str, Member]]]
 
 
-def _makers(groups: Groups, names: Mapping[str, Any]) -> _Makers:
+def _makers(groups: Groups, names: Mapping[str, Array]) -> _Makers:
     trained = parameter_paths(groups.shapes)
     found: dict[str, list[tuple[str, Member]]] = {}
     for name in names:
@@ -191,7 +199,7 @@ def _traced(groups: Groups, name: str) -> str:
     return name if name in groups.shapes else f"params/{name}"
 
 
-def _check_traced(groups: Groups, makers: _Makers, params: Any) -> None:
+def _check_traced(groups: Groups, makers: _Makers, params: optax.Params) -> None:
     shapes = {
         _traced(groups, name): np.shape(leaf)
         for name, leaf in named_leaves(params).items()
@@ -211,7 +219,9 @@ def _check_traced(groups: Groups, makers: _Makers, params: Any) -> None:
 
 
 def _targets(
-    members: Any, shape: tuple[int, ...], clusters: Mapping[str, jax.Array]
+    members: Sequence[tuple[str, Member]],
+    shape: tuple[int, ...],
+    clusters: Mapping[str, jax.Array],
 ) -> list[tuple[int, jax.Array]]:
     """Axis and int32 ``[positions]``: the first position of each one's cluster.
 

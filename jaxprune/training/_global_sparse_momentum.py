@@ -6,20 +6,24 @@ alone, and momentum carries them to zero. The layers' sparsities come out by the
 """
 
 from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.core import Tracer
+from jax.tree_util import KeyPath
+from jax.typing import ArrayLike
 
 from jaxprune.core._leafwise import widened
 from jaxprune.core._leaves import keystr, named_leaves
 from jaxprune.core._masks import apply_masks
+from jaxprune.core._types import PyTree, Scalar
 from jaxprune.select._thresholds import lowest_together
 from jaxprune.training._hyperparameters import check, current
-from jaxprune.training._leaves import select_leaves
+from jaxprune.training._leaves import MaskOrFn, select_leaves
+from jaxprune.training._links import link
 
 
 class GlobalSparseMomentumState(NamedTuple):
@@ -39,7 +43,7 @@ def global_sparse_momentum(
     nonzero_ratio: optax.ScalarOrSchedule,
     *,
     weight_decay: float = 0.0,
-    mask: Any = None,
+    mask: MaskOrFn = None,
 ) -> optax.GradientTransformation:
     r"""Passes the gradients of the weights that matter most now, and decays all.
 
@@ -91,13 +95,17 @@ def global_sparse_momentum(
     check("nonzero_ratio", nonzero_ratio)
     check("weight_decay", weight_decay)
 
-    def init(params: Any) -> GlobalSparseMomentumState:
+    def init(params: optax.Params) -> GlobalSparseMomentumState:
         select_leaves(params, mask, gets="a rank")
         count = jnp.zeros((), jnp.int32)
         now = current("nonzero_ratio", nonzero_ratio, count)
         return GlobalSparseMomentumState(count, now)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(
+        updates: optax.Updates,
+        state: GlobalSparseMomentumState,
+        params: optax.Params | None = None,
+    ) -> tuple[optax.Updates, GlobalSparseMomentumState]:
         if params is None:
             raise ValueError(
                 "weights are ranked by |w g| and decay; call "
@@ -110,10 +118,10 @@ def global_sparse_momentum(
         grads = {n: widened(g) for n, g in named_leaves(updates).items() if n in chosen}
         # A number that is known is counted exactly; what is in the state is float32.
         known = not callable(nonzero_ratio) and not isinstance(nonzero_ratio, Tracer)
-        ratio = nonzero_ratio if known else state.nonzero_ratio
+        ratio = cast(Scalar, nonzero_ratio) if known else state.nonzero_ratio
         active = _most({n: jnp.abs(w * grads[n]) for n, w in weights.items()}, ratio)
 
-        def rewrite(path: Any, grad: jax.Array) -> jax.Array:
+        def rewrite(path: KeyPath, grad: jax.Array) -> jax.Array:
             name = keystr(path)
             if name not in weights:
                 return grad
@@ -125,7 +133,7 @@ def global_sparse_momentum(
         new = GlobalSparseMomentumState(count, now)
         return jax.tree.map_with_path(rewrite, updates), new
 
-    return optax.GradientTransformation(init, update)
+    return link(init, update)
 
 
 class Ticket(NamedTuple):
@@ -137,12 +145,16 @@ class Ticket(NamedTuple):
             was ranked.
     """
 
-    params: Any
-    masks: Any
+    params: optax.Params
+    masks: PyTree
 
 
 def winning_ticket(
-    initial: Any, trained: Any, nonzero_ratio: float, *, mask: Any = None
+    initial: optax.Params,
+    trained: optax.Params,
+    nonzero_ratio: float,
+    *,
+    mask: MaskOrFn = None,
 ) -> Ticket:
     """Rewinds the weights that are largest after training, and drops the others.
 
@@ -187,18 +199,18 @@ def winning_ticket(
     return Ticket(apply_masks(initial, masks), masks)
 
 
-def _wide(tree: Any, chosen: Collection[str]) -> dict[str, jax.Array]:
+def _wide(tree: PyTree, chosen: Collection[str]) -> dict[str, jax.Array]:
     """Path -> leaf in single precision or more, of the chosen leaves."""
     leaves = named_leaves(tree).items()
     return {path: widened(leaf) for path, leaf in leaves if path in chosen}
 
 
-def _most(scores: Mapping[str, jax.Array], ratio: Any) -> Mapping[str, jax.Array]:
+def _most(scores: Mapping[str, jax.Array], ratio: Scalar) -> Mapping[str, jax.Array]:
     """Where the ``int(ratio * N)`` largest of all N scores are; NaN is the largest."""
     total = sum(leaf.size for leaf in scores.values())
     if isinstance(ratio, jax.Array | Tracer):
         share = jnp.floor(ratio * total * (1 + 1e-6)).astype(jnp.uint32)
-        gone: Any = np.uint32(total) - jnp.minimum(share, np.uint32(total))
+        gone: ArrayLike = np.uint32(total) - jnp.minimum(share, np.uint32(total))
     else:
         # 0.29 * 100 is a little less than 29.
         gone = total - min(int(float(ratio) * total * (1 + 1e-12)), total)

@@ -1,17 +1,20 @@
 """Growing regularisation: weight decay that rises on what is about to be removed."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import KeyPath
 
 from jaxprune.core._leaves import keystr, named_leaves
 from jaxprune.core._packing import PackedMasks
+from jaxprune.core._types import PyTree
 from jaxprune.training._auto_axes import under_auto_axes
 from jaxprune.training._hyperparameters import check, is_whole
-from jaxprune.training._leaves import select_leaves
+from jaxprune.training._leaves import MaskOrFn, select_leaves
+from jaxprune.training._links import link
 from jaxprune.training.sparse._state import packed_by_path, unpacked
 
 
@@ -32,12 +35,12 @@ class GrowingState(NamedTuple):
 
 
 def growing_regularization(
-    masks: Any | Callable[[Any], Any] | None = None,
+    masks: PyTree | Callable[[optax.Params], PyTree] | None = None,
     *,
     growth: float = 1e-4,
     every: int = 10,
     ceiling: float = 1.0,
-    mask: Any = None,
+    mask: MaskOrFn = None,
 ) -> optax.GradientTransformation:
     r"""Pushes weights to zero by an L2 penalty that grows while training (GReg).
 
@@ -100,7 +103,7 @@ def growing_regularization(
         steps = (1 + count // every).astype(jnp.float32)
         return jnp.minimum(jnp.float32(ceiling), jnp.float32(growth) * steps)
 
-    def removed(params: Any) -> Any:
+    def removed(params: optax.Params) -> PyTree:
         if masks is not None:
             return masks(params) if callable(masks) else masks
         chosen = select_leaves(params, mask, gets="decayed")
@@ -108,14 +111,16 @@ def growing_regularization(
             lambda path, _: jnp.asarray(keystr(path) not in chosen), params
         )
 
-    def init(params: Any) -> GrowingState:
+    def init(params: optax.Params) -> GrowingState:
         count = jnp.zeros((), jnp.int32)
         return GrowingState(count, strength(count), packed_by_path(params, removed))
 
-    def decayed(updates: Any, params: Any, state: GrowingState) -> Any:
+    def decayed(
+        updates: optax.Updates, params: optax.Params, state: GrowingState
+    ) -> PyTree:
         weights, held = named_leaves(params), unpacked(state.masks, params)
 
-        def decay(path: Any, grad: jax.Array) -> jax.Array:
+        def decay(path: KeyPath, grad: jax.Array) -> jax.Array:
             kept = held.get(name := keystr(path))
             if kept is None:
                 return grad
@@ -124,7 +129,9 @@ def growing_regularization(
 
         return jax.tree.map_with_path(decay, updates)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(
+        updates: optax.Updates, state: GrowingState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, GrowingState]:
         if params is None:
             raise ValueError(
                 "weight decay needs the weights; call "
@@ -134,4 +141,4 @@ def growing_regularization(
         count = jnp.asarray(optax.safe_increment(state.count))
         return new, state._replace(count=count, strength=strength(count))
 
-    return optax.GradientTransformation(init, update)
+    return link(init, update)

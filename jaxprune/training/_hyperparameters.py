@@ -3,12 +3,14 @@
 import math
 import numbers
 from collections.abc import Callable
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.core import Tracer
+
+from jaxprune.core._types import Scalar
 
 _DOMAINS: dict[str, tuple[Callable[[float], bool], str]] = {
     "rate": (lambda x: 0 <= x < 1, "in [0, 1)"),
@@ -31,7 +33,7 @@ _DOMAINS: dict[str, tuple[Callable[[float], bool], str]] = {
 }
 
 
-def check(name: str, value: Any) -> None:
+def check(name: str, value: optax.ScalarOrSchedule) -> None:
     """Raises if a hyperparameter is out of range; schedules and tracers pass."""
     if callable(value) or isinstance(value, Tracer):
         return
@@ -45,15 +47,15 @@ def check(name: str, value: Any) -> None:
 def current(name: str, value: optax.ScalarOrSchedule, count: jax.Array) -> jax.Array:
     """The value of a number or a schedule at a count, checked where it is known."""
     now = value(count) if callable(value) else value
-    check(name, now)
+    check(name, cast(Scalar, now))
     return jnp.array(now, jnp.float32)
 
 
-def is_whole(value: Any) -> bool:
+def is_whole(value: object) -> bool:
     """Whether it is a whole number: of steps, or of parts."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def is_ranked(target_fraction: Any) -> bool:
+def is_ranked(target_fraction: Scalar) -> bool:
     """Whether weights must be ranked: not if the fraction is known to be 1."""
-    return isinstance(target_fraction, Tracer) or target_fraction < 1
+    return isinstance(target_fraction, Tracer) or bool(target_fraction < 1)

@@ -5,7 +5,7 @@ numpy. States therefore hold its words; the name of its implementation is the ke
 dict, and so part of the tree's structure.
 """
 
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -40,10 +40,10 @@ def typed_key(stored: StoredKey) -> jax.Array:
     return jax.random.wrap_key_data(jax.tree.leaves(words)[0], impl=implementation)
 
 
-def _typed(key: Any) -> jax.Array:
+def _typed(key: int | jax.Array) -> jax.Array:
     dtype, shape = jnp.result_type(key), jnp.shape(key)
     if jnp.issubdtype(dtype, jax.dtypes.prng_key) and shape == ():
-        return key
+        return cast(jax.Array, key)
     if not jnp.issubdtype(dtype, jnp.integer) or shape != ():
         raise TypeError(
             f"key must be an int or a typed key such as jax.random.key(0), got {key!r};"

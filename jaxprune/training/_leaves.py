@@ -1,19 +1,26 @@
 """Which leaves of the parameters a regulariser acts on."""
 
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import TypeAlias, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.core import Tracer
 
 from jaxprune.core._leaves import NOT_KERNELS, keystr, named_leaves
+from jaxprune.core._types import PyTree, Scalar
+
+# One bool per leaf, True = chosen: tree like the parameters or a prefix of it, or a
+# function from them to one; None for the default.
+MaskOrFn: TypeAlias = PyTree | Callable[[optax.Params], PyTree] | None
 
 
 def select_leaves(
-    params: Any, mask: Any = None, min_ndim: int = 0, gets: str = "noise"
-) -> Any:
+    params: optax.Params, mask: MaskOrFn = None, min_ndim: int = 0, gets: str = "noise"
+) -> dict[str, None]:
     """Paths of the chosen leaves, as the keys of a dict of None.
 
     Such a dict is tree structure: it can sit in a state and is known while tracing.
@@ -30,7 +37,7 @@ def select_leaves(
     if not leaves:
         # optax.tree.map_params calls init on an empty stand-in for the parameters; a
         # single leaf there matches the dict of any real state.
-        return jnp.zeros((), bool)
+        return cast(dict[str, None], jnp.zeros((), bool))
     chosen = _default_mask(params) if mask is None else _as_mask(mask, params, gets)
     selected = {name: None for name in leaves if chosen[name]}
     if not selected:
@@ -51,7 +58,7 @@ def select_leaves(
     return selected
 
 
-def reaches(inputs: int, target_fraction: Any) -> bool:
+def reaches(inputs: int, target_fraction: Scalar) -> bool:
     """Whether targeting leaves anything to noise; True where that is not known yet."""
     if isinstance(target_fraction, Tracer):
         return True
@@ -59,7 +66,7 @@ def reaches(inputs: int, target_fraction: Any) -> bool:
     return math.floor(inputs * float(target_fraction) * (1 + 1e-6)) >= 1
 
 
-def _default_mask(params: Any) -> dict[str, bool]:
+def _default_mask(params: optax.Params) -> dict[str, bool]:
     return {
         name: np.ndim(w) >= 2
         and jnp.issubdtype(w.dtype, jnp.floating)
@@ -68,7 +75,7 @@ def _default_mask(params: Any) -> dict[str, bool]:
     }
 
 
-def _as_mask(mask: Any, params: Any, gets: str) -> dict[str, bool]:
+def _as_mask(mask: MaskOrFn, params: optax.Params, gets: str) -> dict[str, bool]:
     tree = mask(params) if callable(mask) else mask
     for path, flag in jax.tree.leaves_with_path(tree):
         if np.shape(flag) != () or np.asarray(flag).dtype.kind != "b":

@@ -6,19 +6,22 @@ they stand before the optimiser's own scaling, so that the penalty is part of th
 """
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import KeyPath
 
 from jaxprune.core._groups import Group, Groups, Member
 from jaxprune.core._leafwise import widened
 from jaxprune.core._leaves import keystr, named_leaves
+from jaxprune.core._types import PyTree
 from jaxprune.training._auto_axes import shapes_of, under_auto_axes
 from jaxprune.training._hyperparameters import check, current
-from jaxprune.training._leaves import select_leaves
+from jaxprune.training._leaves import MaskOrFn, select_leaves
+from jaxprune.training._links import link
 
 
 class PenaltyState(NamedTuple):
@@ -38,7 +41,7 @@ def bridge_penalty(
     strength: optax.ScalarOrSchedule,
     q: float = 1.0,
     *,
-    mask: Any = None,
+    mask: MaskOrFn = None,
     eps: float = 1e-12,
 ) -> optax.GradientTransformation:
     r"""Adds the gradient of :math:`strength \sum_j (|w_j| + eps)^q`.
@@ -82,7 +85,7 @@ def bridge_penalty(
     check("q", q)
     check("eps", eps)
 
-    def penalty(params: Any) -> jax.Array:
+    def penalty(params: optax.Params) -> jax.Array:
         chosen = select_leaves(params, mask, gets="a penalty")
         return _sum(
             _power(w, q, eps)
@@ -97,7 +100,7 @@ def group_lasso(
     strength: optax.ScalarOrSchedule,
     groups: Groups | None = None,
     *,
-    mask: Any = None,
+    mask: MaskOrFn = None,
 ) -> optax.GradientTransformation:
     r"""Adds the gradient of :math:`strength \sum_g \sqrt{n_g} \, \|w_g\|_2`.
 
@@ -139,7 +142,7 @@ def group_lasso(
         <https://arxiv.org/abs/1608.03665>`_, 2016
     """
 
-    def penalty(params: Any) -> jax.Array:
+    def penalty(params: optax.Params) -> jax.Array:
         chosen = select_leaves(params, mask, min_ndim=1, gets="a penalty")
         leaves = {n: w for n, w in named_leaves(params).items() if n in chosen}
         if groups is None:
@@ -151,28 +154,32 @@ def group_lasso(
 
 
 def _link(
-    strength: optax.ScalarOrSchedule, penalty: Callable[[Any], jax.Array]
+    strength: optax.ScalarOrSchedule, penalty: Callable[[optax.Params], jax.Array]
 ) -> optax.GradientTransformation:
     """Adds ``strength * grad(penalty)``; `penalty` sums float32 or wider."""
     check("strength", strength)
 
-    def init(params: Any) -> PenaltyState:
+    def init(params: optax.Params) -> PenaltyState:
         if jax.tree.leaves(params):  # optax.tree.map_params probes with none
             jax.eval_shape(penalty, shapes_of(params))  # complains early
         count = jnp.zeros((), jnp.int32)
         return PenaltyState(count, current("strength", strength, count))
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(
+        updates: optax.Updates, state: PenaltyState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, PenaltyState]:
         if params is None:
             raise ValueError(
                 "a penalty is a function of the weights; call "
                 "tx.update(grads, opt_state, params)"
             )
 
-        def added(updates: Any, params: Any, strength: jax.Array) -> Any:
+        def added(
+            updates: optax.Updates, params: optax.Params, strength: jax.Array
+        ) -> PyTree:
             slopes = named_leaves(jax.grad(penalty)(params))
 
-            def add(path: Any, grad: jax.Array) -> jax.Array:
+            def add(path: KeyPath, grad: jax.Array) -> jax.Array:
                 slope = slopes[keystr(path)].astype(jnp.float32)
                 return grad + (strength * slope).astype(grad.dtype)
 
@@ -183,7 +190,7 @@ def _link(
         now = current("strength", strength, count)
         return updates, PenaltyState(count, now)
 
-    return optax.GradientTransformation(init, update)
+    return link(init, update)
 
 
 def _power(w: jax.Array, q: float, eps: float) -> jax.Array:
@@ -245,5 +252,5 @@ def _sqrt(squares: jax.Array) -> jax.Array:
     return jnp.where(some, jnp.sqrt(jnp.where(some, squares, 1.0)), 0.0)
 
 
-def _sum(terms: Any) -> jax.Array:
+def _sum(terms: Iterable[jax.Array]) -> jax.Array:
     return sum(terms, jnp.zeros(()))

@@ -2,19 +2,22 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.tree_util import KeyPath
 
 from jaxprune.core._groups import Groups
 from jaxprune.core._leafwise import widened
 from jaxprune.core._leaves import keystr, named_leaves
+from jaxprune.core._types import PyTree
 from jaxprune.training._auto_axes import shapes_of, under_auto_axes
 from jaxprune.training._hyperparameters import check, current
-from jaxprune.training._leaves import select_leaves
+from jaxprune.training._leaves import MaskOrFn, select_leaves
+from jaxprune.training._links import link
 from jaxprune.training._penalties import traced_leaves, unit_squares
 
 
@@ -36,7 +39,7 @@ def proximal_group_lasso(
     strength: optax.ScalarOrSchedule,
     groups: Groups | None = None,
     *,
-    mask: Any = None,
+    mask: MaskOrFn = None,
 ) -> optax.GradientTransformation:
     r"""Shrinks groups of weights after the step, down to exactly zero.
 
@@ -94,25 +97,27 @@ def proximal_group_lasso(
         rate = current("learning_rate", learning_rate, count)
         return rate * current("strength", strength, count)
 
-    def factors(moved: Any, limit: jax.Array) -> dict[str, jax.Array]:
+    def factors(moved: optax.Updates, limit: jax.Array) -> dict[str, jax.Array]:
         chosen = select_leaves(moved, mask, min_ndim=1, gets="shrunk")
         leaves = {n: w for n, w in named_leaves(moved).items() if n in chosen}
         if groups is None:
             return {name: _of_filters(w, limit) for name, w in leaves.items()}
         return _of_units(groups, leaves, limit)
 
-    def init(params: Any) -> ProximalState:
+    def init(params: optax.Params) -> ProximalState:
         count = jnp.zeros((), jnp.int32)
         now = threshold(count)
         if jax.tree.leaves(params):  # optax.tree.map_params probes with none
             jax.eval_shape(factors, *shapes_of((params, now)))  # complains early
         return ProximalState(count, now)
 
-    def shrunk(updates: Any, params: Any, limit: jax.Array) -> Any:
+    def shrunk(
+        updates: optax.Updates, params: optax.Params, limit: jax.Array
+    ) -> PyTree:
         found = factors(optax.apply_updates(params, updates), limit)
         weights = named_leaves(params)
 
-        def shrink(path: Any, update: jax.Array) -> jax.Array:
+        def shrink(path: KeyPath, update: jax.Array) -> jax.Array:
             factor = found.get(name := keystr(path))
             if factor is None:
                 return update
@@ -125,7 +130,9 @@ def proximal_group_lasso(
 
         return jax.tree.map_with_path(shrink, updates)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(
+        updates: optax.Updates, state: ProximalState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, ProximalState]:
         if params is None:
             raise ValueError(
                 "a proximal step sets weights; call tx.update(grads, opt_state, params)"
@@ -134,7 +141,7 @@ def proximal_group_lasso(
         count = jnp.asarray(optax.safe_increment(state.count))
         return new, ProximalState(count, threshold(count))
 
-    return optax.GradientTransformation(init, update)
+    return link(init, update)
 
 
 def _factor(squares: jax.Array, weights: int, limit: jax.Array) -> jax.Array:

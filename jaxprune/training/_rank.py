@@ -2,19 +2,22 @@
 
 import fnmatch
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.tree_util import KeyPath
 
 from jaxprune.core._leafwise import widened
 from jaxprune.core._leaves import keystr, named_leaves
+from jaxprune.core._types import PyTree
 from jaxprune.training._auto_axes import under_auto_axes
 from jaxprune.training._hyperparameters import check, current, is_whole
-from jaxprune.training._leaves import select_leaves
+from jaxprune.training._leaves import MaskOrFn, select_leaves
+from jaxprune.training._links import link_with_extra
 
 Kind = Literal["channel", "spatial", "depthwise"]
 
@@ -31,7 +34,7 @@ class TrainedRankState(NamedTuple):
     # Every optax state calls it so, over tuple.count.
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     strength: jax.Array
-    inner: Any
+    inner: optax.OptState
 
 
 def trained_rank_pruning(
@@ -42,7 +45,7 @@ def trained_rank_pruning(
     strength: optax.ScalarOrSchedule = 0.0,
     kind: Kind = "channel",
     feature_groups: Mapping[str, int] | None = None,
-    mask: Any = None,
+    mask: MaskOrFn = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Truncates kernels to low rank every few steps while they are trained (TRP).
 
@@ -111,7 +114,7 @@ def trained_rank_pruning(
         )
     tx = optax.with_extra_args_support(tx)
 
-    def init(params: Any) -> TrainedRankState:
+    def init(params: optax.Params) -> TrainedRankState:
         if jax.tree.leaves(params):  # optax.tree.map_params probes with none
             _layouts(params, kind, feature_groups, mask)  # complains early
         count = jnp.zeros((), jnp.int32)
@@ -120,8 +123,11 @@ def trained_rank_pruning(
         )
 
     def update(
-        updates: Any, state: Any, params: Any = None, **extra: Any
-    ) -> tuple[Any, Any]:
+        updates: optax.Updates,
+        state: TrainedRankState,
+        params: optax.Params | None = None,
+        **extra: object,
+    ) -> tuple[optax.Updates, TrainedRankState]:
         if params is None:
             raise ValueError(
                 "trained rank pruning sets weights; call "
@@ -129,13 +135,17 @@ def trained_rank_pruning(
             )
         layouts = _layouts(params, kind, feature_groups, mask)
 
-        def with_norm(grads: Any, params: Any, factor: jax.Array, on: jax.Array) -> Any:
+        def with_norm(
+            grads: optax.Updates, params: optax.Params, factor: jax.Array, on: jax.Array
+        ) -> PyTree:
             return lax.cond(
                 on, lambda: _add_slopes(grads, params, factor, layouts, energy),
                 lambda: grads,
             )  # fmt: skip
 
-        def truncated(updates: Any, params: Any, on: jax.Array) -> Any:
+        def truncated(
+            updates: optax.Updates, params: optax.Params, on: jax.Array
+        ) -> PyTree:
             return lax.cond(
                 on, lambda: _truncating(updates, params, layouts, energy),
                 lambda: _as_wide(updates, params, layouts),
@@ -154,7 +164,7 @@ def trained_rank_pruning(
         now = current("strength", strength, count)
         return updates, TrainedRankState(count, now, inner)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return link_with_extra(init, update)
 
 
 class _Layout(NamedTuple):
@@ -165,7 +175,10 @@ class _Layout(NamedTuple):
 
 
 def _layouts(
-    params: Any, kind: Kind, feature_groups: Mapping[str, int] | None, mask: Any
+    params: optax.Params,
+    kind: Kind,
+    feature_groups: Mapping[str, int] | None,
+    mask: MaskOrFn,
 ) -> dict[str, _Layout]:
     """Path -> layout of the kernels that are truncated."""
     chosen = select_leaves(params, mask, min_ndim=2, gets="truncated")
@@ -254,15 +267,15 @@ def _of_kernel(w: jax.Array, layout: _Layout, energy: float, power: float) -> ja
 
 
 def _add_slopes(
-    grads: Any,
-    params: Any,
+    grads: optax.Updates,
+    params: optax.Params,
     factor: jax.Array,
     layouts: Mapping[str, _Layout],
     energy: float,
-) -> Any:
+) -> PyTree:
     weights = named_leaves(params)
 
-    def add(path: Any, grad: jax.Array) -> jax.Array:
+    def add(path: KeyPath, grad: jax.Array) -> jax.Array:
         layout = layouts.get(name := keystr(path))
         if layout is None:
             return grad
@@ -273,13 +286,16 @@ def _add_slopes(
 
 
 def _truncating(
-    updates: Any, params: Any, layouts: Mapping[str, _Layout], energy: float
-) -> Any:
+    updates: optax.Updates,
+    params: optax.Params,
+    layouts: Mapping[str, _Layout],
+    energy: float,
+) -> PyTree:
     """Updates after which the kernels are truncated."""
     moved = named_leaves(optax.apply_updates(params, updates))
     weights = named_leaves(params)
 
-    def truncate(path: Any, update: jax.Array) -> jax.Array:
+    def truncate(path: KeyPath, update: jax.Array) -> jax.Array:
         layout = layouts.get(name := keystr(path))
         if layout is None:
             return update
@@ -290,7 +306,9 @@ def _truncating(
     return jax.tree.map_with_path(truncate, updates)
 
 
-def _as_wide(updates: Any, params: Any, layouts: Mapping[str, _Layout]) -> Any:
+def _as_wide(
+    updates: optax.Updates, params: optax.Params, layouts: Mapping[str, _Layout]
+) -> PyTree:
     """Updates of the dtypes of `_truncating`."""
     weights = named_leaves(params)
     return jax.tree.map_with_path(

@@ -1,12 +1,14 @@
 """A teacher that is the average of the student: parameters followed by a link."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxprune.core._types import PyTree
 from jaxprune.training._hyperparameters import check, current
+from jaxprune.training._links import link
 
 
 class TeacherState(NamedTuple):
@@ -19,7 +21,7 @@ class TeacherState(NamedTuple):
 
     # Every optax state calls it so, over tuple.count.
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
-    average: Any
+    average: optax.Params
 
 
 def ema_teacher(
@@ -61,12 +63,14 @@ def ema_teacher(
     """
     check("decay", decay)
 
-    def init(params: Any) -> TeacherState:
+    def init(params: optax.Params) -> TeacherState:
         # Copies: donating the parameters must not delete the teacher.
         average = jax.tree.map(jnp.copy, params)
         return TeacherState(jnp.zeros((), jnp.int32), average)
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(
+        updates: optax.Updates, state: TeacherState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, TeacherState]:
         if params is None:
             raise ValueError(
                 "the teacher follows the weights; call "
@@ -83,10 +87,10 @@ def ema_teacher(
         count = jnp.asarray(optax.safe_increment(state.count))
         return updates, TeacherState(count, average)
 
-    return optax.GradientTransformation(init, update)
+    return link(init, update)
 
 
-def teacher_params(opt_state: Any) -> Any:
+def teacher_params(opt_state: optax.OptState) -> PyTree:
     """The average that `ema_teacher` keeps, without a gradient.
 
     Args:
@@ -116,7 +120,7 @@ def teacher_params(opt_state: Any) -> Any:
     return jax.lax.stop_gradient(found[0].average)
 
 
-def _between(old: Any, new: Any, slow: jax.Array) -> jax.Array:
+def _between(old: jax.Array, new: jax.Array, slow: jax.Array) -> jax.Array:
     if not jnp.issubdtype(jnp.result_type(old), jnp.inexact):
         return new
     old, new = jnp.asarray(old), jnp.asarray(new)

@@ -6,12 +6,12 @@ teacher that is an average of the student is `jaxprune.training.ema_teacher`.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxprune.core._types import Scalar
 from jaxprune.training._hyperparameters import check
 
 
@@ -234,7 +234,9 @@ def _check_projection(block: int, a: jax.Array, m: jax.Array) -> None:
         )
 
 
-def _softened(student: jax.Array, teacher: jax.Array, temperature: Any) -> Any:
+def _softened(
+    student: jax.Array, teacher: jax.Array, temperature: Scalar
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     check("temperature", temperature)
     if student.shape != teacher.shape:
         raise ValueError(

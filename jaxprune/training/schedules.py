@@ -10,11 +10,11 @@ Drop fractions of RigL need nothing of their own: `optax.cosine_decay_schedule`.
 """
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from jaxprune.training._hyperparameters import is_whole
 
@@ -142,7 +142,7 @@ def geometric(
         raise ValueError("a geometric ramp never removes everything: sparsity below 1")
     ratio = (1 - sparsity) / (1 - initial)
 
-    def schedule(count: Any) -> jax.Array:
+    def schedule(count: ArrayLike) -> jax.Array:
         steps = _staircase(count, start, end, frequency)
         ramp = 1 - (1 - initial) * ratio ** (steps / max(end - start, 1))
         return jnp.where(_steps(count) >= end, jnp.float32(sparsity), ramp)
@@ -207,7 +207,7 @@ def narang(
     _check_not_negative(threshold=threshold, steepening=steepening)
     slope = 2 * threshold / (2 * (ramp - start) + 3 * (end - ramp))
 
-    def schedule(count: Any) -> jax.Array:
+    def schedule(count: ArrayLike) -> jax.Array:
         steps = (_staircase(count, start, end, frequency) + start).astype(jnp.float32)
         flat = slope * (jnp.minimum(steps, ramp) - start + 1)
         steep = slope * steepening * (steps - ramp + 1)
@@ -244,7 +244,7 @@ def cyclic(parts: int, *, every: int, rounds: int | None = None) -> optax.Schedu
     if parts < 1 or every < 1 or (rounds is not None and rounds < 1):
         raise ValueError(f"must be 1 or more: {parts=}, {every=}, {rounds=}")
 
-    def schedule(count: Any) -> jax.Array:
+    def schedule(count: ArrayLike) -> jax.Array:
         turn = _steps(count) // every
         if rounds is None:
             return turn % parts
@@ -285,7 +285,7 @@ def inverse_decay(
     if stop is not None:
         _check_steps(stop=stop)
 
-    def schedule(count: Any) -> jax.Array:
+    def schedule(count: ArrayLike) -> jax.Array:
         steps = _steps(count)
         value = (1 + rate * steps.astype(jnp.float32)) ** (-power)
         return value if stop is None else jnp.where(steps < stop, value, 0.0)
@@ -299,7 +299,7 @@ def _polynomial(
     _check_ramp(sparsity, start, end, initial, frequency)
     ramp = optax.polynomial_schedule(initial, sparsity, power, max(end - start, 1))
 
-    def schedule(count: Any) -> jax.Array:
+    def schedule(count: ArrayLike) -> jax.Array:
         steps = _staircase(count, start, end, frequency)
         # A quotient may round below 1, and the target would be missed by a hair.
         return jnp.where(_steps(count) >= end, jnp.float32(sparsity), ramp(steps))
@@ -307,13 +307,13 @@ def _polynomial(
     return schedule
 
 
-def _steps(count: Any) -> jax.Array:
+def _steps(count: ArrayLike) -> jax.Array:
     """As signed integers: differences of small or unsigned counts would wrap around."""
     count = jnp.asarray(count)
     return count.astype(jnp.int64 if count.dtype.itemsize > 4 else jnp.int32)
 
 
-def _staircase(count: Any, start: int, end: int, frequency: int) -> jax.Array:
+def _staircase(count: ArrayLike, start: int, end: int, frequency: int) -> jax.Array:
     """Steps since `start`, rounded down to the frequency; `end` is always reached."""
     steps = jnp.maximum(_steps(count) - start, 0)
     return jnp.where(steps >= end - start, end - start, steps // frequency * frequency)
@@ -331,7 +331,7 @@ def _check_ramp(
         )
 
 
-def _check_steps(**steps: Any) -> None:
+def _check_steps(**steps: int) -> None:
     for name, step in steps.items():
         if not is_whole(step):
             raise ValueError(f"{name} must be a whole number, got {step!r}")

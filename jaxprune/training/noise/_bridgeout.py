@@ -1,15 +1,17 @@
 """Batch Bridgeout: noise on the weights that amounts to a bridge (L_q) penalty."""
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from jaxprune.training._hyperparameters import check, current, is_ranked
 from jaxprune.training._keys import StoredKey
-from jaxprune.training._leaves import select_leaves
+from jaxprune.training._leaves import MaskOrFn, select_leaves
 from jaxprune.training.noise._draws import kept_or_dropped, smallest
 from jaxprune.training.noise._weight_noise import noise_of, weight_noise
 
@@ -38,8 +40,8 @@ class BridgeoutState(NamedTuple):
     q: jax.Array
     eps: jax.Array
     target_fraction: jax.Array | None
-    unit: Any
-    noised: Any
+    unit: dict[str, None]
+    noised: dict[str, None]
 
 
 def bridgeout(
@@ -48,7 +50,7 @@ def bridgeout(
     *,
     target_fraction: float = 0.75,
     relative: bool = True,
-    mask: Any = None,
+    mask: MaskOrFn = None,
     eps: float = 1e-12,
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformation:
@@ -181,7 +183,7 @@ def bridgeout(
     check("eps", eps)
     ranked = is_ranked(target_fraction)
 
-    def fixed() -> dict[str, Any]:
+    def fixed() -> Mapping[str, object]:
         fraction = jnp.array(target_fraction, jnp.float32) if ranked else None
         unit = {"kernel" if relative else "one": None}
         number = jnp.array(eps, jnp.float32)
@@ -221,7 +223,7 @@ def scale(w: jax.Array) -> jax.Array:
 
 
 def bridge_noise(
-    w: jax.Array, xi: jax.Array, q: Any, eps: Any, noisy: jax.Array
+    w: jax.Array, xi: jax.Array, q: ArrayLike, eps: ArrayLike, noisy: jax.Array
 ) -> jax.Array:
     """``(|w| + eps)^(q/2) * xi`` where `noisy` (False at 0), else 0."""
     q, eps = (jnp.asarray(x, w.dtype) for x in (q, eps))

@@ -1,7 +1,7 @@
 """DropConnect: weights are dropped at random, the rest is scaled up."""
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import optax
 
 from jaxprune.training._hyperparameters import check, current, is_ranked
 from jaxprune.training._keys import StoredKey
-from jaxprune.training._leaves import select_leaves
+from jaxprune.training._leaves import MaskOrFn, select_leaves
 from jaxprune.training.noise._draws import kept_or_dropped, smallest
 from jaxprune.training.noise._weight_noise import noise_of, weight_noise
 
@@ -31,14 +31,14 @@ class DropConnectState(NamedTuple):
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     rate: jax.Array
     target_fraction: jax.Array | None
-    noised: Any
+    noised: dict[str, None]
 
 
 def dropconnect(
     rate: optax.ScalarOrSchedule = 0.5,
     *,
     target_fraction: float = 1.0,
-    mask: Any = None,
+    mask: MaskOrFn = None,
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformation:
     r"""Drops weights at random, one draw per kernel and mini-batch.

@@ -1,7 +1,7 @@
 """Group Bridgeout: the noise of a weight grows with the norm of its whole group."""
 
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import optax
 
 from jaxprune.training._hyperparameters import check, current
 from jaxprune.training._keys import StoredKey
-from jaxprune.training._leaves import select_leaves
+from jaxprune.training._leaves import MaskOrFn, select_leaves
 from jaxprune.training.noise._draws import kept_or_dropped
 from jaxprune.training.noise._weight_noise import noise_of, weight_noise
 
@@ -36,8 +36,8 @@ class GroupBridgeoutState(NamedTuple):
     q: jax.Array
     inner_q: jax.Array
     eps: jax.Array
-    groups: Any
-    noised: Any
+    groups: dict[str, None]
+    noised: dict[str, None]
 
 
 def group_bridgeout(
@@ -46,7 +46,7 @@ def group_bridgeout(
     *,
     inner_q: float = 2.0,
     groups: Literal["input", "output"] = "input",
-    mask: Any = None,
+    mask: MaskOrFn = None,
     eps: float = 1e-15,
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformation:
@@ -113,7 +113,7 @@ def group_bridgeout(
     if groups not in ("input", "output"):
         raise ValueError(f'groups must be "input" or "output", got {groups!r}')
 
-    def fixed() -> dict[str, Any]:
+    def fixed() -> dict[str, object]:
         numbers = {"inner_q": inner_q, "eps": eps}
         arrays = {name: jnp.array(x, jnp.float32) for name, x in numbers.items()}
         return {**arrays, "groups": {groups: None}}

@@ -17,19 +17,42 @@ disagree.
 
 import warnings
 import zlib
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Protocol, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import KeyPath
 
 from jaxprune.core._leafwise import widened
 from jaxprune.core._leaves import keystr, named_leaves
+from jaxprune.core._types import PyTree
 from jaxprune.training._auto_axes import under_auto_axes
-from jaxprune.training._keys import stored_key, typed_key
+from jaxprune.training._keys import StoredKey, stored_key, typed_key
+from jaxprune.training._links import link
 
-Noise = Callable[[jax.Array, jax.Array, Any], jax.Array]
+
+class NoiseState(Protocol):
+    """What the states of all weight noises have; each adds its hyperparameters.
+
+    Attributes:
+        key: words of a key, by the name of its implementation.
+        count: int32 scalar, number of the next draw.
+        noised: paths of the leaves that get noise, as the keys of a dict of None.
+    """
+
+    @property
+    def key(self) -> StoredKey: ...
+    @property
+    def count(self) -> jax.Array: ...
+    @property
+    def noised(self) -> dict[str, None]: ...
+    def __iter__(self) -> Iterator[PyTree]: ...
+    def _replace(self, **fields: object) -> Self: ...
+
+
+Noise = Callable[..., jax.Array]
 _AnyNoise = TypeVar("_AnyNoise", bound=Callable[..., jax.Array])
 
 # State type -> (weight, key, state) -> noise to add, like the weight.
@@ -50,7 +73,7 @@ def noise_of(state_type: type) -> Callable[[_AnyNoise], _AnyNoise]:
     return register
 
 
-def noisy_params(params: Any, opt_state: Any) -> Any:
+def noisy_params(params: optax.Params, opt_state: optax.OptState) -> PyTree:
     """Adds the current draw of noise to the parameters.
 
     Pure: the same arguments give the same weights; the draw only changes when the
@@ -93,7 +116,7 @@ def noisy_params(params: Any, opt_state: Any) -> Any:
     return under_auto_axes(_perturbed, params, states, like=params)
 
 
-def _perturbed(params: Any, states: list[Any]) -> Any:
+def _perturbed(params: optax.Params, states: list[NoiseState]) -> PyTree:
     noises: dict[str, Callable[[jax.Array], jax.Array]] = {}
     for state in states:
         _ADDED.add(_who(state))
@@ -105,7 +128,7 @@ def _perturbed(params: Any, states: list[Any]) -> Any:
             )
         noises |= found
 
-    def perturb(path: Any, w: jax.Array) -> jax.Array:
+    def perturb(path: KeyPath, w: jax.Array) -> jax.Array:
         noise = noises.get(keystr(path))
         if noise is None:
             return w
@@ -116,10 +139,10 @@ def _perturbed(params: Any, states: list[Any]) -> Any:
 
 
 def weight_noise(
-    state_type: Callable[..., Any],
-    fixed: Callable[[], dict[str, Any]],
-    scheduled: Callable[[jax.Array], dict[str, Any]],
-    select: Callable[[Any], Any],
+    state_type: Callable[..., NoiseState],
+    fixed: Callable[[], Mapping[str, object]],
+    scheduled: Callable[[jax.Array], Mapping[str, object]],
+    select: Callable[[optax.Params], dict[str, None] | jax.Array],
     key: int | jax.Array,
 ) -> optax.GradientTransformation:
     """The link of any weight noise in `NOISES`.
@@ -132,12 +155,14 @@ def weight_noise(
         key: seed or typed key.
     """
 
-    def init(params: Any) -> Any:
+    def init(params: optax.Params) -> NoiseState:
         count = jnp.zeros((), jnp.int32)
         own = {"key": stored_key(key), "count": count, "noised": select(params)}
         return state_type(**own, **fixed(), **scheduled(count))
 
-    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+    def update(
+        updates: optax.Updates, state: NoiseState, params: optax.Params | None = None
+    ) -> tuple[optax.Updates, NoiseState]:
         if params is None:
             raise ValueError(
                 "the gradients of weight noise are pulled back at the clean weights; "
@@ -150,13 +175,15 @@ def weight_noise(
         pulled = under_auto_axes(_pulled_back, updates, state, params, like=updates)
         return pulled, state._replace(count=count, **scheduled(count))
 
-    return optax.GradientTransformation(init, update)
+    return link(init, update)
 
 
-def _pulled_back(updates: Any, state: Any, params: Any) -> Any:
+def _pulled_back(
+    updates: optax.Updates, state: NoiseState, params: optax.Params
+) -> PyTree:
     noises, weights = _noises_of(state, params), named_leaves(params)
 
-    def pull_back(path: Any, grad: jax.Array) -> jax.Array:
+    def pull_back(path: KeyPath, grad: jax.Array) -> jax.Array:
         noise = noises.get(name := keystr(path))
         if noise is None:
             return grad
@@ -168,12 +195,12 @@ def _pulled_back(updates: Any, state: Any, params: Any) -> Any:
     return jax.tree.map_with_path(pull_back, updates)
 
 
-def _who(state: Any) -> tuple[str, tuple[str, ...]]:
+def _who(state: NoiseState) -> tuple[str, tuple[str, ...]]:
     paths = state.noised if isinstance(state.noised, dict) else {}
     return type(state).__name__, tuple(sorted(paths))
 
 
-def _warn_if_never_added(state: Any) -> None:
+def _warn_if_never_added(state: NoiseState) -> None:
     """Warns, once for these leaves, if their noise was never asked for.
 
     Python sees each call of `noisy_params` and of ``update`` once per trace, the former
@@ -191,7 +218,7 @@ def _warn_if_never_added(state: Any) -> None:
     )
 
 
-def _noise_states(opt_state: Any) -> list[Any]:
+def _noise_states(opt_state: optax.OptState) -> list[NoiseState]:
     states = [
         # One leaf per field; flattening also unwraps boxes such as Flax NNX variables.
         state_type(
@@ -211,7 +238,9 @@ def _noise_states(opt_state: Any) -> list[Any]:
     return states
 
 
-def _noises_of(state: Any, params: Any) -> dict[str, Callable[[jax.Array], jax.Array]]:
+def _noises_of(
+    state: NoiseState, params: optax.Params
+) -> dict[str, Callable[[jax.Array], jax.Array]]:
     """Path -> function from a weight to the current draw of its noise."""
     paths = state.noised if isinstance(state.noised, dict) else {}
     if missing := sorted(paths.keys() - named_leaves(params).keys()):

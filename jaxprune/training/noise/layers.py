@@ -11,11 +11,11 @@ They are for training; in evaluation apply the plain layer.
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from jaxprune.core._types import Scalar
 from jaxprune.training._hyperparameters import check, is_ranked
 from jaxprune.training._leaves import reaches
 from jaxprune.training.noise._bridgeout import bridge_noise
@@ -211,7 +211,7 @@ def sparseout(
     return x + bridge_noise(x, xi, q, eps, noisy)
 
 
-def _check_reach(what: str, axis: int, x: jax.Array, target_fraction: Any) -> None:
+def _check_reach(what: str, axis: int, x: jax.Array, target_fraction: Scalar) -> None:
     if not reaches(x.shape[axis], target_fraction):
         raise ValueError(
             f"target_fraction={target_fraction} of the {x.shape[axis]} {what} is none, "

@@ -5,13 +5,14 @@ Removed weights count nothing, learn nothing and are zero: multipliers (0, 0, 0)
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import optax
 
 from jaxprune import select
+from jaxprune.core._types import PyTree
 from jaxprune.training._hyperparameters import check
+from jaxprune.training._leaves import MaskOrFn
 from jaxprune.training.sparse._rules import (
     Score,
     Selection,
@@ -21,12 +22,12 @@ from jaxprune.training.sparse._rules import (
     every_so_often,
     keep_best,
 )
-from jaxprune.training.sparse._state import Arrays, Rule, given_masks
+from jaxprune.training.sparse._state import Arrays, Rule, Sparsity, given_masks
 from jaxprune.training.sparse._transform import sparse_training
 
 
 def hold_masks(
-    tx: optax.GradientTransformation, masks: Any | Callable[[Any], Any]
+    tx: optax.GradientTransformation, masks: PyTree | Callable[[optax.Params], PyTree]
 ) -> optax.GradientTransformationExtraArgs:
     """Trains the kept weights only; the removed ones stay exactly zero.
 
@@ -56,7 +57,7 @@ def hold_masks(
         0.0
     """
 
-    def start(params: Any, key: jax.Array) -> Arrays:
+    def start(params: optax.Params, key: jax.Array) -> Arrays:
         del key
         return given_masks(params, masks(params) if callable(masks) else masks)
 
@@ -65,14 +66,14 @@ def hold_masks(
 
 def gradual_pruning(
     tx: optax.GradientTransformation,
-    sparsity: Any = None,
+    sparsity: Sparsity = None,
     *,
     every: int = 100,
     start: int = 0,
     until: int | None = None,
     score: Score = "magnitude",
     selection: Selection = select.per_leaf,
-    prunable: Any = None,
+    prunable: MaskOrFn = None,
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Removes the lowest-scoring weights while training, more and more of them.
@@ -132,7 +133,7 @@ def threshold_pruning(
     start: int = 0,
     until: int | None = None,
     in_deviations: bool = False,
-    prunable: Any = None,
+    prunable: MaskOrFn = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Removes weights below a threshold while training, for good.
 

@@ -5,15 +5,16 @@ Removed weights count nothing, learn nothing and are zero: multipliers (0, 0, 0)
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import numpy as np
 import optax
 
 from jaxprune import select
+from jaxprune.training._leaves import MaskOrFn
 from jaxprune.training.schedules import cyclic
 from jaxprune.training.sparse._rules import (
+    Budget,
     Selection,
     budget_of,
     check_alone,
@@ -24,20 +25,20 @@ from jaxprune.training.sparse._rules import (
     scored_start,
     scorer,
 )
-from jaxprune.training.sparse._state import Arrays, Moment, Rule
+from jaxprune.training.sparse._state import Arrays, Moment, Rule, Sparsity
 from jaxprune.training.sparse._transform import sparse_training
 
 
 def sparse_evolutionary_training(
     tx: optax.GradientTransformation,
-    sparsity: Any = None,
+    sparsity: Sparsity = None,
     *,
     drop: optax.ScalarOrSchedule = 0.3,
     every: int = 100,
     start: int | None = None,
     until: int | None = None,
     selection: Selection = select.per_leaf,
-    prunable: Any = None,
+    prunable: MaskOrFn = None,
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces the weakest connections by random ones (SET).
@@ -79,14 +80,14 @@ def sparse_evolutionary_training(
 
 def rigl(
     tx: optax.GradientTransformation,
-    sparsity: Any = None,
+    sparsity: Sparsity = None,
     *,
     drop: optax.ScalarOrSchedule = 0.3,
     every: int = 100,
     start: int | None = None,
     until: int | None = None,
     selection: Selection = select.per_leaf,
-    prunable: Any = None,
+    prunable: MaskOrFn = None,
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces the weakest connections where the gradient is largest (RigL).
@@ -139,7 +140,7 @@ def rigl(
 
 def _moving(
     tx: optax.GradientTransformation,
-    budget: Any,
+    budget: Budget,
     drop: optax.ScalarOrSchedule,
     grow: Callable[[Moment], Arrays],
     when: tuple[int, int | None, int | None],
@@ -162,13 +163,13 @@ def _moving(
 
 def grow_and_prune(
     tx: optax.GradientTransformation,
-    sparsity: Any = None,
+    sparsity: Sparsity = None,
     *,
     parts: int | Mapping[str, int],
     every: int,
     rounds: int | None = None,
     selection: Selection = select.per_leaf,
-    prunable: Any = None,
+    prunable: MaskOrFn = None,
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes one part of the network dense at a time, and prunes it back (GaP).
@@ -211,7 +212,7 @@ def grow_and_prune(
     turn = cyclic(number, every=every, rounds=rounds)
     first = scored_start(budget, "random")
 
-    def start(params: Any, key: jax.Array) -> Arrays:
+    def start(params: optax.Params, key: jax.Array) -> Arrays:
         masks = first(params, key)
         _split(parts, masks)  # complains early
         return masks

@@ -1,6 +1,6 @@
 """The state of an optimiser where weights leave or come back."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -8,17 +8,23 @@ import numpy as np
 import optax
 
 from jaxprune.core._masks import zero_removed
+from jaxprune.core._types import PyTree
 from jaxprune.training.sparse._state import Arrays, like_params
 
 
 class _Part(NamedTuple):
     """A part of the state of an optimiser that belongs to one parameter."""
 
-    value: Any
-    mask: Any
+    value: PyTree
+    mask: jax.Array
 
 
-def reset_state(tx: Any, state: Any, params: Any, lasting: Arrays) -> Any:
+def reset_state(
+    tx: optax.GradientTransformation,
+    state: optax.OptState,
+    params: optax.Params,
+    lasting: Arrays,
+) -> optax.OptState:
     """The state of an optimiser, as after a fresh start where weights do not last.
 
     Args:
@@ -31,7 +37,7 @@ def reset_state(tx: Any, state: Any, params: Any, lasting: Arrays) -> Any:
         Like `state`. Parts that do not have the shape of a parameter are left alone.
     """
 
-    def part(value: Any, mask: Any, w: Any) -> Any:
+    def part(value: PyTree, mask: jax.Array, w: jax.Array) -> PyTree:
         whole = not _is_masked_node(value) and np.shape(value) == np.shape(w)
         return _Part(value, mask) if whole and mask.ndim else value
 
@@ -53,7 +59,9 @@ def reset_state(tx: Any, state: Any, params: Any, lasting: Arrays) -> Any:
     )
 
 
-def check_resettable(tx: Any, state: Any, params: Any) -> None:
+def check_resettable(
+    tx: optax.GradientTransformation, state: optax.OptState, params: optax.Params
+) -> None:
     """Complains if optax cannot tell what in a state belongs to which parameter.
 
     Raises:
@@ -71,5 +79,5 @@ def check_resettable(tx: Any, state: Any, params: Any) -> None:
         ) from error
 
 
-def _is_masked_node(part: Any) -> bool:
+def _is_masked_node(part: object) -> bool:
     return isinstance(part, optax.MaskedNode)

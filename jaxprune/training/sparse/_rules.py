@@ -11,18 +11,20 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.core import Tracer
 
 from jaxprune import scores as scoring
 from jaxprune import select
 from jaxprune.core._leaves import named_leaves
+from jaxprune.core._types import Array, Scalar
 from jaxprune.training._auto_axes import beside_leaves, shapes_of
 from jaxprune.training._hyperparameters import is_whole
-from jaxprune.training._leaves import select_leaves
-from jaxprune.training.sparse._state import Arrays, Moment
+from jaxprune.training._leaves import MaskOrFn, select_leaves
+from jaxprune.training.sparse._state import Arrays, Due, Moment, Sparsity
 
 # Scores by path -> masks by path; takes a sparsity, unless the pattern says it all.
-Selection = Callable[..., Any]
+Selection = Callable[..., Mapping[str, Array]]
 Score = str | Callable[[Arrays, Arrays], Arrays]
 
 
@@ -42,12 +44,12 @@ class Budget(NamedTuple):
             offset.
     """
 
-    sparsity: Any
+    sparsity: Sparsity
     selection: Selection
-    prunable: Any = None
+    prunable: MaskOrFn = None
 
 
-def budget_of(sparsity: Any, selection: Selection, prunable: Any) -> Budget:
+def budget_of(sparsity: Sparsity, selection: Selection, prunable: MaskOrFn) -> Budget:
     """A budget that makes sense by itself.
 
     Raises:
@@ -63,7 +65,7 @@ def budget_of(sparsity: Any, selection: Selection, prunable: Any) -> Budget:
     return Budget(sparsity, selection, prunable)
 
 
-def prunable_leaves(budget: Budget, params: Any) -> dict[str, Any]:
+def prunable_leaves(budget: Budget, params: optax.Params) -> dict[str, jax.Array]:
     """Path -> weights that may go.
 
     Raises:
@@ -83,7 +85,7 @@ def prunable_leaves(budget: Budget, params: Any) -> dict[str, Any]:
 
 
 def kept(
-    budget: Budget, scores: Arrays, count: Any, among: Arrays | None = None
+    budget: Budget, scores: Arrays, count: Scalar, among: Arrays | None = None
 ) -> dict[str, jax.Array]:
     """The masks that a budget leaves at a step.
 
@@ -111,9 +113,9 @@ def kept(
     return masks if among is None else {p: m & among[p] for p, m in masks.items()}
 
 
-def competes(selection: Any) -> bool:
+def competes(selection: Selection) -> bool:
     """Whether leaves are known to be ranked together, so that one loses for another."""
-    options: dict[str, Any] = {}
+    options: dict[str, bool] = {}
     while isinstance(selection, functools.partial):
         options = {**selection.keywords, **options}
         selection = selection.func
@@ -135,13 +137,13 @@ def check_alone(budget: Budget, method: str) -> None:
         )
 
 
-def _name(selection: Any) -> str:
+def _name(selection: Selection) -> str:
     while isinstance(selection, functools.partial):
         selection = selection.func
     return getattr(selection, "__name__", repr(selection))
 
 
-def at(value: Any, count: Any) -> Any:
+def at(value: Any, count: Scalar) -> Any:
     """The value of a number or a schedule at a step."""
     return value(count) if callable(value) else value
 
@@ -150,8 +152,8 @@ def at(value: Any, count: Any) -> Any:
 
 
 def every_so_often(
-    every: int, start: int, until: int | None, ramp: Any = None
-) -> Callable[..., Any]:
+    every: int, start: int, until: int | None, ramp: Sparsity = None
+) -> Callable[[jax.Array, jax.Array], Due]:
     """Due at `start`, `start` + `every`, ..., and at `until`, the last time.
 
     Where a schedule reaches its last value in between, masks are due there too, so that
@@ -179,7 +181,7 @@ def every_so_often(
     values = ramp.values() if isinstance(ramp, Mapping) else [ramp]
     schedules = [value for value in values if callable(value)]
 
-    def due(count: jax.Array, key: jax.Array) -> Any:
+    def due(count: jax.Array, key: jax.Array) -> Due:
         del key
         if every == 1 and start == 0 and until is None:
             return True
@@ -197,7 +199,7 @@ def every_so_often(
 _LAST = 2**31 - 1
 
 
-def _check_reached(ramp: Any, until: int) -> None:
+def _check_reached(ramp: Sparsity, until: int) -> None:
     """Complains about a schedule that settles only after the last refresh.
 
     One that never settles has no end but `until`; of traced ones nothing is known.
@@ -229,7 +231,9 @@ def _check_reached(ramp: Any, until: int) -> None:
         )
 
 
-def _has_just_ended(schedule: Callable[[Any], Any], count: jax.Array) -> Any:
+def _has_just_ended(
+    schedule: Callable[[jax.Array], Any], count: jax.Array
+) -> jax.Array:
     """Does the schedule reach the value that it keeps at this step?"""
     last = jnp.asarray(schedule(jnp.int32(_LAST)))
     before = jnp.asarray(schedule(jnp.maximum(count - 1, 0)))
@@ -278,10 +282,10 @@ def _random(moment: Moment) -> Arrays:
 # --- first masks ---------------------------------------------------------------------
 
 
-def dense_start(budget: Budget) -> Callable[[Any, jax.Array], Arrays]:
+def dense_start(budget: Budget) -> Callable[[optax.Params, jax.Array], Arrays]:
     """Nothing is removed yet, in masks of the shape that the selection gives."""
 
-    def start(params: Any, key: jax.Array) -> Arrays:
+    def start(params: optax.Params, key: jax.Array) -> Arrays:
         del key
         leaves = prunable_leaves(budget, params)
         shapes = jax.eval_shape(
@@ -294,10 +298,12 @@ def dense_start(budget: Budget) -> Callable[[Any, jax.Array], Arrays]:
     return start
 
 
-def scored_start(budget: Budget, score: Score) -> Callable[[Any, jax.Array], Arrays]:
+def scored_start(
+    budget: Budget, score: Score
+) -> Callable[[optax.Params, jax.Array], Arrays]:
     """Already at the budget of step 0, by a score that needs no gradient."""
 
-    def start(params: Any, key: jax.Array) -> Arrays:
+    def start(params: optax.Params, key: jax.Array) -> Arrays:
         leaves, count = prunable_leaves(budget, params), jnp.int32(0)
 
         def masks(leaves: Arrays, key: jax.Array) -> Arrays:
@@ -311,10 +317,10 @@ def scored_start(budget: Budget, score: Score) -> Callable[[Any, jax.Array], Arr
     return start
 
 
-def zero_start(budget: Budget) -> Callable[[Any, jax.Array], Arrays]:
+def zero_start(budget: Budget) -> Callable[[optax.Params, jax.Array], Arrays]:
     """Already at the budget of step 0, by scores that are all 0."""
 
-    def start(params: Any, key: jax.Array) -> Arrays:
+    def start(params: optax.Params, key: jax.Array) -> Arrays:
         del key
         leaves = prunable_leaves(budget, params)
 
@@ -344,7 +350,7 @@ def keep_best(
 
 
 def above_threshold(
-    limit: Callable[[Any], Any], *, in_deviations: bool
+    limit: optax.Schedule, *, in_deviations: bool
 ) -> Callable[[Moment], Arrays]:
     """Removes for good what is below a limit; the largest weight always stays."""
 
@@ -379,7 +385,7 @@ def hysteresis(low: float, high: float) -> Callable[[Moment], Arrays]:
 
 
 def drop_and_grow(
-    budget: Budget, drop: Any, grow: Callable[[Moment], Arrays]
+    budget: Budget, drop: optax.ScalarOrSchedule, grow: Callable[[Moment], Arrays]
 ) -> Callable[[Moment], Arrays]:
     """Drops the smallest of what is there, adds as many of the rest as score best.
 
@@ -407,7 +413,7 @@ def drop_and_grow(
 
 
 def in_turns(
-    budget: Budget, turn: Callable[[Any], Any], parts: Callable[[Arrays], Arrays]
+    budget: Budget, turn: optax.Schedule, parts: Callable[[Arrays], Mapping[str, int]]
 ) -> Callable[[Moment], Arrays]:
     """One part is dense, the others are pruned back to the budget by magnitude."""
 

@@ -6,7 +6,6 @@ network computes with; the dense weights stay in `params`.
 
 import functools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ import optax
 
 from jaxprune import select
 from jaxprune.training._hyperparameters import check
+from jaxprune.training._leaves import MaskOrFn
 from jaxprune.training.sparse._rules import (
     Score,
     Selection,
@@ -27,18 +27,18 @@ from jaxprune.training.sparse._rules import (
     scored_start,
     zero_start,
 )
-from jaxprune.training.sparse._state import Arrays, Moment, Rule
+from jaxprune.training.sparse._state import Arrays, Due, Moment, Rule, Sparsity
 from jaxprune.training.sparse._transform import sparse_training
 
 
 def straight_through(
     tx: optax.GradientTransformation,
-    sparsity: Any = None,
+    sparsity: Sparsity = None,
     *,
     every: int = 1,
     score: Score = "magnitude",
     selection: Selection = select.per_leaf,
-    prunable: Any = None,
+    prunable: MaskOrFn = None,
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     """Computes with the best weights, and trains all of them (straight-through).
@@ -91,12 +91,12 @@ def straight_through(
 
 def movement_pruning(
     tx: optax.GradientTransformation,
-    sparsity: Any = None,
+    sparsity: Sparsity = None,
     *,
     learning_rate: optax.ScalarOrSchedule = 1e-2,
     every: int = 1,
     selection: Selection = select.per_leaf,
-    prunable: Any = None,
+    prunable: MaskOrFn = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keeps the weights that move away from zero, whatever their size (movement).
 
@@ -173,7 +173,7 @@ def dynamic_network_surgery(
     *,
     margin: float = 0.1,
     probability: optax.ScalarOrSchedule = 1.0,
-    prunable: Any = None,
+    prunable: MaskOrFn = None,
     key: int | jax.Array = 0,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Prunes small weights and splices back those that grow (DNS).
@@ -222,7 +222,7 @@ def dynamic_network_surgery(
     if not callable(probability) and not 0 <= float(probability) <= 1:
         raise ValueError(f"probability must be in [0, 1], got {probability}")
 
-    def due(count: jax.Array, key: jax.Array) -> Any:
+    def due(count: jax.Array, key: jax.Array) -> Due:
         if not callable(probability) and probability == 1:
             return True
         return jax.random.uniform(jax.random.fold_in(key, 1)) < at(probability, count)
@@ -245,12 +245,12 @@ def dynamic_network_surgery(
 
 def iterative_soft_shrinkage(
     tx: optax.GradientTransformation,
-    sparsity: Any = None,
+    sparsity: Sparsity = None,
     *,
     shrinkage: float = 0.95,
     every: int = 1,
     selection: Selection = select.per_leaf,
-    prunable: Any = None,
+    prunable: MaskOrFn = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Shrinks the smallest weights a little in every step (ISS-P).
 
@@ -299,11 +299,11 @@ def iterative_soft_shrinkage(
 
 def iterative_hard_thresholding(
     tx: optax.GradientTransformation,
-    sparsity: Any = None,
+    sparsity: Sparsity = None,
     *,
     every: int = 1,
     selection: Selection = select.per_leaf,
-    prunable: Any = None,
+    prunable: MaskOrFn = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Projects onto sparse weights after the step (IHT).
 

@@ -1,7 +1,7 @@
 """Masks in the state of an optimiser: what they are, and what the network sees."""
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,16 @@ from jax.core import Tracer
 from jaxprune.core._leaves import keystr, named_leaves
 from jaxprune.core._masks import pair_masks
 from jaxprune.core._packing import ByPath, PackedMasks, pack_masks, unpack_masks
+from jaxprune.core._types import PyTree
 from jaxprune.training._auto_axes import beside_leaves, under_auto_axes
 from jaxprune.training._keys import StoredKey
 
-Arrays = Mapping[str, Any]  # path -> array, of the leaves that may lose weights
+# A fraction or a schedule of it, for all leaves or by path; None: the selection knows.
+Sparsity: TypeAlias = (
+    optax.ScalarOrSchedule | Mapping[str, optax.ScalarOrSchedule] | None
+)
+Due: TypeAlias = bool | jax.Array  # True where it is known while tracing
+Arrays = Mapping[str, jax.Array]  # path -> array, of the leaves that may lose weights
 
 
 class SparseState(NamedTuple):
@@ -37,7 +43,7 @@ class SparseState(NamedTuple):
     masks: PackedMasks
     memory: ByPath
     forward: jax.Array | None
-    inner: Any
+    inner: optax.OptState
 
 
 class Moment(NamedTuple):
@@ -55,7 +61,7 @@ class Moment(NamedTuple):
     params: Arrays
     grads: Arrays
     masks: Arrays
-    memory: Any
+    memory: Arrays
     # As above.
     count: jax.Array  # pyright: ignore[reportIncompatibleMethodOverride]
     key: jax.Array
@@ -77,15 +83,15 @@ class Rule(NamedTuple):
             `Moment.memory` holds from now on; None if it stays.
     """
 
-    start: Callable[[Any, jax.Array], Arrays]
+    start: Callable[[optax.Params, jax.Array], Arrays]
     renew: Callable[[Moment], Arrays] | None = None
-    due: Callable[[jax.Array, jax.Array], Any] = lambda count, key: True
+    due: Callable[[jax.Array, jax.Array], Due] = lambda count, key: True
     replaces_step: bool = False
     remember: Callable[[Arrays], Arrays] = lambda params: {}
     learn: Callable[[Moment], Arrays] | None = None
 
 
-def masked_params(params: Any, opt_state: Any) -> Any:
+def masked_params(params: optax.Params, opt_state: optax.OptState) -> PyTree:
     """Where the gradient is taken: removed weights count what their method says.
 
     Pure: the same arguments give the same weights. The gradient is the same number
@@ -118,7 +124,9 @@ def masked_params(params: Any, opt_state: Any) -> Any:
     states = [s for s in _sparse_states(opt_state) if s.forward is not None]
     parts = [(state.masks, jax.tree.leaves(state.forward)[0]) for state in states]
 
-    def masked(params: Any, parts: Any) -> Any:
+    def masked(
+        params: optax.Params, parts: Sequence[tuple[PackedMasks, jax.Array]]
+    ) -> PyTree:
         leaves = named_leaves(params)
         for packed, factor in parts:
             for path, mask in unpacked(packed, params).items():
@@ -128,7 +136,7 @@ def masked_params(params: Any, opt_state: Any) -> Any:
     return under_auto_axes(masked, params, parts, like=params)
 
 
-def current_masks(params: Any, opt_state: Any) -> Any:
+def current_masks(params: optax.Params, opt_state: optax.OptState) -> PyTree:
     """The masks that an optimiser's state holds.
 
     Args:
@@ -153,8 +161,8 @@ def current_masks(params: Any, opt_state: Any) -> Any:
     """
     packed = [state.masks for state in _sparse_states(opt_state)]
 
-    def found(packed: Any) -> dict[str, Any]:
-        masks: dict[str, Any] = {}
+    def found(packed: Sequence[PackedMasks]) -> dict[str, jax.Array]:
+        masks: dict[str, jax.Array] = {}
         for each in packed:
             for path, mask in unpacked(each, params).items():
                 masks[path] = masks[path] & mask if path in masks else mask
@@ -164,7 +172,7 @@ def current_masks(params: Any, opt_state: Any) -> Any:
     return like_params(masks, params, True)
 
 
-def unpacked(packed: PackedMasks, params: Any) -> dict[str, jax.Array]:
+def unpacked(packed: PackedMasks, params: optax.Params) -> dict[str, jax.Array]:
     """Path -> mask, of the leaves that may lose weights.
 
     Raises:
@@ -180,14 +188,14 @@ def unpacked(packed: PackedMasks, params: Any) -> dict[str, jax.Array]:
     return unpack_masks(PackedMasks(bits), {path: leaves[path] for path in bits})
 
 
-def like_params(found: Arrays, params: Any, other: Any) -> Any:
+def like_params(found: Arrays, params: optax.Params, other: bool) -> PyTree:
     """Tree like the parameters of what is found by path, and a scalar elsewhere."""
     return jax.tree.map_with_path(
         lambda path, _: jnp.asarray(found.get(keystr(path), other)), params
     )
 
 
-def given_masks(params: Any, tree: Any) -> dict[str, Any]:
+def given_masks(params: optax.Params, tree: PyTree) -> dict[str, jax.Array]:
     """Path -> mask of the leaves that masks of a user say something about.
 
     Raises:
@@ -207,7 +215,9 @@ def given_masks(params: Any, tree: Any) -> dict[str, Any]:
     return found
 
 
-def packed_by_path(params: Any, masks: Callable[[Any], Any]) -> PackedMasks:
+def packed_by_path(
+    params: optax.Params, masks: Callable[[optax.Params], PyTree]
+) -> PackedMasks:
     """The masks of parameters, as states hold them."""
     leaves = named_leaves(params)
     if not leaves:
@@ -219,7 +229,7 @@ def packed_by_path(params: Any, masks: Callable[[Any], Any]) -> PackedMasks:
     return beside_leaves(pack_masks, found, weights, leaves=weights)
 
 
-def _sparse_states(opt_state: Any) -> list[SparseState]:
+def _sparse_states(opt_state: optax.OptState) -> list[SparseState]:
     found = optax.tree.get_all_with_path(opt_state, SparseState.__name__)
     states = [state for _, state in found if isinstance(state, SparseState)]
     if not states:
@@ -245,5 +255,7 @@ def _straight_through(w: jax.Array, value: jax.Array) -> jax.Array:
 
 
 @_straight_through.defjvp
-def _(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+def _(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     return primals[1], tangents[0]

@@ -23,26 +23,33 @@ through checkpoints, `jit` and `jaxprune.slice_opt_state`.
 """
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.tree_util import KeyPath
 
 from jaxprune.core._leaves import keystr, named_leaves
 from jaxprune.core._masks import zero_removed
 from jaxprune.core._packing import ByPath, PackedMasks, pack_masks
+from jaxprune.core._types import PyTree
 from jaxprune.training._auto_axes import beside_leaves, shapes_of, under_auto_axes
 from jaxprune.training._keys import stored_key, typed_key
+from jaxprune.training._links import link_with_extra
 from jaxprune.training.sparse._resets import check_resettable, reset_state
 from jaxprune.training.sparse._state import (
     Arrays,
+    Due,
     Moment,
     Rule,
     SparseState,
     unpacked,
 )
+
+T = TypeVar("T")
 
 
 def sparse_training(
@@ -115,7 +122,7 @@ def sparse_training(
     """
     method = _Method(optax.with_extra_args_support(tx), rule, gradient, post_step)
 
-    def init(params: Any) -> Any:
+    def init(params: optax.Params) -> SparseState:
         own, factor = stored_key(key), jnp.array(forward, jnp.float32)
         masks, memory = _start(rule, params, typed_key(own))
         if method.hard and named_leaves(params):
@@ -135,8 +142,11 @@ def sparse_training(
         )
 
     def update(
-        updates: Any, state: Any, params: Any = None, **extra: Any
-    ) -> tuple[Any, Any]:
+        updates: optax.Updates,
+        state: SparseState,
+        params: optax.Params | None = None,
+        **extra: object,
+    ) -> tuple[optax.Updates, SparseState]:
         if params is None:
             raise ValueError(
                 "sparse training sets weights, not only gradients; call "
@@ -152,7 +162,7 @@ def sparse_training(
             count=count, masks=done.masks, memory=done.memory, inner=done.inner
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return link_with_extra(init, update)
 
 
 class _Method(NamedTuple):
@@ -182,25 +192,27 @@ class _Method(NamedTuple):
 class _Now(NamedTuple):
     """The arguments of one update."""
 
-    grads: Any
+    grads: optax.Updates
     state: SparseState
-    params: Any
-    extra: dict[str, Any]
+    params: optax.Params
+    extra: dict[str, object]
 
 
 class _Done(NamedTuple):
     """What comes out of one."""
 
-    updates: Any
+    updates: optax.Updates
     masks: PackedMasks
     memory: ByPath
-    inner: Any
+    inner: optax.OptState
 
 
 # --- the first state -----------------------------------------------------------------
 
 
-def _start(rule: Rule, params: Any, key: jax.Array) -> tuple[PackedMasks, ByPath]:
+def _start(
+    rule: Rule, params: optax.Params, key: jax.Array
+) -> tuple[PackedMasks, ByPath]:
     leaves = named_leaves(params)
     if not leaves:
         # optax.tree.map_params calls init on an empty stand-in for the parameters. A
@@ -211,7 +223,7 @@ def _start(rule: Rule, params: Any, key: jax.Array) -> tuple[PackedMasks, ByPath
     first = {path: found[path] for path in leaves if path in found}
     weights = {path: leaves[path] for path in first}
 
-    def made(first: Arrays, weights: Arrays) -> Any:
+    def made(first: Arrays, weights: Arrays) -> tuple[PackedMasks, ByPath]:
         memory = {path: jnp.asarray(x) for path, x in rule.remember(weights).items()}
         return pack_masks(first, weights), ByPath(memory)
 
@@ -219,7 +231,7 @@ def _start(rule: Rule, params: Any, key: jax.Array) -> tuple[PackedMasks, ByPath
 
 
 def _check_renewal(
-    method: "_Method", params: Any, masks: PackedMasks, memory: ByPath
+    method: "_Method", params: optax.Params, masks: PackedMasks, memory: ByPath
 ) -> None:
     """Complains early if the rule cannot renew these masks."""
     rule = method.rule
@@ -227,7 +239,9 @@ def _check_renewal(
         return
     shapes = shapes_of((params, params, masks.bits, memory.arrays))
 
-    def renew(params: Any, grads: Any, bits: Any, memory: Any) -> Any:
+    def renew(
+        params: optax.Params, grads: optax.Updates, bits: PyTree, memory: PyTree
+    ) -> PyTree:
         moment = _moment(
             params,
             grads,
@@ -242,10 +256,10 @@ def _check_renewal(
     jax.eval_shape(renew, *shapes)
 
 
-def _without_removed(params: Any, masks: PackedMasks) -> Any:
+def _without_removed(params: optax.Params, masks: PackedMasks) -> PyTree:
     """The parameters, zero where masks remove."""
 
-    def cut(params: Any, masks: PackedMasks) -> Any:
+    def cut(params: optax.Params, masks: PackedMasks) -> PyTree:
         held = unpacked(masks, params)
         return jax.tree.map_with_path(
             lambda path, w: (
@@ -268,7 +282,9 @@ def _before(method: _Method, now: _Now) -> _Done:
     state, rule = now.state, method.rule
     due = rule.due(state.count, jax.random.fold_in(typed_key(state.key), state.count))
 
-    def renewed(state: SparseState, params: Any, grads: Any, due: Any) -> Any:
+    def renewed(
+        state: SparseState, params: optax.Params, grads: optax.Updates, due: Due
+    ) -> tuple[PackedMasks, optax.OptState]:
         return _if(
             due,
             lambda: _renewed(method, state, params, grads, state.count),
@@ -294,7 +310,9 @@ def _after(method: _Method, now: _Now) -> _Done:
         state.count, jax.random.fold_in(typed_key(state.key), state.count)
     )
 
-    def renewed(state: SparseState, moved: Any, grads: Any, due: Any) -> PackedMasks:
+    def renewed(
+        state: SparseState, moved: optax.Updates, grads: optax.Updates, due: Due
+    ) -> PackedMasks:
         return _if(
             due,
             lambda: _renewed(method, state, moved, grads, state.count)[0],
@@ -308,20 +326,26 @@ def _after(method: _Method, now: _Now) -> _Done:
     return _Done(left, masks, memory, inner)
 
 
-def _called_with_due(fn: Any, args: Any, due: Any, *, like: Any) -> Any:
+def _called_with_due(
+    fn: Callable[..., T], args: tuple[PyTree, ...], due: Due, *, like: PyTree
+) -> T:
     """`fn`, whose last argument is True where that is known while tracing."""
     if due is True:
         return under_auto_axes(lambda *args: fn(*args, True), *args, like=like)
     return under_auto_axes(fn, *args, due, like=like)
 
 
-def _if(due: Any, then: Any, otherwise: Any) -> Any:
+def _if(due: Due, then: Callable[[], T], otherwise: Callable[[], T]) -> T:
     # Known while tracing: every step, without a branch.
     return then() if due is True else jax.lax.cond(due, then, otherwise)
 
 
 def _step(
-    method: _Method, now: _Now, masks: PackedMasks, inner: Any, skip: Any = None
+    method: _Method,
+    now: _Now,
+    masks: PackedMasks,
+    inner: optax.OptState,
+    skip: Due | None = None,
 ) -> _Done:
     """A step of the optimiser under masks, and what it leaves of removed weights.
 
@@ -340,8 +364,12 @@ def _step(
 
 
 def _renewed(
-    method: _Method, state: SparseState, params: Any, grads: Any, count: jax.Array
-) -> tuple[PackedMasks, Any]:
+    method: _Method,
+    state: SparseState,
+    params: optax.Params,
+    grads: optax.Updates,
+    count: jax.Array,
+) -> tuple[PackedMasks, optax.OptState]:
     """The masks for step `count`, and the state of the optimiser under them."""
     renew = method.rule.renew
     assert renew is not None
@@ -363,7 +391,9 @@ def _learned(method: _Method, now: _Now) -> ByPath:
     if learn is None:
         return state.memory
 
-    def memory(params: Any, grads: Any, state: SparseState) -> ByPath:
+    def memory(
+        params: optax.Params, grads: optax.Updates, state: SparseState
+    ) -> ByPath:
         key = jax.random.fold_in(typed_key(state.key), state.count)
         return ByPath(
             learn(_moment(params, grads, state.masks, state.memory, state.count, key))
@@ -374,8 +404,8 @@ def _learned(method: _Method, now: _Now) -> ByPath:
 
 
 def _moment(
-    params: Any,
-    grads: Any,
+    params: optax.Params,
+    grads: optax.Updates,
     masks: PackedMasks,
     memory: ByPath,
     count: jax.Array,
@@ -396,15 +426,15 @@ def _moment(
     )
 
 
-def _scaled(grads: Any, masks: PackedMasks, factor: float) -> Any:
+def _scaled(grads: optax.Updates, masks: PackedMasks, factor: float) -> PyTree:
     """Gradients, multiplied where the masks remove."""
     if factor == 1:
         return grads
 
-    def scaled(grads: Any, masks: PackedMasks) -> Any:
+    def scaled(grads: optax.Updates, masks: PackedMasks) -> PyTree:
         held = unpacked(masks, grads)
 
-        def scale(path: Any, grad: jax.Array) -> jax.Array:
+        def scale(path: KeyPath, grad: jax.Array) -> jax.Array:
             mask = held.get(keystr(path))
             if mask is None:
                 return grad
@@ -420,16 +450,22 @@ def _scaled(grads: Any, masks: PackedMasks, factor: float) -> Any:
 
 
 def _left(
-    updates: Any, params: Any, masks: PackedMasks, factor: float, due: Any = True
-) -> Any:
+    updates: optax.Updates,
+    params: optax.Params,
+    masks: PackedMasks,
+    factor: float,
+    due: Due = True,
+) -> PyTree:
     """Updates that leave `factor` of a removed weight, and of its step, when due."""
     if factor == 1:
         return updates
 
-    def left(updates: Any, params: Any, masks: PackedMasks, due: Any) -> Any:
+    def left(
+        updates: optax.Updates, params: optax.Params, masks: PackedMasks, due: Due
+    ) -> PyTree:
         held, weights = unpacked(masks, params), named_leaves(params)
 
-        def leave(path: Any, update: jax.Array) -> jax.Array:
+        def leave(path: KeyPath, update: jax.Array) -> jax.Array:
             mask = held.get(name := keystr(path))
             if mask is None:
                 return update
