@@ -106,6 +106,40 @@ def test_equinox_convolutions_and_norms():
     assert (small.conv.out_channels, small.point.in_channels) == (4, 4)
 
 
+class Attending(eqx.Module):
+    attention: eqx.nn.MultiheadAttention
+    heads: list
+
+    def __call__(self, x):
+        return jax.vmap(self.heads[0])(x + self.attention(x, x, x))
+
+
+@pytest.mark.parametrize(
+    ("only", "sizes"),
+    [
+        ("attention heads", (2, 4, 4)),
+        ("attention/query_proj head_dim", (4, 2, 4)),
+        ("attention/value_proj head_dim", (4, 4, 2)),
+        (None, (2, 2, 2)),
+    ],
+)
+def test_equinox_attention_loses_heads_and_their_dimensions(only, sizes):
+    keys = jax.random.split(jax.random.key(0), 3)
+    attention = eqx.nn.MultiheadAttention(4, 16, use_query_bias=True, key=keys[0])
+    model = Attending(attention, [eqx.nn.Linear(16, 3, key=keys[1])])
+    x = jax.random.normal(keys[2], (2, 5, 16))
+    pruned = for_equinox.prune(model, x, sparsity=0.5, only=only)
+    small = pruned.model.attention
+    assert (small.num_heads, small.qk_size, small.vo_size) == sizes
+    assert small.query_proj.out_features == small.num_heads * small.qk_size
+    np.testing.assert_allclose(
+        jax.vmap(pruned.model)(x), pruned(x), rtol=1e-5, atol=1e-6
+    )
+    arrays, static = eqx.partition(model, eqx.is_array)
+    masked = eqx.combine(jaxprune.apply_masks(arrays, pruned.masks), static)
+    np.testing.assert_allclose(pruned(x), jax.vmap(masked)(x), rtol=1e-5, atol=1e-6)
+
+
 def test_what_no_equinox_module_can_compute_is_refused():
     class Gate(eqx.Module):
         first: eqx.nn.Linear

@@ -1,14 +1,17 @@
 """Equinox modules: as a pure function to prune, and as a smaller module afterwards."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import numpy as np
 
-from jaxprune.core._masks import PyTree
+from jaxprune.core._leaves import named_leaves
+from jaxprune.core._masks import PyTree, concrete
+from jaxprune.core._positions import axis_keep
 from jaxprune.integrations._compare import difference, random_input, random_variable
 from jaxprune.narrowing._narrow import narrow
 from jaxprune.recipes import Pruned
@@ -55,8 +58,11 @@ def equinox_module(
     """A smaller Equinox module: same classes, sliced arrays, right sizes.
 
     Sizes that a module remembers (``in_features``, ``out_features``, ...) follow its
-    arrays. The result is called once on random numbers and compared with `narrow`:
-    where no module of these classes computes the pruned function, it is refused.
+    arrays. Attention divides its logits by the square root of its own ``qk_size``, so
+    where heads lose dimensions, d' of d being left, the weights and biases of its
+    queries are multiplied by ``sqrt(d' / d)``. The result is called once on random
+    numbers and compared with `narrow`: where no module of these classes computes the
+    pruned function, it is refused.
 
     Args:
         model: the module; it is not changed.
@@ -74,16 +80,18 @@ def equinox_module(
     """
     apply_fn, variables = equinox_apply(model, batched=batched)
     _, static = eqx.partition(model, eqx.is_array)
-    small = _fitted(model, eqx.combine(slice_params(variables, masks), static))
+    sliced = eqx.combine(slice_params(variables, masks), static)
+    unscaled = _fitted(model, sliced, _kept(variables, masks))
     rng = np.random.default_rng(0)
-    found, small_static = eqx.partition(small, eqx.is_array)
+    found, small_static = eqx.partition(unscaled, eqx.is_array)
     drawn = jax.tree.map(lambda leaf: random_variable(leaf, rng), found)
     args, kwargs = jax.tree.map(lambda leaf: random_input(leaf, rng), (args, kwargs))
     # Sizes are static, so a fitted module is another tree: the leaves are the same.
     plain = jax.tree.structure(variables).unflatten(jax.tree.leaves(drawn))
     narrowed = narrow(apply_fn, masks)
     expected = jax.jit(lambda v: narrowed(v, *args, **kwargs))(plain)
-    small_fn, _ = equinox_apply(eqx.combine(drawn, small_static), batched=batched)
+    tried = _scaled(model, eqx.combine(drawn, small_static))
+    small_fn, drawn = equinox_apply(tried, batched=batched)
     try:
         got = jax.jit(lambda v: small_fn(v, *args, **kwargs))(drawn)
     except Exception as error:  # whatever the module raises at other shapes
@@ -95,7 +103,23 @@ def equinox_module(
     if not gap <= allowed:
         cause = f"it differs from narrow by {gap:.1e}, allowed {allowed:.1e}"
         raise ValueError(_refusal(cause))
-    return small
+    return _scaled(model, unscaled)
+
+
+def _kept(variables: PyTree, masks: PyTree) -> PyTree:
+    """The variables' tree with, for every leaf, which positions of each axis stay."""
+    leaves, treedef = jax.tree.flatten(variables)
+    kept = [
+        _Axes(axis_keep(concrete(path, mask), np.shape(leaf)))
+        for (path, mask), leaf in zip(named_leaves(masks).items(), leaves, strict=True)
+    ]
+    return treedef.unflatten(kept)
+
+
+class _Axes(NamedTuple):
+    """One leaf: for each axis bool of its length, None where all stay."""
+
+    kept: tuple[np.ndarray | None, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -103,7 +127,8 @@ class PrunedModule(Pruned):
     """A `Pruned` of an Equinox module.
 
     Attributes:
-        model: the smaller module.
+        model: the smaller module. Its arrays are `variables`, but for the queries of
+            attention whose heads have lost dimensions, see `equinox_module`.
     """
 
     model: Any = None
@@ -152,37 +177,38 @@ def prune(model: Any, *args: Any, batched: bool = True, **options: Any) -> Prune
     leaves = jax.tree.leaves(found.variables)
     arrays = jax.tree.structure(eqx.filter(fitted, eqx.is_array)).unflatten(leaves)
     fields = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
-    return PrunedModule(**fields, model=eqx.combine(arrays, sizes))
+    small = _scaled(model, eqx.combine(arrays, sizes))
+    return PrunedModule(**fields, model=small)
 
 
 # What the layers of Equinox remember of the sizes of their arrays.
-_SIZES: dict[type, Callable[[Any, Any], Mapping[str, Any]]] = {
-    eqx.nn.Linear: lambda old, new: {
+_SIZES: dict[type, Callable[[Any, Any, Any], Mapping[str, Any]]] = {
+    eqx.nn.Linear: lambda old, new, kept: {
         "in_features": _like(old.in_features, new.weight.shape[1]),
         "out_features": _like(old.out_features, new.weight.shape[0]),
     },
-    eqx.nn.Conv: lambda old, new: _convolution(old, new),
-    eqx.nn.ConvTranspose: lambda old, new: {
+    eqx.nn.Conv: lambda old, new, kept: _convolution(old, new),
+    eqx.nn.ConvTranspose: lambda old, new, kept: {
         "in_channels": new.weight.shape[1] * old.groups,
         "out_channels": new.weight.shape[0],
     },
-    eqx.nn.LayerNorm: lambda old, new: {"shape": _shape(old, new, "shape")},
-    eqx.nn.RMSNorm: lambda old, new: {"shape": _shape(old, new, "shape")},
-    eqx.nn.GroupNorm: lambda old, new: {"channels": _channels(old, new)},
-    eqx.nn.Embedding: lambda old, new: {
+    eqx.nn.LayerNorm: lambda old, new, kept: {"shape": _shape(old, new, "shape")},
+    eqx.nn.RMSNorm: lambda old, new, kept: {"shape": _shape(old, new, "shape")},
+    eqx.nn.GroupNorm: lambda old, new, kept: {"channels": _channels(old, new)},
+    eqx.nn.Embedding: lambda old, new, kept: {
         "num_embeddings": new.weight.shape[0],
         "embedding_size": new.weight.shape[1],
     },
-    eqx.nn.GRUCell: lambda old, new: {
+    eqx.nn.GRUCell: lambda old, new, kept: {
         "input_size": new.weight_ih.shape[1],
         "hidden_size": new.weight_hh.shape[1],
     },
-    eqx.nn.LSTMCell: lambda old, new: {
+    eqx.nn.LSTMCell: lambda old, new, kept: {
         "input_size": new.weight_ih.shape[1],
         "hidden_size": new.weight_hh.shape[1],
     },
-    eqx.nn.MultiheadAttention: lambda old, new: _attention(old, new),
-    eqx.nn.MLP: lambda old, new: _mlp(old, new),
+    eqx.nn.MultiheadAttention: lambda old, new, kept: _attention(old, new, kept),
+    eqx.nn.MLP: lambda old, new, kept: _mlp(old, new),
 }
 
 
@@ -206,15 +232,16 @@ def _channels(old: Any, new: Any) -> int:
     return old.channels if new.weight is None else new.weight.shape[0]
 
 
-def _attention(old: Any, new: Any) -> dict[str, Any]:
-    query, value = (p.weight.shape[0] for p in (new.query_proj, new.value_proj))
+def _attention(old: Any, new: Any, kept: Any) -> dict[str, Any]:
+    # How many rows are left does not tell heads from their dimensions: which ones does.
+    rows = kept.query_proj.weight.kept[0]
     heads = old.num_heads
-    if query % old.qk_size == 0 and query // old.qk_size < heads:
-        heads = query // old.qk_size  # whole heads went
+    if rows is not None:
+        heads = max(int(rows.reshape(heads, -1).any(axis=1).sum()), 1)
     return {
         "num_heads": heads,
-        "qk_size": query // heads,
-        "vo_size": value // heads,
+        "qk_size": new.query_proj.weight.shape[0] // heads,
+        "vo_size": new.value_proj.weight.shape[0] // heads,
         "query_size": new.query_proj.weight.shape[1],
         "key_size": new.key_proj.weight.shape[1],
         "value_size": new.value_proj.weight.shape[1],
@@ -230,23 +257,56 @@ def _mlp(old: Any, new: Any) -> dict[str, Any]:
     }
 
 
-def _fitted(old: Any, new: Any) -> Any:
+def _fitted(old: Any, new: Any, kept: Any) -> Any:
     """The module with the sizes that its layers remember set to those of its arrays."""
+
+    def sizes(before: Any, after: Any, left: Any) -> Mapping[str, Any]:
+        for kind in type(after).__mro__:
+            if kind in _SIZES:
+                return _SIZES[kind](before, after, left)
+        return {}
+
+    return _mapped(sizes, old, new, kept)
+
+
+def _scaled(old: Any, new: Any) -> Any:
+    """The module with queries that make up for another number of dimensions."""
+
+    def queries(before: Any, after: Any) -> Mapping[str, Any]:
+        if not isinstance(after, eqx.nn.MultiheadAttention):
+            return {}
+        factor = math.sqrt(after.qk_size / before.qk_size)
+        if factor == 1:
+            return {}
+        projection = after.query_proj
+        changes = {"weight": projection.weight * factor}
+        if projection.bias is not None:
+            changes["bias"] = projection.bias * factor
+        return {"query_proj": _with(projection, changes)}
+
+    return _mapped(queries, old, new)
+
+
+def _mapped(change: Callable[..., Mapping[str, Any]], *trees: Any) -> Any:
+    """The second of some modules of one structure, with other values of fields.
+
+    Args:
+        change: these modules at one place -> field -> value, below them first.
+        *trees: the modules; only the first two need fields that hold no arrays.
+    """
+    _, new, *_ = trees
     if isinstance(new, eqx.Module):
-        changes = {
-            field.name: _fitted(getattr(old, field.name), getattr(new, field.name))
+        below = {
+            field.name: _mapped(change, *(getattr(t, field.name, None) for t in trees))
             for field in dataclasses.fields(new)
             if hasattr(new, field.name)
         }
-        for kind in type(new).__mro__:
-            if kind in _SIZES:
-                changes |= _SIZES[kind](old, new)
-                break
-        return _with(new, changes)
+        found = _with(new, below)
+        return _with(found, change(trees[0], found, *trees[2:]))
     if isinstance(new, list | tuple) and not hasattr(new, "_fields"):
-        return type(new)(_fitted(a, b) for a, b in zip(old, new, strict=True))
+        return type(new)(_mapped(change, *each) for each in zip(*trees, strict=True))
     if isinstance(new, dict):
-        return {name: _fitted(old[name], new[name]) for name in new}
+        return {name: _mapped(change, *(t[name] for t in trees)) for name in new}
     return new
 
 
