@@ -46,11 +46,16 @@ def assert_equal(got, expected, text):
         np.testing.assert_allclose(a, b, rtol=1e-7, atol=1e-9 * scale, err_msg=text)
 
 
+@pytest.mark.parametrize("writers", [(), "*"], ids=["tied", "writers"])
 @pytest.mark.parametrize("seed", range(PROGRAMS))
-def test_narrowed_equals_masked(seed):
+def test_narrowed_equals_masked(seed, writers):
     program = random_program(seed)
     apply_fn, params, x = program.apply_fn, program.params, program.x
-    groups = jaxprune.trace(apply_fn, params, x)
+    try:
+        groups = jaxprune.trace(apply_fn, params, x, writers=writers)
+    except ValueError as error:
+        assert "names no writer" in str(error)
+        return
     masked = quick_jit(apply_fn)
     for keep in cuts(groups, seed):
         masks = jaxprune.expand_masks(groups, keep)

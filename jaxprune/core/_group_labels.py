@@ -64,7 +64,7 @@ def labels_of(
     short, full = {}, {}
     for name, group in groups.items():
         kernels = _kernels(group, shapes)
-        kind = _kind(kernels)
+        kind = "writer" if group.stream else _kind(kernels)
         own = layer_of(group.members[0].path)[0] if group.members else ()
         layers = [k.layer for k in kernels if k.writes or kind != "state"]
         common = _common(layers) if layers else own

@@ -95,6 +95,9 @@ class Group:
             can be.
         label: what a person calls it, such as ``"encoder/block1 hidden"`` or
             ``"residual stream"``; unique among the groups that it was found with.
+        stream: of the units of a writer (see `writers` of `trace`), which can be cut
+            where the residual stream that they are added to keeps them: the name of
+            the group of that stream, ``"pinned"`` if it cannot be cut. Else "".
     """
 
     name: str
@@ -106,6 +109,7 @@ class Group:
     blocks: int = 1
     obstacle: Reason | None = Reason("roles", "traced without roles=True")
     label: str = ""
+    stream: str = ""
 
     @property
     def why(self) -> str:

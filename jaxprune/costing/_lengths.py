@@ -188,11 +188,15 @@ class Lengths:
         """Can any position of an axis be cut?"""
         return any(self.of(value.axes[d], value.shape[d]))
 
-    def is_cut(self, value: Value, d: int) -> Sum:
-        """1 if any position of an axis is cut, else 0."""
+    def groups(self, value: Value, d: int) -> set[int]:
+        """The groups that cut an axis."""
         length = self.of(value.axes[d], value.shape[d])
-        groups = {g for monomial in length for g, _ in monomial}
-        return reduce(either, ({((~g, 1),): 1} for g in sorted(groups)))
+        return {g for monomial in length for g, _ in monomial}
+
+    def is_cut(self, value: Value, d: int, besides: Collection[int] = ()) -> Sum:
+        """1 if any position of an axis is cut, by no group of `besides`, else 0."""
+        groups = sorted(self.groups(value, d).difference(besides))
+        return reduce(either, ({((~g, 1),): 1} for g in groups), {})
 
     def _count(self, axis: tuple[Column, ...], n: int) -> Sum:
         atoms = [column for part in axis for column in self._solution.atoms(part.units)]

@@ -40,6 +40,7 @@ from jaxprune.coupling._ledger import Ledger
 from jaxprune.coupling._solve import solve
 from jaxprune.coupling._trace import trace
 from jaxprune.coupling._walk import Walk
+from jaxprune.coupling._writers import Labelled
 from jaxprune.program._jaxprs import is_array, trace_program
 
 
@@ -144,7 +145,8 @@ def cost_model(
         named = k < len(paths)
         frozen = Value(shape, (ALIVE,) * len(shape))
         ins.append(units.label(paths[k], shape) if named else frozen)
-    walked = Walk(ledger).run(program.closed, ins)
+    writers = Labelled() if any(g.stream for g in groups.values()) else None
+    walked = Walk(ledger, writers).run(program.closed, ins)
     lengths = Lengths(units, solve(ledger))
     tally = Tally(lengths, [len(own) for own in units.units])
     count = tally.program(walked)

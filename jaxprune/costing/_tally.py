@@ -34,9 +34,10 @@ from jaxprune.coupling._dead import (
     made_by,
     parts,
 )
-from jaxprune.coupling._labels import Value
+from jaxprune.coupling._labels import Value, same_units
 from jaxprune.coupling._registry import RULES
 from jaxprune.coupling._walk import Step, Walked
+from jaxprune.coupling._writers import SUMS
 from jaxprune.program.primitives import declaration
 from jaxprune.program.primitives import signature as signature_of
 
@@ -104,6 +105,7 @@ class Tally:
             for var, value in zip(eqn.outvars, step.outs, strict=True)
             if not value.data
         ]
+        sizes += self._spread(step)
         own = Spent(plus(*sizes), frozenset(_key(size) for size in sizes))
         products = self._products(step)
         if products:
@@ -162,6 +164,21 @@ class Tally:
 
         inputs = lengths(signature.summed())
         return {_key(inputs): times(when, lengths(signature.loops()))}
+
+    def _spread(self, step: Step) -> list[Sum]:
+        """The sizes of operands of a sum that are put where the other has positions."""
+        if step.eqn.primitive.name not in SUMS:
+            return []
+        [out], found = step.outs, []
+        own = constant(_itemsize(step.eqn.outvars[0]))
+        for value in step.ins:
+            for d, axis in enumerate(value.axes if value.shape == out.shape else ()):
+                if same_units(axis, out.axes[d]):
+                    continue
+                there = self.lengths.groups(out, d)
+                cut = self.lengths.is_cut(value, d, besides=there)
+                found.append(times(own, self.lengths.size(out), cut))
+        return [size for size in found if size]
 
     # -- what is added for dead positions, as `jaxprune.narrowing._dead` writes it
 

@@ -1,19 +1,21 @@
 """From the solved ledger to `Groups`: units that occupy the same axes, together."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune.core._groups import Group, Groups, Member
+from jaxprune.core._groups import Group, Groups, Member, Reason
 from jaxprune.coupling._labels import Value
 from jaxprune.coupling._ledger import Ledger
 from jaxprune.coupling._lines import Axes, Lines, explain, find_lines, find_pinned
 from jaxprune.coupling._parted import parted
+from jaxprune.coupling._reasons import text_of
 from jaxprune.coupling._roles import Whole, find_roles
 from jaxprune.coupling._solution import NEVER, Solution
 from jaxprune.coupling._walk import Walked
+from jaxprune.coupling._writers import Written
 
 
 class _Places(NamedTuple):
@@ -67,6 +69,9 @@ def collect_groups(
         }
     if program is not None:
         groups = _with_roles(ledger, solution, program, units, groups)
+    if walked is not None and walked.writers is not None:
+        written = list(walked.writers.found.values())
+        groups = _with_streams(solution, found, groups, written)
     return Groups(groups, find_pinned(ledger, solution, lines), shapes, treedef)
 
 
@@ -217,6 +222,42 @@ def _with_roles(
             group, members=tuple(members), obstacle=obstacle
         )
     return found
+
+
+def _with_streams(
+    solution: Solution,
+    found: Sequence[Found],
+    groups: Mapping[str, Group],
+    written: Sequence[Written],
+) -> dict[str, Group]:
+    """The groups, of which those of writers know their stream."""
+    owner = {
+        int(atom): name
+        for each, name in zip(found, groups, strict=True)
+        for atom in each.units
+    }
+
+    def names(units: np.ndarray) -> list[str]:
+        atoms = np.concatenate(list(solution.atoms(units)) or [np.zeros(0, int)])
+        return list(dict.fromkeys(owner[a] for a in atoms.tolist() if a in owner))
+
+    streams: dict[str, str] = {}
+    for own, stream in written:
+        around = [] if isinstance(stream, int) else names(stream[0].units)
+        for name in names(own):
+            above = [other for other in around if other != name]
+            streams.setdefault(name, above[0] if above else "pinned")
+    obstacle = Reason("writer", text_of("writer"))
+    return {
+        name: dataclasses.replace(
+            group,
+            stream=streams[name],
+            obstacle=group.obstacle or obstacle,
+        )
+        if name in streams
+        else group
+        for name, group in groups.items()
+    }
 
 
 def _unique(name: str, taken: Mapping[str, Group]) -> str:

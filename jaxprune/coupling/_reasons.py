@@ -66,6 +66,8 @@ TEXTS: Mapping[str, str] = MappingProxyType(
         "consumers_contracted": "a contraction multiplies two consumers of the group",
         "reduction_counts": "a reduction over the group counts merged units",
         "sum_counts": "a sum over the group counts merged units",
+        "writer": "the stream keeps units that this writer loses",
+        "writer_not_zero": "a writer whose value is not 0 at removed positions",
         "uneven": "units occupy different numbers of positions on one axis",
         "consumers_multiplied": "two consumers of the group are multiplied",
         "nonlinear": "a consumer passes through a nonlinear operation",

@@ -14,6 +14,7 @@ from jaxprune.coupling._balance import Balance, balance_groups
 from jaxprune.coupling._collect import collect_groups, find_groups
 from jaxprune.coupling._labels import Value, take
 from jaxprune.coupling._ledger import Ledger
+from jaxprune.coupling._lines import explain
 from jaxprune.coupling._roles import Whole
 from jaxprune.coupling._solve import solve
 from jaxprune.coupling._walk import Walked, walk_program
@@ -29,6 +30,7 @@ def trace(
     pin: str | Sequence[str] = (),
     unpin: str | Sequence[str] = (),
     balanced: str | Sequence[str] = (),
+    writers: str | Sequence[str] = (),
     roles: bool = False,
     **kwargs: Any,
 ) -> Groups:
@@ -56,6 +58,15 @@ def trace(
             group of a convolution, the features of one head) lose units of their own,
             as many in every block, instead of the same in all. Where the program
             computes a group's blocks together it stays as it is.
+        writers: leaves or axes, as patterns (``"params/*/conv2/kernel:3"``; ``"*"`` for
+            all that can), of what is added to a residual stream and may lose units that
+            the stream keeps. Such a writer has a group of its own (`Group.stream` names
+            that of the stream, whose units still cut all writers): its removed units
+            add 0, and `narrow` adds the smaller result into the positions that are
+            left, by padding where they are a prefix or evenly spaced. This is the
+            zero padding match of Lu et al., `SP-Net
+            <https://arxiv.org/abs/1811.02454>`_, 2018. Masks of such groups mean the
+            same to `narrow` whatever was traced.
         roles: also find which members make the units and which read them, and whether
             equal units can be merged (`Member.role`, `Group.obstacle`); it is proven
             on the program, in about half the time again.
@@ -67,7 +78,8 @@ def trace(
 
     Raises:
         ValueError: if a pattern matches nothing, or `balanced` nothing that has
-            independent blocks.
+            independent blocks, or if `writers` names what is not added to a stream or
+            does not add 0 where it is removed.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxprune
@@ -83,14 +95,19 @@ def trace(
     program = trace_program(apply_fn, variables, *args, **kwargs)
     shapes = dict(zip(names, map(np.shape, leaves), strict=True))
     arrays = list(itertools.compress(names, map(is_array, leaves)))
-    ledger, walked = walk_program(program, len(arrays))
+    freed = _freed(patterns("writers", writers), arrays, shapes)
+    places = [(k, d) for own in freed.values() for k, d in own]
+    ledger, walked = walk_program(program, len(arrays), free=places)
     known = dict(zip(arrays, walked.ins, strict=False))
+    _check_writers(ledger, walked, freed)
     labels = _pin(ledger, known, patterns("pin", pin))
     unpinned = patterns("unpin", unpin)
     twins = _close_outputs(ledger, program, walked.outs, known, unpinned)
     ordered = _order_by_use(ledger, walked, known, twins)
     if labels:
-        groups = collect_groups(ledger, solve(ledger), ordered, shapes, treedef)
+        groups = collect_groups(
+            ledger, solve(ledger), ordered, shapes, treedef, walked=walked
+        )
         _pin_labels(ledger, known, groups, labels)
     solution = solve(ledger)
     whole = Whole(walked, arrays, twins) if roles else None
@@ -99,6 +116,56 @@ def trace(
         return groups
     balance = Balance(solution, walked, find_groups(ledger, solution, ordered))
     return balance_groups(groups, balance, known, patterns("balanced", balanced))
+
+
+def _freed(
+    writers: Sequence[str],
+    names: Sequence[str],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> dict[str, list[tuple[int, int]]]:
+    """For every pattern the axes that it names, as (number of a leaf, axis)."""
+    axes = {
+        f"{name}:{d}": (k, d)
+        for k, name in enumerate(names)
+        for d in range(len(shapes[name]))
+    }
+    found: dict[str, list[tuple[int, int]]] = {}
+    for pattern in writers:
+        leaves = set(matching(pattern, names))
+        found[pattern] = [
+            place for axis, place in axes.items() if axis.rpartition(":")[0] in leaves
+        ] or [axes[axis] for axis in matching(pattern, axes)]
+        if not found[pattern]:
+            raise ValueError(
+                f"writers pattern {pattern!r} matches no axis of variables; the leaves "
+                f"are {listed(names)}{nearest(pattern, [*names, *axes])}"
+            )
+    return found
+
+
+def _check_writers(
+    ledger: Ledger,
+    walked: Walked,
+    freed: Mapping[str, Sequence[tuple[int, int]]],
+) -> None:
+    """Every pattern must name a writer with units of its own."""
+    writers = walked.writers
+    if writers is None:
+        return
+    for pattern, places in freed.items():
+        axes = [walked.ins[k].axes[d] for k, d in places]
+        blocks = [ledger.block(a[0].units) for a in axes if not isinstance(a, int)]
+        if writers.blocks().keys().isdisjoint(blocks):
+            refused = [
+                reason
+                for key, reason in writers.refused.items()
+                if ledger.block(ledger.blocks[key]) in blocks
+            ]
+            why = explain(ledger, refused[0]) if refused else "it is added to no stream"
+            raise ValueError(
+                f"writers pattern {pattern!r} names no writer that may lose units of "
+                f"its own: {why}"
+            )
 
 
 def _pin(ledger: Ledger, known: dict[str, Value], pins: Sequence[str]) -> list[str]:

@@ -1,6 +1,6 @@
 """The interpreter: walks a jaxpr once, moving labels through every equation."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from jaxprune.coupling._labels import Value
 from jaxprune.coupling._ledger import Ledger
 from jaxprune.coupling._refused import REFUSED
 from jaxprune.coupling._registry import RULES, Rule
+from jaxprune.coupling._writers import Labelled, Writers
 from jaxprune.coupling.rules._shuffle import join_shuffles
 from jaxprune.program._interpret import interpret
 from jaxprune.program._jaxprs import Program, input_name, live_equations, opened
@@ -41,6 +42,7 @@ class Walked(NamedTuple):
 
     Attributes:
         scope: its steps by what they make, to find what is at dead positions.
+        writers: of a whole program: those with units of their own, if any may.
     """
 
     jaxpr: Any
@@ -49,6 +51,7 @@ class Walked(NamedTuple):
     outs: list[Value]
     steps: list[Step]
     scope: Scope
+    writers: Writers | None = None
 
     @property
     def eqns(self) -> list[Any]:
@@ -59,8 +62,11 @@ class Walked(NamedTuple):
 class Walk:
     """One walk: the ledger being filled and the inner programs met on the way."""
 
-    def __init__(self, ledger: Ledger) -> None:
+    def __init__(
+        self, ledger: Ledger, writers: Writers | Labelled | None = None
+    ) -> None:
         self.ledger = ledger
+        self.writers = writers
         self._subs: list[Walked] = []
         self._scope: Scope | None = None
 
@@ -74,7 +80,9 @@ class Walk:
         outer, steps = self._subs, []
         around, scope = self._scope, self._inner_scope(jaxpr, ins)
         self._scope, made = scope, scope.made
-        calls = self.ledger.calls
+        calls, writers = self.ledger.calls, self.writers
+        if writers is not None and calls:
+            writers.enter_inner(calls[-1], jaxpr.invars)
 
         def step(number: int, eqn: Any, values: list[Value]) -> tuple[Value, ...]:
             self._subs = []
@@ -83,6 +91,8 @@ class Walk:
             calls.pop()
             made.update({var: (labelled, k) for k, var in enumerate(eqn.outvars)})
             steps.append(labelled)
+            if writers is not None:
+                writers.leave(eqn)
             return labelled.outs
 
         def constant(var: Any) -> Value:
@@ -174,17 +184,20 @@ def walk_program(
     count: int,
     known: Mapping[int, Value] = MappingProxyType({}),
     zero: Mapping[int, Sequence[bool]] = MappingProxyType({}),
+    free: Collection[tuple[int, int]] = (),
 ) -> tuple[Ledger, Walked]:
     """Walks a program whose first `count` inputs may be cut anywhere, others nowhere.
 
     Inputs that are data of an outer program are `known`, by their number; `zero` says
-    of which axes of an input the dead positions hold 0: of all, if it is not named.
+    of which axes of an input the dead positions hold 0: of all, if it is not named. The
+    writers that end on an axis of `free`, as (number of an input, axis), have units of
+    their own (see `jaxprune.coupling._writers`).
 
     A program is walked once, however often it is asked for (by `trace`, by `narrow`);
     the ledger is the caller's own.
     """
-    if known or not program.lasting or not all(map(all, zero.values())):
-        return _walk_program(program, count, known, zero)
+    if known or free or not program.lasting or not all(map(all, zero.values())):
+        return _walk_program(program, count, known, zero, free)
     # By the rules too: what was registered since makes it another walk. And with the
     # jaxpr, so that no other can have its id.
     key = id(program.closed), count, tuple(program.paths), tuple(RULES.items())
@@ -202,6 +215,7 @@ def _walk_program(
     count: int,
     known: Mapping[int, Value],
     zero: Mapping[int, Sequence[bool]],
+    free: Collection[tuple[int, int]] = (),
 ) -> tuple[Ledger, Walked]:
     ledger = Ledger()
     ledger.reason("pinned")  # of several reasons the first is told
@@ -221,7 +235,13 @@ def _walk_program(
             why = ledger.reason("input", name=input_name(path))
             axes = (why,) * len(shape)
         ins.append(Value(shape, axes))
-    return ledger, Walk(ledger).run(program.closed, ins)
+    writers = None
+    if free:
+        writers = Writers(ledger, [ins[k].axes[d] for k, d in free])
+        invars = program.jaxpr.invars
+        writers.enter(invars, [k >= count for k in range(len(invars))])
+    walked = Walk(ledger, writers).run(program.closed, ins)
+    return ledger, walked._replace(writers=writers)
 
 
 _MOST_WALKS = 2

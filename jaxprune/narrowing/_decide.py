@@ -11,6 +11,7 @@ from jaxprune.coupling._ledger import Ledger
 from jaxprune.coupling._lines import explain
 from jaxprune.coupling._solution import FROZEN, INNER, NEVER, NONE, Solution, pieces
 from jaxprune.coupling._walk import Walked
+from jaxprune.coupling._writers import Writers
 
 Alive: TypeAlias = np.ndarray | None  # bool[n] of one axis; None = every position lives
 Place: TypeAlias = tuple[int, int]  # number of an input and its axis
@@ -62,6 +63,45 @@ def decide(
             liveness.explain(*wrong, balance)
         liveness = again
     return liveness.units()
+
+
+def narrower(
+    solution: Solution, walked: Walked, masks: Sequence[Sequence[Alive]]
+) -> list[Place]:
+    """The axes whose masks cut what another axis of the same units keeps."""
+    given = [
+        (k, d, mask, solution.atoms_of(solution.classes[axis[0].units]))
+        for k, (value, each) in enumerate(zip(walked.ins, masks, strict=False))
+        for d, mask in enumerate(each)
+        if mask is not SILENT and not isinstance(axis := value.axes[d], int)
+    ]
+    kept = solution.kinds == FROZEN
+    for _, _, mask, columns in given:
+        for column in columns:
+            kept[column if mask is None else column[mask]] = True
+    return [
+        (k, d)
+        for k, d, mask, columns in given
+        if mask is not None
+        and np.logical_and.reduce([~mask, *(kept[c] for c in columns)]).any()
+    ]
+
+
+def refused_writer(
+    ledger: Ledger, writers: Writers, walked: Walked, names: Sequence[str]
+) -> ValueError:
+    """Why a writer cannot lose units that its stream keeps."""
+    block, why = next(iter(writers.refused.items()))
+    axes = [
+        f"{name} axis {d}"
+        for name, value in zip(names, walked.ins, strict=False)
+        for d, axis in enumerate(value.axes)
+        if not isinstance(axis, int) and axis[0].units is ledger.blocks[block]
+    ]
+    return ValueError(
+        f"{axes[0]}: the mask cuts what the stream that it is added to keeps, but it "
+        f"cannot lose units of its own: {explain(ledger, why)}"
+    )
 
 
 class _Liveness:

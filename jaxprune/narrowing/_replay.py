@@ -1,6 +1,7 @@
 """What stays of a walked program when dead units are gone, and how it runs."""
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -12,10 +13,11 @@ from jax.core import Tracer
 from jax.extend.core import jaxpr_as_fun
 
 from jaxprune.coupling._labels import Axis, Column, Value, all_zero
+from jaxprune.coupling._ledger import Ledger
 from jaxprune.coupling._solve import solve
 from jaxprune.coupling._walk import Step, Walked, walk_program
 from jaxprune.narrowing._build import build
-from jaxprune.narrowing._decide import Alive, decide
+from jaxprune.narrowing._decide import Alive, decide, narrower, refused_writer
 from jaxprune.program._jaxprs import Program, abstract, call, trace_program
 
 
@@ -109,6 +111,21 @@ class Kept:
         """Is any position of this axis dead?"""
         return self.shape(value)[d] < value.shape[d]
 
+    def size(self, value: Value) -> int:
+        """How many entries a value has when dead positions are gone."""
+        return math.prod(self.shape(value))
+
+    def spread(self, x: Any, value: Value, out: Value) -> Any:
+        """`x` at the positions that `out` keeps: 0 where `value` is dead there."""
+        for d, (axis, whole) in enumerate(zip(value.axes, out.axes, strict=True)):
+            own, every = self.mask(axis), self.mask(whole)
+            if own is None or (every is not None and np.array_equal(own, every)):
+                continue
+            places = np.flatnonzero(own if every is None else own[every])
+            size = len(own) if every is None else int(np.count_nonzero(every))
+            x = spread_positions(x, places, d, size)
+        return x
+
     def touches(self, *values: Value) -> bool:
         """Is any axis of these values cut?"""
         for value in values:  # noqa: SIM110, the innermost loop of all
@@ -148,6 +165,21 @@ class Kept:
         """`fn(*avals)`, traced at full size, for inputs of which this is `given`."""
         program = trace_program(fn, *avals)
         return restrict(program, given, counts_removed=self.counts_removed)
+
+
+def spread_positions(x: Any, places: np.ndarray, d: int, size: int) -> Any:
+    """An axis of `size` with `x` at these places, 0 elsewhere; padding does mostly."""
+    steps = np.unique(np.diff(places))
+    zero = np.zeros((), x.dtype)
+    if len(steps) <= 1:
+        step = int(steps[0]) if len(steps) else 1
+        rest = size - 1 - int(places[-1])
+        config = [(0, 0, 0)] * x.ndim
+        config[d] = (int(places[0]), rest, step - 1)
+        return lax.pad(x, zero, config)
+    source = np.full(size, len(places))
+    source[places] = np.arange(len(places))
+    return jnp.take(x, source, axis=d, mode="fill", fill_value=0)
 
 
 def take_positions(x: Any, positions: np.ndarray, d: int) -> Any:
@@ -228,5 +260,29 @@ def restrict(
     ledger, walked = walk_program(program, len(given), known, zero)
     names = names or [f"input {k}" for k in range(len(given))]
     masks = [[] if isinstance(each, Value) else each.alive for each in given]
-    alive_units = decide(ledger, solve(ledger), walked, names, masks)
+    solution = solve(ledger)
+    try:
+        alive_units = decide(ledger, solution, walked, names, masks)
+    except ValueError as disagreement:
+        # Perhaps writers of a stream lose units that the stream keeps.
+        free = narrower(solution, walked, masks)
+        ledger, walked = walk_program(program, len(given), known, zero, free)
+        alive_units = _with_writers(ledger, walked, names, masks, disagreement)
     return Restricted(program, walked, Kept(alive_units, counts_removed))
+
+
+def _with_writers(
+    ledger: Ledger,
+    walked: Walked,
+    names: Sequence[str],
+    masks: Sequence[Sequence[Alive]],
+    disagreement: ValueError,
+) -> np.ndarray:
+    """Which units live where writers have units of their own."""
+    writers = walked.writers
+    try:
+        return decide(ledger, solve(ledger), walked, names, masks)
+    except ValueError:
+        if writers is not None and writers.refused:
+            disagreement = refused_writer(ledger, writers, walked, names)
+        raise disagreement from None

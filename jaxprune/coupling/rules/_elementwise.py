@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import reduce
 from typing import Any, TypeAlias
 
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
 
@@ -24,6 +25,8 @@ from jaxprune.coupling._labels import (
     with_zero,
 )
 from jaxprune.coupling._registry import register_label
+from jaxprune.coupling._writers import SUMS
+from jaxprune.program._jaxprs import bind
 from jaxprune.program.primitives import DECLARATIONS
 
 Combine: TypeAlias = Callable[[Zero, Zero], Zero]  # folded over more operands
@@ -61,6 +64,8 @@ def _axes_of_two(
 ) -> list[Axis]:
     """The axes of two operands; a scalar or an axis of size 1 is there for all."""
     if x.shape == y.shape:
+        if walk.writers is not None and walk.writers.sums(eqn):
+            return _axes_of_sum(walk, eqn, x, y, combine)
         return [_pair(walk, a, b, combine) for a, b in zip(x.axes, y.axes, strict=True)]
 
     def x_alone(zero: Zero) -> Zero:
@@ -83,6 +88,23 @@ def _axes_of_two(
         else:
             _spread(walk, eqn, a)
             axes.append(map_zero(b, y_alone))
+    return axes
+
+
+def _axes_of_sum(
+    walk: Any, eqn: Any, x: Value, y: Value, combine: Combine
+) -> list[Axis]:
+    """The axes of a sum of which an operand may have units of its own."""
+    axes = []
+    for a, b in zip(x.axes, y.axes, strict=True):
+        stream = walk.writers.join(eqn, a, b)
+        if stream is None:
+            axes.append(_pair(walk, a, b, combine))
+        elif isinstance(stream, int):
+            axes.append(stream)
+        else:
+            flags = [flags_on(stream, axis)[0] for axis in (a, b)]
+            axes.append(with_flags(stream, [reduce(combine, flags)]))
     return axes
 
 
@@ -269,5 +291,41 @@ register_label(_bitcast, "bitcast_convert_type")
 register_label(_convert, "convert_element_type")
 register_label(_convert, "copy")
 register_label(_convert, "copy_p")
+
+
+def _same_positions(kept: Any, step: Any) -> dict[str, Any] | None:
+    """Nothing changes unless an operand lacks positions that the sum has."""
+    out = step.outs[0]
+    for value in step.ins:
+        if value.shape == out.shape and kept.shape(value) != kept.shape(out):
+            return None
+    return {}
+
+
+def _narrow_sum(kept: Any, step: Any, *operands: Any) -> Any:
+    """A sum into the positions of the result; what has none left adds nothing."""
+    out, whole = step.outs[0], []
+    for x, value in zip(operands, step.ins, strict=True):
+        if value.shape == out.shape and 0 in x.shape and kept.size(out):
+            whole.append(None)
+        elif value.shape == out.shape:
+            whole.append(kept.spread(x, value, out))
+        else:
+            whole.append(x)
+    x, y = whole
+    if x is None and y is None:
+        return jnp.zeros(kept.shape(out), step.eqn.outvars[0].aval.dtype)
+    if y is None:
+        return x
+    if x is None:
+        return -y if step.eqn.primitive.name == "sub" else y
+    return bind(step.eqn, x, y)
+
+
+for _name in SUMS:
+    _known = DECLARATIONS[_name]
+    register_label(
+        elementwise(_known.zero), _name, narrow=_narrow_sum, resize=_same_positions
+    )
 for _name in ("optimization_barrier", "device_put"):
     register_label(lambda walk, eqn, *values: list(values), _name)
