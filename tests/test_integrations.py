@@ -177,9 +177,16 @@ def test_a_haiku_net_nobody_wrote_here():
         a_haiku_net_nobody_wrote_here_case()
 
 
-def test_keras(monkeypatch):
+@pytest.fixture
+def keras(monkeypatch):
+    """Keras on JAX, which promotes ranks and dtypes as JAX does by default."""
     monkeypatch.setenv("KERAS_BACKEND", "jax")
-    keras = pytest.importorskip("keras")
+    library = pytest.importorskip("keras")
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield library
+
+
+def test_keras(keras):
     from jaxprune.integrations import keras as for_keras
 
     model = keras.Sequential(
@@ -191,6 +198,8 @@ def test_keras(monkeypatch):
             keras.layers.Dense(5),
         ]
     )
+    with pytest.raises(ValueError, match="is not built; call it once on an example"):
+        for_keras.keras_apply(model)
     model(X)
     apply_fn, variables = for_keras.keras_apply(model)
     np.testing.assert_allclose(apply_fn(variables, X), model(X), rtol=1e-5, atol=1e-6)
@@ -198,7 +207,38 @@ def test_keras(monkeypatch):
     masked = apply_fn(jaxprune.apply_masks(variables, pruned.masks), X)
     np.testing.assert_allclose(pruned(X), masked, rtol=1e-5, atol=1e-6)
     trainable, rest = for_keras.keras_lists(model, pruned.variables)
+    call = for_keras.keras_call(model, pruned.apply_fn)
+    out, same = call(trainable, rest, X)
+    np.testing.assert_allclose(out, masked, rtol=1e-5, atol=1e-6)
+    assert all(map(np.array_equal, same, rest))
+
+    def loss(trainable):
+        out, new = call(trainable, rest, X, training=True)
+        return jnp.mean(out**2), new
+
+    (_, new), slopes = jax.value_and_grad(loss, has_aux=True)(trainable)
+    # As the original in training, masked: it normalises by the batch.
+    full = jaxprune.apply_masks(variables, pruned.masks)
+    lists = for_keras.keras_lists(model, full)
+    out, wanted = model.stateless_call(*lists, X, training=True)
+    found = for_keras.keras_variables(model, trainable, new)["batch_stats"]
+    masks = pruned.masks["batch_stats"]
+    wanted = for_keras.keras_variables(model, lists[0], wanted)["batch_stats"]
+    for name, value in jaxprune.slice_params(wanted, masks).items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6)
+    assert [slope.shape for slope in slopes] == [leaf.shape for leaf in trainable]
     again = for_keras.keras_variables(model, trainable, rest)
     assert jax.tree.map(jnp.shape, again) == jax.tree.map(jnp.shape, pruned.variables)
     fresh = pruned.recalibrate([X], training=True)
-    assert jax.tree.structure(fresh.variables) == jax.tree.structure(pruned.variables)
+    moved = jax.tree.map(
+        lambda a, b: not np.allclose(a, b),
+        fresh.variables["batch_stats"],
+        pruned.variables["batch_stats"],
+    )
+    assert any(jax.tree.leaves(moved))
+    tx = optax.adam(1e-3)
+    state = pruned.slice_opt_state(tx, tx.init(variables["params"]))
+    shapes = jax.tree.map(jnp.shape, pruned.variables["params"])
+    assert jax.tree.map(jnp.shape, state[0].mu) == shapes
+    with pytest.raises(TypeError, match="expected a keras.Model, got a Dense"):
+        for_keras.keras_apply(keras.layers.Dense(3))

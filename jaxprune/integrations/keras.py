@@ -72,6 +72,38 @@ def keras_apply(
     return apply_fn, variables
 
 
+def keras_call(
+    model: Any, apply_fn: Callable[..., Any]
+) -> Callable[..., tuple[Any, list[Any]]]:
+    """`stateless_call` of a pruned model, for a training loop written for Keras.
+
+    The original model's refuses arrays of other shapes.
+
+    Args:
+        model: the original model, which knows the order of the variables.
+        apply_fn: ``pruned.apply_fn``, what `keras_apply` returned narrowed.
+
+    Returns:
+        ``(trainable, non_trainable, *args, training=False, **kwargs) -> (output, new
+        non_trainable)`` for the lists of `keras_lists`.
+    """
+    order = _names(model.non_trainable_variables)
+
+    def stateless_call(
+        trainable: Sequence[Any],
+        non_trainable: Sequence[Any],
+        *args: Any,
+        training: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Any, list[Any]]:
+        variables = keras_variables(model, trainable, non_trainable)
+        options: dict[str, Any] = {"training": training, "mutable": ["batch_stats"]}
+        out, new = apply_fn(variables, *args, **options, **kwargs)
+        return out, [new["batch_stats"][name] for name in order]
+
+    return stateless_call
+
+
 def keras_variables(
     model: Any, trainable: Sequence[Any], non_trainable: Sequence[Any]
 ) -> PyTree:
@@ -92,7 +124,7 @@ def keras_variables(
 
 
 def keras_lists(model: Any, variables: PyTree) -> tuple[list[Any], list[Any]]:
-    """The two lists that `stateless_call` takes, from the tree of variables.
+    """The two lists that `keras_call` takes, from the tree of variables.
 
     Args:
         model: the original model, which knows their order.
