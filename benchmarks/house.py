@@ -8,7 +8,8 @@ Read from the syntax trees alone: no file is imported, so any revision can be me
 lines       of all files of the package, blank ones too
 function    lines of a function without its docstring: median, 90th percentile, most
 nesting     95th percentile over functions of the depth of if, for, with, try, ...
-documented  share of public functions, methods and classes that have a docstring
+documented  share of public functions, methods and classes that have a docstring; the
+            members of protocols are not counted
 comments    share of the lines that hold a comment
 Any         uses of the name per 1,000 lines, imports not counted
 private     share of modules with an underscore in their path, faces not counted
@@ -166,11 +167,16 @@ def _public(path: str, tree: ast.Module) -> Iterator[ast.FunctionDef | ast.Class
         node = waiting.pop()
         if not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             continue
-        if node.name.startswith("_"):
+        if node.name.startswith("_") or _is_stub(node):
             continue
         yield node
         if isinstance(node, ast.ClassDef):
             waiting += node.body
+
+
+def _is_stub(node: ast.FunctionDef | ast.ClassDef) -> bool:
+    """A member of a protocol: its class says what it is for."""
+    return ast.unparse(node.body) == "..."
 
 
 def circles(trees: Mapping[str, ast.Module]) -> list[set[str]]:

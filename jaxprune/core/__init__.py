@@ -9,7 +9,6 @@ from jaxprune.core._leaves import named_leaves as named_leaves
 from jaxprune.core._leaves import parameter_paths as parameter_paths
 from jaxprune.core._limits import Each as Each
 from jaxprune.core._limits import Limits as Limits
-from jaxprune.core._masks import PyTree as PyTree
 from jaxprune.core._masks import apply_masks as apply_masks
 from jaxprune.core._masks import expand_masks as expand_masks
 from jaxprune.core._masks import sparsity as sparsity
@@ -18,3 +17,4 @@ from jaxprune.core._packing import pack_masks as pack_masks
 from jaxprune.core._packing import unpack_masks as unpack_masks
 from jaxprune.core._positions import axis_keep as axis_keep
 from jaxprune.core._positions import outer_mask as outer_mask
+from jaxprune.core._types import PyTree as PyTree

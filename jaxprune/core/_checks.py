@@ -14,8 +14,9 @@ import jax
 import numpy as np
 from jax.core import Tracer
 from jax.errors import ConcretizationTypeError, TracerArrayConversionError
+from jax.typing import ArrayLike
 
-PyTree = Any
+from jaxprune.core._types import PyTree
 
 
 def check_leaves(tree: PyTree, what: str = "params") -> None:
@@ -47,11 +48,11 @@ def check_leaves(tree: PyTree, what: str = "params") -> None:
             )
 
 
-def _is_fine(leaf: Any) -> bool:
+def _is_fine(leaf: object) -> bool:
     return hasattr(leaf, "dtype") or not isinstance(leaf, Number | str | bytes)
 
 
-def whole_number(what: str, value: Any, least: int = 1) -> int:
+def whole_number(what: str, value: object, least: int = 1) -> int:
     """A static whole number, no less than `least`.
 
     Raises:
@@ -65,15 +66,15 @@ def whole_number(what: str, value: Any, least: int = 1) -> int:
         Traceback (most recent call last):
         ValueError: min_keep must be a whole number of at least 1, got nan
     """
-    value = number(what, value)
-    if not math.isfinite(value) or value != int(value) or value < least:
+    real = number(what, value)
+    if not math.isfinite(real) or real != int(real) or real < least:
         raise ValueError(
-            f"{what} must be a whole number of at least {least}, got {value}"
+            f"{what} must be a whole number of at least {least}, got {real}"
         )
-    return int(value)
+    return int(real)
 
 
-def finite(what: str, value: Any) -> float:
+def finite(what: str, value: object) -> float:
     """A static finite number.
 
     Raises:
@@ -87,13 +88,13 @@ def finite(what: str, value: Any) -> float:
         Traceback (most recent call last):
         ValueError: budget must be a finite number, got inf
     """
-    value = number(what, value)
-    if not math.isfinite(value):
-        raise ValueError(f"{what} must be a finite number, got {value}")
-    return float(value)
+    real = number(what, value)
+    if not math.isfinite(real):
+        raise ValueError(f"{what} must be a finite number, got {real}")
+    return float(real)
 
 
-def number(what: str, value: Any) -> Any:
+def number(what: str, value: object) -> Any:
     """A static real number, perhaps as an array of no axes.
 
     Raises:
@@ -111,7 +112,7 @@ def number(what: str, value: Any) -> Any:
     return value
 
 
-def concrete_array(what: str, values: Any) -> np.ndarray:
+def concrete_array(what: str, values: ArrayLike) -> np.ndarray:
     """The values as a numpy array.
 
     Raises:
@@ -125,7 +126,7 @@ def concrete_array(what: str, values: Any) -> np.ndarray:
     return np.asarray(values)
 
 
-def concrete_bools(what: str, values: Any) -> np.ndarray:
+def concrete_bools(what: str, values: ArrayLike) -> np.ndarray:
     """`concrete_array` of bools, True = kept.
 
     Raises:

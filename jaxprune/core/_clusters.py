@@ -1,6 +1,6 @@
 """Clusters as data: group -> the number of every unit's cluster."""
 
-from typing import Any
+from typing import cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +8,10 @@ import numpy as np
 from jaxprune.core._checks import concrete_array
 from jaxprune.core._groups import Group, Groups, Member
 from jaxprune.core._masks import expand_masks
+from jaxprune.core._types import Array, ArrayNamespace
 
 
-def units_first(leaf: Any, member: Member) -> Any:
+def units_first(leaf: Array, member: Member) -> Array:
     """The slices of every unit as rows: ``[size, ...]``.
 
     Example:
@@ -22,7 +23,7 @@ def units_first(leaf: Any, member: Member) -> Any:
         array([[0, 2, 4],
                [1, 3, 5]])
     """
-    xp = np if isinstance(leaf, np.ndarray) else jnp
+    xp = cast(ArrayNamespace, np if isinstance(leaf, np.ndarray) else jnp)
     size = len(member.index)
     line = xp.moveaxis(leaf, member.axis, 0)
     flat = member.index.ravel()
@@ -55,7 +56,7 @@ def check_mergeable(groups: Groups, name: str) -> Group:
     return groups[name]
 
 
-def checked_clusters(groups: Groups, name: str, ids: Any) -> np.ndarray:
+def checked_clusters(groups: Groups, name: str, ids: Array) -> np.ndarray:
     """For every unit the first of its cluster, if the units may be merged so.
 
     Raises:

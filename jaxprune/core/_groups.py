@@ -18,6 +18,7 @@ import rich.table
 
 from jaxprune.core._group_labels import labels_of
 from jaxprune.core._tables import groups_table, pinned_table
+from jaxprune.core._types import PyTree, PyTreeDef
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -168,7 +169,7 @@ class Groups(Mapping[str, Group]):
     by_name: Mapping[str, Group]
     pinned: tuple[Pinned, ...]
     shapes: Mapping[str, tuple[int, ...]]
-    treedef: Any
+    treedef: PyTreeDef
 
     def __post_init__(self) -> None:
         labels = labels_of(self.by_name, self.shapes)
@@ -214,7 +215,7 @@ def _rebuilt(
     by_name: dict[str, Group],
     pinned: tuple[Pinned, ...],
     shapes: dict[str, tuple[int, ...]],
-    like: Any,
+    like: PyTree,
 ) -> Groups:
     return Groups(by_name, pinned, shapes, jax.tree.structure(like))
 

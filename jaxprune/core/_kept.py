@@ -3,7 +3,7 @@
 import io
 import shutil
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import rich.box
@@ -11,6 +11,7 @@ import rich.console
 import rich.table
 
 from jaxprune.core._groups import Groups
+from jaxprune.core._positions import BoolArray
 from jaxprune.core._tables import fold_names
 
 _HTML = "<pre style='line-height:1.2;overflow-x:auto'>{code}</pre>"
@@ -35,7 +36,7 @@ class Cost(NamedTuple):
 
 
 def kept_table(
-    groups: Groups, keep: Mapping[str, Any], found: tuple[Cost, ...]
+    groups: Groups, keep: Mapping[str, BoolArray], found: tuple[Cost, ...]
 ) -> rich.table.Table:
     """A row for every group: its units before and after; the costs below.
 
@@ -60,11 +61,11 @@ def kept_table(
     return table
 
 
-def _left(keep: Mapping[str, Any], name: str, size: int) -> int:
+def _left(keep: Mapping[str, BoolArray], name: str, size: int) -> int:
     return int(np.count_nonzero(keep[name])) if name in keep else size
 
 
-def _title(groups: Groups, keep: Mapping[str, Any]) -> str:
+def _title(groups: Groups, keep: Mapping[str, BoolArray]) -> str:
     units = sum(group.size for group in groups.values())
     left = sum(_left(keep, name, group.size) for name, group in groups.items())
     several = "group" if len(groups) == 1 else "groups"

@@ -2,16 +2,19 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import ArrayLike
 
 from jaxprune.core._checks import check_leaves
-from jaxprune.core._masks import PyTree
 from jaxprune.core._placement import all_placed_like, on_host
+from jaxprune.core._types import Array, ArrayNamespace, PyTree
+
+AnyArray = TypeVar("AnyArray", jax.Array, np.ndarray, Array)
 
 
 def each_leaf(
@@ -27,7 +30,7 @@ def each_leaf(
     """
     check_leaves(params)
     leaves, treedef = jax.tree.flatten(params)
-    found: list[Any] = [None] * len(leaves)
+    found: list[Array | None] = [None] * len(leaves)
     here: dict[int, np.ndarray] = {}
     remote: dict[Any, list[int]] = {}
     for k, leaf in enumerate(leaves):
@@ -56,45 +59,47 @@ def each_leaf(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
-def _compiled(score: Callable[..., Any], leaves: Sequence[Any], options: Any) -> Any:
+def _compiled(
+    score: Callable[..., Any], leaves: Sequence[Array], options: tuple[object, ...]
+) -> list[Array]:
     return [score(jnp, leaf, *options) for leaf in leaves]
 
 
-def is_float(leaf: Any) -> bool:
+def is_float(leaf: object) -> bool:
     """Can this leaf have a score? Integers, bools, keys and functions have none."""
     dtype = getattr(leaf, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, jnp.inexact)
 
 
-def widened(leaf: Any) -> jax.Array:
+def widened(leaf: ArrayLike) -> jax.Array:
     """The leaf in at least single precision."""
     return wide(jnp.asarray(leaf))
 
 
-def numbers(leaf: Any) -> np.ndarray:
+def numbers(leaf: ArrayLike) -> np.ndarray:
     """A leaf of the host in at least single precision."""
     return wide(np.asarray(leaf))
 
 
-def wide(leaf: Any) -> Any:
+def wide(leaf: AnyArray) -> AnyArray:
     """The leaf in at least single precision, of numpy or jax.numpy as it is."""
     dtype = wide_dtype(leaf.dtype)
     return leaf if leaf.dtype == dtype else leaf.astype(dtype)
 
 
 @functools.cache
-def wide_dtype(dtype: Any) -> Any:
+def wide_dtype(dtype: np.dtype) -> np.dtype:
     """A type of floats in at least single precision."""
     return dtype if jnp.finfo(dtype).bits >= 32 else np.dtype(np.float32)
 
 
 @functools.cache
-def real_dtype(dtype: Any) -> Any:
+def real_dtype(dtype: np.dtype) -> np.dtype:
     """`wide_dtype`, of the absolute values where numbers are complex."""
     return np.dtype(jnp.finfo(wide_dtype(dtype)).dtype)
 
 
-def power_of_two(xp: Any, largest: Any) -> Any:
+def power_of_two(xp: ArrayNamespace, largest: Array) -> Array:
     """The power of two below some non-negative numbers, to divide by before squaring.
 
     Squares of numbers around 1e-25 or 1e20 leave single precision, their quotients by

@@ -6,9 +6,12 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.tree_util import KeyPath
+
+from jaxprune.core._types import Array, PyTree, PyTreeDef
 
 
-def keystr(path: Any) -> str:
+def keystr(path: KeyPath) -> str:
     """The one way a leaf is named: its path, without the box around it.
 
     A variable's box (Flax NNX Variable, Linen Partitioned) is no part of its name: a
@@ -19,7 +22,7 @@ def keystr(path: Any) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def leaf_names(tree: Any, treedef: Any) -> tuple[str, ...]:
+def leaf_names(tree: PyTree, treedef: PyTreeDef) -> tuple[str, ...]:
     """`keystr` of every leaf of a tree, whose structure is `treedef`.
 
     Remembered: a model's thousands of leaves are named at every step of pruning it. But
@@ -46,7 +49,7 @@ _NAMES: dict[Any, tuple[str, ...]] = {}
 _MOST_NAMES = 64
 
 
-def _is_plain(treedef: Any) -> bool:
+def _is_plain(treedef: PyTreeDef) -> bool:
     """Is this a tree of dictionaries, lists and tuples?"""
     todo = [treedef]
     while todo:
@@ -58,12 +61,12 @@ def _is_plain(treedef: Any) -> bool:
     return True
 
 
-def _leaf_names(tree: Any) -> tuple[str, ...]:
+def _leaf_names(tree: PyTree) -> tuple[str, ...]:
     paths = [path for path, _ in jax.tree.leaves_with_path(tree)]
     return unique_names(paths, [keystr(path) for path in paths])
 
 
-def unique_names(paths: Sequence[Any], names: Sequence[str]) -> tuple[str, ...]:
+def unique_names(paths: Sequence[KeyPath], names: Sequence[str]) -> tuple[str, ...]:
     """The names of the leaves at these paths.
 
     Raises:
@@ -76,7 +79,7 @@ def unique_names(paths: Sequence[Any], names: Sequence[str]) -> tuple[str, ...]:
         ValueError: two leaves are named a/b: ['a']['b'] and ['a/b']; rename one ...
     """
     if len(set(names)) < len(names):
-        first: dict[str, Any] = {}
+        first: dict[str, KeyPath] = {}
         for path, name in zip(paths, names, strict=True):
             if name in first:
                 one, other = map(jax.tree_util.keystr, (first[name], path))
@@ -88,7 +91,7 @@ def unique_names(paths: Sequence[Any], names: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def named_leaves(tree: Any) -> dict[str, Any]:
+def named_leaves(tree: PyTree) -> dict[str, PyTree]:
     """Path -> leaf in tree order, with the paths that `Member.path` uses.
 
     Example:
@@ -104,7 +107,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
 NOT_KERNELS = frozenset({"bias", "b", "scale", "offset"})
 
 
-def kernel_paths(leaves: Mapping[str, Any]) -> list[str]:
+def kernel_paths(leaves: Mapping[str, Array]) -> list[str]:
     """The paths of kernels: two axes or more, and not called bias, b, scale or offset.
 
     Example:

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
 from jax.core import Tracer
 
 from jaxprune.core._checks import number, whole_number
 from jaxprune.core._names import labels_in, listed, matching, nearest, patterns
+from jaxprune.core._types import Scalar
 
 T = TypeVar("T")
 
@@ -115,7 +116,7 @@ def selected(
     return [name for name in names if name in chosen]
 
 
-def fraction(what: str, value: Any) -> float:
+def fraction(what: str, value: Scalar) -> float:
     """A static number in [0, 1]."""
     if isinstance(value, Tracer):
         raise TypeError(
@@ -128,10 +129,10 @@ def fraction(what: str, value: Any) -> float:
 
 def fractions(
     names: Collection[str],
-    sparsity: Any,
+    sparsity: Scalar | Mapping[str, Scalar],
     only: str | Sequence[str] | None,
     what: str = "groups",
-) -> dict[str, Any]:
+) -> dict[str, Scalar]:
     """Name -> fraction to remove, for the names that are to lose any.
 
     `sparsity` is one fraction for those that `only` selects, or a mapping that names

@@ -19,8 +19,7 @@ from jax.core import Tracer
 from jaxprune.core._groups import Groups
 from jaxprune.core._leaves import named_leaves
 from jaxprune.core._positions import BoolArray, outer_mask
-
-PyTree = Any
+from jaxprune.core._types import Array, PyTree
 
 
 def expand_masks(groups: Groups, keep: Mapping[str, BoolArray]) -> PyTree:
@@ -143,7 +142,7 @@ def sparsity(masks: PyTree, params: PyTree | None = None) -> float:
     return removed / total if total else 0.0
 
 
-def pair_masks(tree: PyTree, masks: PyTree) -> list[tuple[str, Any, BoolArray]]:
+def pair_masks(tree: PyTree, masks: PyTree) -> list[tuple[str, PyTree, BoolArray]]:
     """``(path, leaf, mask)`` for every leaf of the tree, in tree order.
 
     Raises:
@@ -192,7 +191,7 @@ def concrete(path: str, mask: BoolArray) -> np.ndarray:
     return np.asarray(mask)
 
 
-def zero_removed(leaf: Any, mask: BoolArray) -> Any:
+def zero_removed(leaf: Array, mask: BoolArray) -> Any:
     """The leaf with zeros where the mask is False; numpy stays numpy."""
     if isinstance(mask, np.ndarray) and mask.all():
         return leaf
@@ -223,7 +222,7 @@ def _checked_units(groups: Groups, name: str, units: BoolArray) -> BoolArray:
     return units
 
 
-def _as_bool(name: str, values: Any, where: str = "masks") -> BoolArray:
+def _as_bool(name: str, values: Array, where: str = "masks") -> BoolArray:
     values = values if isinstance(values, jax.Array) else np.asarray(values)
     if values.dtype != np.bool_:
         raise TypeError(

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.core._leaves import named_leaves
-from jaxprune.core._masks import PyTree, check_broadcast, concrete, pair_masks
+from jaxprune.core._masks import check_broadcast, concrete, pair_masks
 from jaxprune.core._positions import axis_keep
+from jaxprune.core._types import Array, PyTree
 
 
 class PackedMasks(NamedTuple):
@@ -145,7 +146,7 @@ def slice_packed(packed: PackedMasks, masks: PyTree) -> PackedMasks:
     )
 
 
-def _pack(mask: Any, shape: tuple[int, ...], layout: Any) -> jax.Array:
+def _pack(mask: Array, shape: tuple[int, ...], layout: Any) -> jax.Array:
     mask = jnp.asarray(mask)
     if layout is None and mask.shape == shape != ():
         return _pack_along(mask, _best_axis(shape))
@@ -180,7 +181,7 @@ def _pack_along(mask: jax.Array, axis: int) -> jax.Array:
     return bits.reshape(*bits.shape, *(1,) * behind)
 
 
-def _unpack(path: str, bits: Any, shape: tuple[int, ...]) -> jax.Array:
+def _unpack(path: str, bits: Any, shape: tuple[int, ...]) -> Any:
     if bits.dtype != jnp.uint8:
         return check_broadcast(path, shape, bits)
     axis = _packed_axis(bits.ndim, len(shape))

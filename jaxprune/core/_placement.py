@@ -8,12 +8,14 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+
+from jaxprune.core._types import Array, PyTree
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -21,7 +23,7 @@ R = TypeVar("R")
 _ALIGNMENT = 64  # bytes; from such an address JAX reads an array without copying it
 
 
-def on_host(*leaves: Any) -> bool:
+def on_host(*leaves: object) -> bool:
     """Can numpy compute with all of these where they are, and JAX go on with it?
 
     True for numpy arrays and for concrete jax arrays on one processor of this host,
@@ -40,7 +42,7 @@ def on_host(*leaves: Any) -> bool:
     )
 
 
-def readable(leaf: Any) -> bool:
+def readable(leaf: object) -> bool:
     """Is it an array of plain numbers that numpy can read where it is?"""
     if isinstance(leaf, np.ndarray | np.generic):
         return True
@@ -76,7 +78,7 @@ def on_all_cores(
         ]
 
 
-def empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
+def empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
     """An array without numbers yet, in memory that JAX takes over without copying."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     memory = np.empty(size + _ALIGNMENT, np.uint8)
@@ -84,16 +86,16 @@ def empty(shape: Sequence[int], dtype: Any) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def placed_like(array: np.ndarray, leaf: Any) -> jax.Array:
+def placed_like(array: Array, leaf: Array) -> jax.Array:
     """A jax array of these numbers, where `leaf` lies; nobody else may hold `array`."""
     return all_placed_like([array], [leaf])[0]
 
 
 def all_placed_like(
-    arrays: Sequence[np.ndarray], leaves: Sequence[Any]
+    arrays: Sequence[Array], leaves: Sequence[PyTree]
 ) -> list[jax.Array]:
     """`placed_like` for many, in one call for each place: calls are what takes time."""
-    places: dict[Any, list[int]] = {}
+    places: dict[jax.sharding.Sharding | None, list[int]] = {}
     for k, leaf in enumerate(leaves):
         committed = isinstance(leaf, jax.Array) and leaf.committed
         places.setdefault(leaf.sharding if committed else None, []).append(k)

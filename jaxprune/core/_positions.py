@@ -9,11 +9,13 @@ may be as large as the model. Such masks cannot be written to.
 import math
 import weakref
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias, cast
 
 import numpy as np
 
-BoolArray: TypeAlias = Any  # numpy where concrete, jax inside jit
+from jaxprune.core._types import Array
+
+BoolArray: TypeAlias = Array  # of bool: numpy where concrete, jax inside jit
 Kept: TypeAlias = tuple[np.ndarray | None, ...]  # for every axis; None = all positions
 
 # id of a mask -> the mask and what `axis_keep` says of it; gone when the mask is.
@@ -46,11 +48,12 @@ def outer_mask(axes: Mapping[int, BoolArray], ndim: int) -> BoolArray:
         line = kept.reshape([-1 if other == axis else 1 for other in range(ndim)])
         mask = _both(mask, line) if mask.ndim else line
     if cut and isinstance(mask, np.ndarray) and 1 not in map(len, cut.values()):
-        return _remembered(mask, tuple(cut.get(axis) for axis in range(ndim)))
+        lines = tuple(cast(np.ndarray | None, cut.get(d)) for d in range(ndim))
+        return _remembered(mask, lines)
     return mask
 
 
-def axis_keep(mask: np.ndarray, shape: tuple[int, ...]) -> Kept:
+def axis_keep(mask: BoolArray, shape: tuple[int, ...]) -> Kept:
     """Which positions of every axis survive: those kept anywhere along the others.
 
     A singleton axis of the mask says nothing about positions: it keeps them all. So a
@@ -123,6 +126,6 @@ def _remembered(mask: np.ndarray, kept: Kept) -> np.ndarray:
     return mask
 
 
-def _known(mask: np.ndarray) -> Kept | None:
+def _known(mask: BoolArray) -> Kept | None:
     found = _OUTER.get(id(mask))
     return found[1] if found is not None and found[0]() is mask else None

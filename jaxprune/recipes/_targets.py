@@ -6,8 +6,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
-import numpy as np
-
 from jaxprune import select
 from jaxprune.core._groups import Groups
 from jaxprune.core._names import listed, matching, nearest, patterns
@@ -214,7 +212,7 @@ def keep_by_sparsity(
     sparsity: float | Mapping[str, float],
     scope: Scope,
     limits: Mapping[str, Any],
-) -> dict[str, np.ndarray]:
+) -> dict[str, Any]:
     """The decision that removes a fraction of the units.
 
     Args:

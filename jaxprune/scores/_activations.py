@@ -9,7 +9,6 @@ Batches are streamed as for the scores from gradients.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ import numpy as np
 from jaxprune.core._checks import whole_number
 from jaxprune.core._groups import Groups
 from jaxprune.core._leafwise import widened
-from jaxprune.core._masks import PyTree
+from jaxprune.core._types import PyTree
 from jaxprune.program._jaxprs import trace_program
 from jaxprune.statistics._streaming import (
     Batches,
@@ -29,7 +28,7 @@ from jaxprune.statistics._streaming import (
 )
 from jaxprune.statistics.taps._gates import Observe, observe
 
-ApplyFn = Callable[[PyTree, Any], Any]
+ApplyFn = Callable[[PyTree, PyTree], PyTree]
 
 
 def mean_activation(
@@ -209,7 +208,7 @@ def _mean(
     title: str,
     progress: bool | None,
 ) -> dict[str, jax.Array]:
-    def step(variables: PyTree, batch: PyTree, k: Any) -> dict[str, jax.Array]:
+    def step(variables: PyTree, batch: PyTree, k: jax.Array) -> dict[str, jax.Array]:
         return {
             name: _share(found) * examples_in(batch)
             for name, found in _observed(

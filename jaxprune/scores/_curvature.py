@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxprune.core._checks import whole_number
 from jaxprune.core._leafwise import widened
-from jaxprune.core._masks import PyTree
+from jaxprune.core._types import PyTree
 from jaxprune.scores._gradients import mean_gradient
 from jaxprune.scores._trees import refuse_complex, scaled, times
 from jaxprune.statistics._streaming import (
@@ -71,7 +71,7 @@ def grasp(
     batches = twice(batches, "grasp")
     flow = mean_gradient(loss_fn, params, batches, "grasp, pass 1", progress)
 
-    def step(params: PyTree, batch: PyTree, k: Any, flow: PyTree) -> PyTree:
+    def step(params: PyTree, batch: PyTree, k: jax.Array, flow: PyTree) -> PyTree:
         product = _hessian_times(loss_fn, params, batch, flow)
         return scaled(product, examples_in(batch))
 
@@ -121,7 +121,7 @@ def fisher(
     """
     refuse_complex(params, "fisher")
 
-    def step(params: PyTree, batch: PyTree, k: Any) -> PyTree:
+    def step(params: PyTree, batch: PyTree, k: jax.Array) -> PyTree:
         slopes = gradient(loss_fn)
         each = jax.vmap(lambda example: slopes(params, example))(singles(batch))
         return jax.tree.map(lambda g: jnp.square(widened(g)).sum(0), each)
@@ -174,7 +174,7 @@ def hessian_diagonal(
     samples = whole_number("samples", samples)
     refuse_complex(params, "hessian_diagonal")
 
-    def step(params: PyTree, batch: PyTree, k: Any, key: jax.Array) -> PyTree:
+    def step(params: PyTree, batch: PyTree, k: jax.Array, key: jax.Array) -> PyTree:
         def sample(total: PyTree, key: jax.Array) -> tuple[PyTree, None]:
             signs = _random_signs(key, params)
             products = _hessian_times(loss_fn, params, batch, signs)

@@ -1,8 +1,5 @@
 """Synaptic flow: what a network's weights let through, without any data."""
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
@@ -10,13 +7,13 @@ from jax.core import Tracer
 from jaxprune.core._checks import check_leaves
 from jaxprune.core._leafwise import is_float, real_dtype
 from jaxprune.core._leaves import keystr, named_leaves, parameter_paths
-from jaxprune.core._masks import PyTree
+from jaxprune.core._types import ApplyFn, Array, PyTree
 from jaxprune.program._jaxprs import is_array
 from jaxprune.statistics._streaming import joined
 
 
 def synflow(
-    apply_fn: Callable[..., Any], variables: PyTree, *args: Any, **kwargs: Any
+    apply_fn: ApplyFn, variables: PyTree, *args: PyTree, **kwargs: PyTree
 ) -> PyTree:
     """The share of the synaptic flow that runs through every weight.
 
@@ -73,7 +70,7 @@ def synflow(
 
 
 def _flow(
-    apply_fn: Callable[..., Any], variables: PyTree, inputs: Any
+    apply_fn: ApplyFn, variables: PyTree, inputs: PyTree
 ) -> tuple[jax.Array, PyTree]:
     """R, and the share of every floating leaf."""
     args, kwargs = jax.tree.map(_ones, inputs)
@@ -101,18 +98,18 @@ def _parameters(variables: PyTree) -> PyTree:
     )
 
 
-def _absolute(leaf: Any) -> Any:
+def _absolute(leaf: PyTree) -> PyTree:
     return jnp.abs(leaf) if is_float(leaf) else leaf
 
 
-def _ones(leaf: Any) -> Any:
+def _ones(leaf: PyTree) -> PyTree:
     if not is_array(leaf):
         return leaf
     one = jnp.ones if is_float(leaf) else jnp.zeros
     return one(leaf.shape, leaf.dtype)
 
 
-def _double(leaf: Any) -> Any:
+def _double(leaf: PyTree) -> PyTree:
     if not is_array(leaf) or not is_float(leaf):
         return leaf
     is_complex = jnp.issubdtype(leaf.dtype, jnp.complexfloating)
@@ -122,5 +119,5 @@ def _double(leaf: Any) -> Any:
     return jnp.asarray(leaf, dtype)
 
 
-def _like(score: jax.Array, leaf: Any) -> jax.Array:
+def _like(score: jax.Array, leaf: Array) -> jax.Array:
     return score.astype(real_dtype(leaf.dtype))

@@ -1,13 +1,12 @@
 """Scores from the gradient by gates on units: what would the loss be without one?"""
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxprune.core._groups import Groups
-from jaxprune.core._masks import PyTree
+from jaxprune.core._types import PyTree
 from jaxprune.statistics._streaming import (
     Batches,
     LossFn,
@@ -68,7 +67,7 @@ def group_fisher(
     """
     gated = gate(loss_fn, groups)
 
-    def step(variables: PyTree, batch: PyTree, k: Any) -> dict[str, jax.Array]:
+    def step(variables: PyTree, batch: PyTree, k: jax.Array) -> dict[str, jax.Array]:
         count, examples = examples_in(batch), singles(batch)
 
         def total(gates: Mapping[str, jax.Array]) -> jax.Array:

@@ -1,6 +1,6 @@
 """Scores that compare the units of a group with each other."""
 
-from typing import Any
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,8 @@ import numpy as np
 
 from jaxprune.core._groups import Groups, Member
 from jaxprune.core._leafwise import numbers, power_of_two, widened
-from jaxprune.core._masks import PyTree
 from jaxprune.core._placement import on_host, placed_like
+from jaxprune.core._types import Array, ArrayNamespace, PyTree
 from jaxprune.scores._grouping import Members, scored_leaves, scored_members
 
 
@@ -68,25 +68,28 @@ def geometric_median(
     return found
 
 
-def _summed_distances(xp: Any, members: list[Member], leaves: list[Any]) -> Any:
+def _summed_distances(
+    xp: ArrayNamespace, members: list[Member], leaves: list[Array]
+) -> Array:
     vectors = [_unit_vectors(xp, *pair) for pair in zip(members, leaves, strict=True)]
     # By a power of two, so that no square leaves the range of the numbers.
     largest = xp.stack([xp.max(xp.abs(each), initial=0) for each in vectors]).max()
     scale = power_of_two(xp, largest)
-    squares = sum(_squared_distances(xp, each / scale) for each in vectors)
+    found = (_squared_distances(xp, each / scale) for each in vectors)
+    squares = cast(Array, sum(found))
     # A unit is at distance 0 from itself, whatever rounding says.
     off = ~xp.eye(len(vectors[0]), dtype=bool)
     squares = xp.where(off, squares, xp.zeros_like(squares)).clip(min=0)
     return scale * xp.sqrt(squares).sum(1)
 
 
-def _unit_vectors(xp: Any, member: Member, leaf: Any) -> Any:
+def _unit_vectors(xp: ArrayNamespace, member: Member, leaf: Array) -> Array:
     """What every unit holds of a leaf, ``[size, entries]``."""
     first = xp.moveaxis(leaf, member.axis, 0)
     return first[member.index].reshape(len(member.index), -1)
 
 
-def _squared_distances(xp: Any, vectors: Any) -> Any:
+def _squared_distances(xp: ArrayNamespace, vectors: Array) -> Array:
     """``|a|^2 + |b|^2 - 2ab``, centred first: what all units share must not cancel."""
     centred = vectors - vectors.mean(0, keepdims=True)
     exact = {"precision": jax.lax.Precision.HIGHEST} if xp is jnp else {}

@@ -7,12 +7,12 @@ sums run in float32 in one compiled step, so parameters and batches may be shard
 a mesh.
 """
 
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from jaxprune.core._masks import PyTree
+from jaxprune.core._types import PyTree
 from jaxprune.scores._trees import scaled, times
 from jaxprune.statistics._streaming import (
     Batches,
@@ -157,7 +157,7 @@ def mean_gradient(
 ) -> PyTree:
     """The gradient of the mean loss over all batches."""
 
-    def step(params: PyTree, batch: PyTree, k: Any) -> PyTree:
+    def step(params: PyTree, batch: PyTree, k: jax.Array) -> PyTree:
         return scaled(gradient(loss_fn)(params, batch), examples_in(batch))
 
     return averaged(step, params, batches, title=title, progress=progress)

@@ -1,8 +1,8 @@
 """From scores of single weights to one number per unit of a group."""
 
 import functools
-from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,8 @@ from jaxprune.core._checks import check_leaves
 from jaxprune.core._groups import Group, Groups, Member
 from jaxprune.core._leafwise import is_float, power_of_two
 from jaxprune.core._leaves import named_leaves, parameter_paths
-from jaxprune.core._masks import PyTree
 from jaxprune.core._placement import all_placed_like, on_host
+from jaxprune.core._types import Array, ArrayNamespace, PyTree
 from jaxprune.scores._lamp import share_of_larger
 from jaxprune.scores._unit_sums import Reduce, add_up_units
 
@@ -137,7 +137,7 @@ def normalized(
     return dict(zip(unit_scores, done, strict=True))
 
 
-def _normalized(xp: Any, scores: Any, normalize: Normalize) -> Any:
+def _normalized(xp: ArrayNamespace, scores: Array, normalize: Normalize) -> Array:
     if not jnp.issubdtype(scores.dtype, jnp.floating):
         scores = scores.astype(np.float32)
     # By a power of two, so that no square or sum leaves the range of the numbers.
@@ -155,12 +155,12 @@ def _normalized(xp: Any, scores: Any, normalize: Normalize) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames="normalize")
-def _compiled_normalized(unit_scores: list[Any], normalize: Normalize) -> list[Any]:
+def _compiled_normalized(unit_scores: list[Array], normalize: Normalize) -> list[Array]:
     return [_normalized(jnp, each, normalize) for each in unit_scores]
 
 
 def scored_members(
-    group: Group, leaves: Mapping[str, Any], members: Members
+    group: Group, leaves: Mapping[str, Array], members: Members
 ) -> list[Member]:
     """The members of a group that have a score.
 
@@ -186,7 +186,7 @@ def scored_members(
     return scored
 
 
-def scored_leaves(groups: Groups, scores: PyTree) -> dict[str, Any]:
+def scored_leaves(groups: Groups, scores: PyTree) -> dict[str, Array]:
     """Traced path -> score, for parameters only."""
     check_leaves(scores, "scores")
     leaves = {p: x for p, x in named_leaves(scores).items() if hasattr(x, "dtype")}
@@ -209,6 +209,6 @@ def scored_leaves(groups: Groups, scores: PyTree) -> dict[str, Any]:
     return {p: s for p, s in leaves.items() if p in parameters and is_float(s)}
 
 
-def _check_choice(what: str, value: Any, choices: Any) -> None:
+def _check_choice(what: str, value: str | None, choices: Sequence[str | None]) -> None:
     if value not in choices:
         raise ValueError(f"{what} must be one of {tuple(choices)}, got {value!r}")

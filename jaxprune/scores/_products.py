@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxprune.core._leafwise import widened
 from jaxprune.core._leaves import named_leaves
-from jaxprune.core._masks import PyTree
+from jaxprune.core._types import Array, PyTree
 from jaxprune.program._jaxprs import trace_program
 from jaxprune.scores._activations import ApplyFn
 from jaxprune.statistics._contractions import contractions
@@ -69,13 +69,13 @@ def wanda(
         )
     names = tuple(found)
 
-    def step(variables: PyTree, batch: PyTree, k: Any) -> list[jax.Array]:
+    def step(variables: PyTree, batch: PyTree, k: jax.Array) -> list[jax.Array]:
         rows = inputs(apply_fn, names, variables, batch)
         return [jnp.square(jnp.abs(x)).sum(1) for x in rows]
 
     options: dict[str, Any] = {"title": "wanda", "progress": progress}
     squares, _ = summed(step, variables, batches, **options)
-    by_path: dict[str, list[Any]] = {}
+    by_path: dict[str, list[tuple[np.ndarray, jax.Array]]] = {}
     for one, each in zip(found.values(), squares, strict=True):
         by_path.setdefault(one.path, []).append((one.at, each))
     scored = [
@@ -85,7 +85,7 @@ def wanda(
     return jax.tree.structure(variables).unflatten(scored)
 
 
-def _scored(leaf: Any, met: Sequence[tuple[np.ndarray, jax.Array]]) -> jax.Array:
+def _scored(leaf: Array, met: Sequence[tuple[np.ndarray, jax.Array]]) -> jax.Array:
     """The scores of a leaf from the squares that its entries meet."""
     total = jnp.zeros(np.size(leaf), met[0][1].dtype)
     for at, squares in met:

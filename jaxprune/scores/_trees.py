@@ -1,13 +1,11 @@
 """Products and multiples of trees of scores; None where a leaf has no score."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from jaxprune.core._leafwise import widened
 from jaxprune.core._leaves import named_leaves
-from jaxprune.core._masks import PyTree
+from jaxprune.core._types import Array, PyTree
 
 
 def times(params: PyTree, other: PyTree) -> PyTree:
@@ -17,7 +15,7 @@ def times(params: PyTree, other: PyTree) -> PyTree:
     steepest ascent, so that the loss changes by ``Re(g dw)``.
     """
 
-    def product(factor: Any, leaf: Any) -> Any:
+    def product(factor: Array | None, leaf: Array) -> jax.Array | None:
         if factor is None:
             return None
         leaf, factor = widened(leaf), widened(factor)

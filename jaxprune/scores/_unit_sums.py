@@ -18,13 +18,14 @@ from jaxprune.core._leafwise import (
     widened,
 )
 from jaxprune.core._placement import all_placed_like, on_all_cores, on_host
+from jaxprune.core._types import Array, ArrayNamespace
 
 Reduce = Literal[
     "l1", "l2", "sum", "mean", "max", "abs_of_sum", "square_of_sum", "signed_sum"
 ]
 BY_SIGN = ("sum", "mean", "max")  # a unit of negative scores ranks below a dead one
 
-Leaves: TypeAlias = Mapping[str, Any]
+Leaves: TypeAlias = Mapping[str, Array]
 Places: TypeAlias = Sequence[Sequence[tuple[str, int]]]  # members' (path, axis)
 Indices: TypeAlias = Sequence[Sequence[np.ndarray]]  # and their positions
 
@@ -80,13 +81,13 @@ def _axes(places: Places) -> dict[str, list[int]]:
 @functools.partial(jax.jit, static_argnames=("places", "reduce"))
 def _compiled(
     leaves: Leaves, indices: Indices, places: Places, reduce: Reduce
-) -> tuple[list[jax.Array], dict[str, jax.Array]]:
+) -> tuple[list[jax.Array], Mapping[str, Array | np.bool | bool]]:
     """The scores of every group, and path -> is any score of that leaf negative?"""
     lines = {
         path: _add_up(leaves[path], axes, reduce)
         for path, axes in _axes(places).items()
     }
-    negative = {}
+    negative: dict[str, Array | np.bool | bool] = {}
     if reduce in BY_SIGN:
         negative = {path: (leaves[path] < 0).any() for path in lines}
     return _unit_scores(jnp, leaves, lines, indices, places, reduce), negative
@@ -94,7 +95,7 @@ def _compiled(
 
 def _on_host(
     leaves: Leaves, indices: Indices, places: Places, reduce: Reduce
-) -> tuple[list[jax.Array], dict[str, Any]]:
+) -> tuple[list[jax.Array], Mapping[str, Array | np.bool | bool]]:
     """The same in numpy, leaf by leaf."""
     axes = _axes(places)
     added = on_all_cores(
@@ -122,12 +123,12 @@ class Line(NamedTuple):
             squared (`power_of_two`).
     """
 
-    total: Any
-    scale: Any = 1.0
+    total: Array
+    scale: Array | float = 1.0
 
 
 def _unit_scores(
-    xp: Any,
+    xp: ArrayNamespace,
     leaves: Leaves,
     lines: Mapping[str, Mapping[int, Line]],
     indices: Indices,
@@ -157,7 +158,7 @@ def _unit_scores(
     return found
 
 
-def _norm(xp: Any, parts: Sequence[tuple[Line, np.ndarray]]) -> Any:
+def _norm(xp: ArrayNamespace, parts: Sequence[tuple[Line, np.ndarray]]) -> Array:
     """The root of the sum of squares, each divided by the largest scale of a unit."""
     scales = [
         xp.broadcast_to(line.scale, line.total.shape)[index] for line, index in parts
@@ -170,12 +171,12 @@ def _norm(xp: Any, parts: Sequence[tuple[Line, np.ndarray]]) -> Any:
     return largest * _sqrt(xp, xp.stack(squares).sum(0))
 
 
-def _picked(line: Any, index: np.ndarray) -> Any:
+def _picked(line: Any, index: np.ndarray) -> Array:
     """What every unit holds of a line."""
     return line[index[:, 0]] if index.shape[1] == 1 else line[index].sum(1)
 
 
-def _add_up(scores: jax.Array, axes: Sequence[int], reduce: Reduce) -> dict[int, Line]:
+def _add_up(scores: Array, axes: Sequence[int], reduce: Reduce) -> dict[int, Line]:
     """Axis -> the terms of all entries at every position of it, reduced."""
     terms = widened(scores)
     if reduce in ("l1", "l2"):
@@ -193,7 +194,7 @@ def _squares(sizes: jax.Array, others: tuple[int, ...]) -> Line:
 
 
 def _add_up_on_host(
-    scores: Any, axes: Sequence[int], reduce: Reduce
+    scores: Array, axes: Sequence[int], reduce: Reduce
 ) -> tuple[dict[int, Line], bool]:
     """`_add_up`, reading memory once; sums of blocks add up in double precision.
 
@@ -248,7 +249,7 @@ def _blocks(shape: Sequence[int]) -> Iterator[tuple[slice, ...]]:
             yield from ((here, *rest) for rest in _blocks(shape[1:]))
 
 
-def _line(part: np.ndarray, axis: int, reduce: str, scale: Any) -> np.ndarray:
+def _line(part: np.ndarray, axis: int, reduce: str, scale: Array | float) -> np.ndarray:
     """The terms of one piece at every position of an axis, reduced."""
     before, size = math.prod(part.shape[:axis]), part.shape[axis]
     grid = part.reshape(before, size, math.prod(part.shape[axis + 1 :]))
@@ -261,17 +262,17 @@ def _line(part: np.ndarray, axis: int, reduce: str, scale: Any) -> np.ndarray:
     return (np.abs(grid) if reduce == "l1" else grid).sum((0, 2))
 
 
-def _squares_on_host(grid: np.ndarray, scale: Any) -> np.ndarray:
+def _squares_on_host(grid: np.ndarray, scale: Array | float) -> np.ndarray:
     """In double precision, so that what is around 1e-25 or 1e20 counts as well."""
     if np.iscomplexobj(grid):
         grid = np.abs(grid)
     grid = grid.astype(np.float64)
     if np.ndim(scale):
-        grid = grid / scale[:, None]
+        grid = grid / np.asarray(scale)[:, None]
     return np.einsum("abc,abc->b", grid, grid)  # one pass, no squares in memory
 
 
-def _finished(xp: Any, total: Any, reduce: Reduce, entries: int) -> Any:
+def _finished(xp: ArrayNamespace, total: Array, reduce: Reduce, entries: int) -> Array:
     if reduce == "mean":
         return total / entries
     if reduce == "abs_of_sum":
@@ -279,7 +280,7 @@ def _finished(xp: Any, total: Any, reduce: Reduce, entries: int) -> Any:
     return xp.square(xp.abs(total)) if reduce == "square_of_sum" else total
 
 
-def _sqrt(xp: Any, total: Any) -> Any:
+def _sqrt(xp: ArrayNamespace, total: Array) -> Array:
     """Square root with gradient 0 at 0, so that a dead unit does not yield NaN."""
     zero = total == 0
     zeros, ones = xp.zeros_like(total), xp.ones_like(total)

@@ -1,7 +1,6 @@
 """Scores from the parameters alone: no data, no gradient."""
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +17,8 @@ from jaxprune.core._leafwise import (
     widened,
 )
 from jaxprune.core._leaves import named_leaves
-from jaxprune.core._masks import PyTree
 from jaxprune.core._placement import empty, on_host, placed_like
+from jaxprune.core._types import Array, ArrayNamespace, PyTree
 from jaxprune.scores._lamp import lamp_of_leaf, sharded_lamp, spread
 
 
@@ -160,7 +159,7 @@ def lamp(params: PyTree) -> PyTree:
         <https://arxiv.org/abs/2010.07611>`_, 2020
     """
 
-    def has_score(leaf: Any) -> bool:
+    def has_score(leaf: PyTree) -> bool:
         return is_float(leaf) and leaf.ndim > 1
 
     found = each_leaf(lamp_of_leaf, params, lambda x: has_score(x) and not spread(x))
@@ -288,14 +287,14 @@ def activation_probability(
     )
 
 
-def _above_zero(gamma: Any, beta: Any) -> jax.Array:
+def _above_zero(gamma: Array, beta: Array | None) -> Array:
     given = (gamma,) if beta is None else (gamma, beta)
     if on_host(*given):
         return placed_like(_likelihood(np, *map(numbers, given)), gamma)
     return _likelihood(jnp, *map(widened, given))
 
 
-def _likelihood(xp: Any, gamma: Any, beta: Any = None) -> Any:
+def _likelihood(xp: ArrayNamespace, gamma: Array, beta: Array | None = None) -> Array:
     spread = xp.abs(gamma)
     shift = xp.zeros_like(spread) if beta is None else beta
     constant = spread == 0
@@ -323,13 +322,13 @@ def _check_called(places: list[tuple[str, str]], name: str) -> None:
         )
 
 
-def _absolute(xp: Any, leaf: Any) -> Any:
+def _absolute(xp: ArrayNamespace, leaf: Array) -> Array:
     if xp is jnp:
         return jnp.abs(leaf)
     return np.abs(leaf, out=empty(leaf.shape, np.abs(leaf.ravel()[:0]).dtype))
 
 
-def _power(xp: Any, leaf: Any, p: float) -> Any:
+def _power(xp: ArrayNamespace, leaf: Array, p: float) -> Array:
     """NaN throughout if the power of the largest entry leaves the range of its type."""
     sizes = xp.abs(wide(leaf))
     if p <= 1:
@@ -341,7 +340,7 @@ def _power(xp: Any, leaf: Any, p: float) -> Any:
     return xp.where(lost, xp.full_like(sizes, xp.nan), sizes**p)
 
 
-def _is_lost(powers: Any, leaf: Any) -> bool:
+def _is_lost(powers: PyTree, leaf: PyTree) -> bool:
     """Has `_power` given up on this leaf? Not known where it is traced or far away."""
     if isinstance(powers, Tracer) or not powers.size or not powers.is_fully_addressable:
         return False

@@ -10,6 +10,7 @@ import numpy as np
 from jaxprune.core._checks import finite, number
 from jaxprune.core._groups import Groups
 from jaxprune.core._limits import Each
+from jaxprune.core._types import Array
 from jaxprune.costing import Cost
 from jaxprune.select._bisection import ends
 from jaxprune.select._knapsack import solve_exactly
@@ -70,7 +71,7 @@ class Selection(Mapping[str, np.ndarray]):
 
 def to_budget(
     groups: Groups,
-    scores: Mapping[str, Any],
+    scores: Mapping[str, Array],
     cost: Cost,
     *,
     budget: float,
@@ -166,7 +167,7 @@ def to_budget(
     budget = finite("budget", budget)
     if math.isnan(number("time_limit", time_limit)) or time_limit <= 0:
         raise ValueError(f"time_limit must be above 0 seconds, got {time_limit}")
-    caps: list[Any] = [*FLOORS] if max_sparsity is None else [max_sparsity]
+    caps: list[Each[float]] = [*FLOORS] if max_sparsity is None else [max_sparsity]
     found, least = {}, {}
     for cap in caps:
         found = queues(groups, scores, cost, only, min_keep, multiple_of, cap)

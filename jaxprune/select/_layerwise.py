@@ -9,7 +9,7 @@ from jaxprune.core._checks import concrete_array
 from jaxprune.core._groups import Groups
 from jaxprune.core._leaves import named_leaves
 from jaxprune.core._limits import Each, fraction, limits_of, selected
-from jaxprune.core._masks import PyTree
+from jaxprune.core._types import PyTree
 from jaxprune.select._weights import across_leaves
 
 

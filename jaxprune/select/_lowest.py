@@ -10,20 +10,24 @@ earlier stays.
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 from jax.core import Tracer
 
 from jaxprune.core._placement import readable
+from jaxprune.core._types import Array
 from jaxprune.select._thresholds import Wide, kth_lowest, lowest_each, lowest_together
 
+T = TypeVar("T")
 _CHUNK = 1 << 18  # entries that stay in a core's cache with what is made of them
 _SMALL = 1 << 18  # so few are partitioned at once
 
 
-def lowest(leaves: Sequence[Any], count: int | Wide, caps: Sequence[int]) -> list[Any]:
+def lowest(
+    leaves: Sequence[Array], count: int | Wide, caps: Sequence[int]
+) -> list[Array]:
     """Marks the lowest `count` entries of all leaves together.
 
     Of equal entries the earlier one stays, in the order of the leaves and positions.
@@ -50,7 +54,7 @@ def lowest(leaves: Sequence[Any], count: int | Wide, caps: Sequence[int]) -> lis
     ]
 
 
-def lowest_alone(leaves: Sequence[Any], counts: Sequence[Any]) -> list[Any]:
+def lowest_alone(leaves: Sequence[Array], counts: Sequence[Any]) -> list[Array]:
     """Marks the lowest entries of every leaf, each ranked alone; see `lowest`.
 
     Args:
@@ -67,7 +71,7 @@ def lowest_alone(leaves: Sequence[Any], counts: Sequence[Any]) -> list[Any]:
     return [lowest([leaf], count, [count])[0] for leaf, count in pairs]
 
 
-def kth(leaves: Sequence[Any], k: int) -> Any:
+def kth(leaves: Sequence[Array], k: int) -> Array:
     """The entry at place `k` (from 0) of all entries in ascending order."""
     if any(isinstance(leaf, Tracer) for leaf in leaves):
         return kth_lowest(leaves, k)
@@ -76,14 +80,14 @@ def kth(leaves: Sequence[Any], k: int) -> Any:
     return kth_smallest([flat(leaf) for leaf in leaves], k)
 
 
-def flat(leaf: Any) -> np.ndarray:
+def flat(leaf: Array) -> np.ndarray:
     """The entries of a concrete leaf, of a type that numpy compares quickly."""
     values = np.asarray(leaf).ravel()
     wide = values.dtype in (np.float32, np.float64)
     return values if wide else values.astype(np.float32)
 
 
-def kth_smallest(arrays: Sequence[np.ndarray], k: int) -> Any:
+def kth_smallest(arrays: Sequence[np.ndarray], k: int) -> Array:
     """The entry at place `k` (from 0) of all entries in ascending order.
 
     Args:
@@ -106,13 +110,13 @@ def kth_smallest(arrays: Sequence[np.ndarray], k: int) -> Any:
     raise AssertionError("between -inf and inf lies everything")
 
 
-def _place(array: np.ndarray, k: int) -> Any:
+def _place(array: np.ndarray, k: int) -> Array:
     if np.isnan(array).any():
         raise FloatingPointError("scores are NaN")
     return np.partition(array, k)[k]
 
 
-def count_nan(leaf: Any) -> int:
+def count_nan(leaf: Array) -> int:
     """How many entries of a concrete leaf are NaN."""
     array = flat(leaf)
     if not any(_each_chunk(lambda part: bool(np.isnan(part.max())), [array])):
@@ -147,7 +151,9 @@ def _bracket(sample: np.ndarray, share: float, spread: float) -> tuple[Any, Any]
     return low, max(high, np.nextafter(low, sample.dtype.type(np.inf)))
 
 
-def _scan(arrays: Sequence[np.ndarray], low: Any, high: Any) -> tuple[int, np.ndarray]:
+def _scan(
+    arrays: Sequence[np.ndarray], low: float, high: float
+) -> tuple[int, np.ndarray]:
     """How many entries are at most `low`, and those between the two; NaN among them."""
 
     def part(array: np.ndarray) -> tuple[int, np.ndarray]:
@@ -159,16 +165,14 @@ def _scan(arrays: Sequence[np.ndarray], low: Any, high: Any) -> tuple[int, np.nd
     return sum(n for n, _ in found), np.concatenate([inside for _, inside in found])
 
 
-def _count(compare: Any, array: np.ndarray, bound: Any) -> int:
+def _count(compare: np.ufunc, array: np.ndarray, bound: Array | float) -> int:
     """How many entries compare so with the bound."""
     return sum(
         _each_chunk(lambda part: int(np.count_nonzero(compare(part, bound))), [array])
     )
 
 
-def _each_chunk(
-    fn: Callable[[np.ndarray], Any], arrays: Sequence[np.ndarray]
-) -> list[Any]:
+def _each_chunk(fn: Callable[[np.ndarray], T], arrays: Sequence[np.ndarray]) -> list[T]:
     """`fn` of every chunk, in order; numpy releases the lock, so threads help."""
     chunks = [
         array[start : start + _CHUNK]

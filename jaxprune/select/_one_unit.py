@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from jaxprune.core._checks import concrete_array, concrete_bools
 from jaxprune.core._groups import Groups
 from jaxprune.core._limits import Each
+from jaxprune.core._positions import BoolArray
+from jaxprune.core._types import Array
 from jaxprune.costing import Cost
 from jaxprune.select._queue import queues
 
@@ -18,9 +19,9 @@ _GONE = float(np.finfo(np.float64).min) / 2**32
 
 def remove_one(
     groups: Groups,
-    scores: Mapping[str, Any],
+    scores: Mapping[str, Array],
     cost: Cost,
-    keep: Mapping[str, Any] | None = None,
+    keep: Mapping[str, BoolArray] | None = None,
     *,
     min_keep: Each[int] = 1,
     multiple_of: Each[int] = 1,

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, cast
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +10,8 @@ import numpy as np
 from jaxprune.core._checks import whole_number
 from jaxprune.core._leaves import kernel_paths
 from jaxprune.core._limits import Each, fraction, selected
-from jaxprune.core._masks import PyTree
 from jaxprune.core._placement import readable
+from jaxprune.core._types import Array, ArrayNamespace, PyTree, Scalar
 from jaxprune.select._trees import checked, masks_like, scored
 from jaxprune.select._weights import across_leaves, per_leaf
 
@@ -130,7 +130,7 @@ def per_output(
 
 
 def _along(
-    leaves: Mapping[str, Any], axis: Along | None, only: str | Sequence[str] | None
+    leaves: Mapping[str, Array], axis: Along | None, only: str | Sequence[str] | None
 ) -> dict[str, tuple[int, ...]]:
     """Path -> the axes that make up a line, for the leaves that have them."""
     if axis is None:
@@ -168,17 +168,17 @@ def _along(
 
 
 def _in_lines(
-    leaf: Any, axes: tuple[int, ...], lowest: Callable[[Any, Any], Any]
-) -> Any:
+    leaf: Array, axes: tuple[int, ...], lowest: Callable[[Any, Any], Any]
+) -> Array:
     """What goes of a leaf whose axes, moved to the end, are one line: bool like it."""
-    xp: Any = np if readable(leaf) else jnp
+    xp = cast(ArrayNamespace, np if readable(leaf) else jnp)
     ends = tuple(range(-len(axes), 0))
     last = xp.moveaxis(xp.asarray(leaf), axes, ends)
     lines = last.reshape(*last.shape[: last.ndim - len(axes)], -1)
     return xp.moveaxis(lowest(xp, lines).reshape(last.shape), ends, axes)
 
 
-def _lowest_of_lines(xp: Any, lines: Any, share: float) -> Any:
+def _lowest_of_lines(xp: ArrayNamespace, lines: Array, share: float) -> Array:
     """The lowest of every line; of equal ones the later go."""
     size = lines.shape[-1]
     count = min(round(share * size), max(size - 1, 0))
@@ -188,7 +188,7 @@ def _lowest_of_lines(xp: Any, lines: Any, share: float) -> Any:
     return xp.flip(places < count, -1)
 
 
-def _lowest_of_runs(xp: Any, last: Any, m: int, n: int) -> Any:
+def _lowest_of_runs(xp: ArrayNamespace, last: Array, m: int, n: int) -> Array:
     """All but the highest n of every run: an entry goes if n others rank above it."""
     short = -last.shape[-1] % m
     # What fills up the last run never outranks an entry.
@@ -210,7 +210,7 @@ def blocks(
     scores: PyTree,
     *,
     shape: tuple[int, int],
-    sparsity: Any,
+    sparsity: Scalar | Mapping[str, Scalar],
     pool: Pool = "mean",
     across: bool = False,
     min_keep: Each[int] = 1,
@@ -261,7 +261,7 @@ def blocks(
         leaves = {path: leaves[path] for path in selected(leaves, only, "leaves")}
     leaves = {path: checked(path, leaf) for path, leaf in leaves.items()}
     pooled = {path: _pooled(leaf, shape, pool) for path, leaf in leaves.items()}
-    select = across_leaves if across else per_leaf
+    select: Callable[..., PyTree] = across_leaves if across else per_leaf
     masks = select(
         pooled,
         sparsity=sparsity,
@@ -271,7 +271,7 @@ def blocks(
     )
     removed = {}
     for path, leaf in leaves.items():
-        xp: Any = np if isinstance(masks[path], np.ndarray) else jnp
+        xp = cast(ArrayNamespace, np if isinstance(masks[path], np.ndarray) else jnp)
         if masks[path].ndim:
             tall = xp.repeat(~masks[path], shape[0], axis=-2)[..., : leaf.shape[-2], :]
             removed[path] = xp.repeat(tall, shape[1], axis=-1)[..., : leaf.shape[-1]]
@@ -281,14 +281,14 @@ def blocks(
 _POOLS = {"mean": "sum", "sum": "sum", "max": "max"}
 
 
-def _pooled(leaf: Any, shape: tuple[int, int], pool: Pool) -> Any:
+def _pooled(leaf: Array, shape: tuple[int, int], pool: Pool) -> Array:
     """One score for every block."""
-    xp: Any = np if readable(leaf) else jnp
+    xp = cast(ArrayNamespace, np if readable(leaf) else jnp)
     leaf = xp.asarray(leaf)
     rows, columns = (-(-n // b) for n, b in zip(leaf.shape[-2:], shape, strict=True))
     lead = leaf.shape[:-2]
 
-    def total(values: Any, fill: float, how: str) -> Any:
+    def total(values: Array, fill: float, how: str) -> Array:
         edge = [(0, -n % b) for n, b in zip(leaf.shape[-2:], shape, strict=True)]
         full = xp.pad(values, [(0, 0)] * len(lead) + edge, constant_values=fill)
         tiles = full.reshape(*lead, rows, shape[0], columns, shape[1])

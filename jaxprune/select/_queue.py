@@ -3,13 +3,14 @@
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import cast
 
 import numpy as np
 from jax.core import Tracer
 
 from jaxprune.core._groups import Groups
 from jaxprune.core._limits import Each, Limits, limits_of, selected
+from jaxprune.core._types import Array
 from jaxprune.costing import Cost
 from jaxprune.select._ranking import best_up_to, leaving_order, unit_scores
 
@@ -41,17 +42,17 @@ class Queue:
 
 def queue(scores: np.ndarray, limits: Limits) -> Queue:
     """The queue of a group with these scores; of equal ones the last leaves first."""
-    order = leaving_order(scores, limits.parts)
+    order = cast(np.ndarray, leaving_order(scores, limits.parts))
     widths = limits.widths(len(scores))
     ends = len(scores) - widths
-    best = best_up_to(scores[order], ends[1:], limits.parts)
+    best = cast(np.ndarray, best_up_to(scores[order], ends[1:], limits.parts))
     losses = [scores[order[a:b]].sum() for a, b in itertools.pairwise(ends)]
     return Queue(scores, order, widths, np.array(losses), best)
 
 
 def queues(
     groups: Groups,
-    scores: Mapping[str, Any],
+    scores: Mapping[str, Array],
     cost: Cost,
     only: str | Sequence[str] | None,
     min_keep: Each[int],
@@ -73,7 +74,7 @@ def queues(
             raise TypeError(
                 f"scores[{name}] is traced, but a budget is met outside of jit"
             )
-        found[name] = queue(values, limits[name])
+        found[name] = queue(cast(np.ndarray, values), limits[name])
     return found
 
 
@@ -104,7 +105,7 @@ class State:
         """The width of every queue, by name."""
         return dict(zip(self.queues, self.now.tolist(), strict=True))
 
-    def value(self) -> Any:
+    def value(self) -> float:
         """The exact cost."""
         return self.cost.value(self.sizes)
 

@@ -1,13 +1,14 @@
 """Rankings: the units of a group in the order in which they leave."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
 from jaxprune.core._limits import Limits
+from jaxprune.core._types import Array
 
 
 class Ranking(NamedTuple):
@@ -22,13 +23,13 @@ class Ranking(NamedTuple):
         lost: ``[blocks]``, the fraction of the group gone when a block is gone.
     """
 
-    ranks: Any
+    ranks: Array
     blocks: np.ndarray
-    best: Any
+    best: Array
     lost: np.ndarray
 
 
-def rank(name: str, size: int, scores: Mapping[str, Any], limits: Limits) -> Ranking:
+def rank(name: str, size: int, scores: Mapping[str, Array], limits: Limits) -> Ranking:
     """Orders the units of a group by score; of equal ones the last comes first."""
     values = unit_scores(name, size, scores)
     xp = jnp if isinstance(values, Tracer) else np
@@ -39,7 +40,7 @@ def rank(name: str, size: int, scores: Mapping[str, Any], limits: Limits) -> Ran
     return Ranking(xp.argsort(order), blocks, best, ends / np.float32(size))
 
 
-def leaving_order(values: Any, parts: int) -> Any:
+def leaving_order(values: Array, parts: int) -> Array:
     """The units by score, the lowest first; one of every part after the other.
 
     Example:
@@ -53,12 +54,12 @@ def leaving_order(values: Any, parts: int) -> Any:
     return (inside + np.arange(0, len(values), len(values) // parts)[:, None]).T.ravel()
 
 
-def best_up_to(ordered: Any, ends: np.ndarray, parts: int) -> Any:
+def best_up_to(ordered: Array, ends: np.ndarray, parts: int) -> Array:
     """The largest of the first so many scores, whole rounds through all parts."""
     return ordered.reshape(-1, parts).max(axis=1)[ends // parts - 1]
 
 
-def unit_scores(name: str, size: int, scores: Mapping[str, Any]) -> Any:
+def unit_scores(name: str, size: int, scores: Mapping[str, Array]) -> Array:
     """The scores of one group: float64 where concrete, float32 where traced.
 
     Raises:
@@ -89,7 +90,7 @@ def unit_scores(name: str, size: int, scores: Mapping[str, Any]) -> Any:
     return values
 
 
-def remove_lowest(rankings: Mapping[str, Ranking], count: int) -> dict[str, Any]:
+def remove_lowest(rankings: Mapping[str, Ranking], count: int) -> dict[str, Array]:
     """Removes the lowest blocks of all groups until `count` units are gone."""
     if not rankings:
         return {}

@@ -8,7 +8,8 @@ import numpy as np
 from jaxprune.core._checks import concrete_bools, whole_number
 from jaxprune.core._groups import Groups
 from jaxprune.core._leaves import named_leaves
-from jaxprune.core._masks import PyTree, check_broadcast
+from jaxprune.core._masks import check_broadcast
+from jaxprune.core._types import PyTree
 
 
 def proportional(

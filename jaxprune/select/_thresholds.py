@@ -12,11 +12,15 @@ Counts of one leaf are uint32. Their sum over the leaves may be larger, and is a
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
+
+from jaxprune.core._types import Array, Scalar
 
 _MOST = np.uint32(0xFFFFFFFF)
 _zip = functools.partial(zip, strict=True)
@@ -25,11 +29,11 @@ _zip = functools.partial(zip, strict=True)
 class Wide(NamedTuple):
     """The number ``high * 2**16 + low``, with ``low < 2**16``."""
 
-    high: Any
-    low: Any
+    high: Array
+    low: Array
 
 
-def wide(count: Any) -> Wide:
+def wide(count: int | jax.Array) -> Wide:
     """A static number, or a traced one below ``2**32``.
 
     Example:
@@ -39,7 +43,7 @@ def wide(count: Any) -> Wide:
     return Wide(jnp.uint32(count >> 16), jnp.uint32(count & 0xFFFF))
 
 
-def wide_share(share: Any, total: int) -> Wide:
+def wide_share(share: Scalar, total: int) -> Wide:
     """``round(share * total)`` for a traced share, as exact as float32 is."""
     product = jnp.asarray(share, jnp.float32) * total
     high = jnp.floor(product / 65536)
@@ -48,8 +52,8 @@ def wide_share(share: Any, total: int) -> Wide:
 
 
 def lowest_together(
-    leaves: Sequence[Any], count: Any, caps: Sequence[int]
-) -> list[Any]:
+    leaves: Sequence[Array], count: int | jax.Array | Wide, caps: Sequence[int]
+) -> list[Array]:
     """Marks the lowest `count` entries of all leaves; jit-able.
 
     Args:
@@ -72,7 +76,7 @@ def lowest_together(
     limits = jnp.stack([jnp.uint32(cap) for cap in caps])
     wanted = _clipped(count if isinstance(count, Wide) else wide(count), sum(caps))
 
-    def enough(counts: Any) -> Any:
+    def enough(counts: jax.Array) -> Array:
         capped = jnp.minimum(counts, limits[:, None])
         return jnp.broadcast_to(~_less(_sum(capped), wanted), counts.shape)
 
@@ -80,7 +84,7 @@ def lowest_together(
     return _mark(keys, *_losses(keys, bounds, limits, wanted))
 
 
-def lowest_each(leaves: Sequence[Any], counts: Sequence[Any]) -> list[Any]:
+def lowest_each(leaves: Sequence[Array], counts: Sequence[Array]) -> list[Array]:
     """Marks the lowest entries of every leaf, ranked alone; jit-able.
 
     Args:
@@ -103,11 +107,11 @@ def lowest_each(leaves: Sequence[Any], counts: Sequence[Any]) -> list[Any]:
     return _mark(keys, bounds, losses)
 
 
-def kth_lowest(leaves: Sequence[Any], k: int) -> Any:
+def kth_lowest(leaves: Sequence[Array], k: int) -> Array:
     """The entry at place `k` (from 0) of all entries in ascending order; jit-able."""
     keys = _keys(leaves)
 
-    def enough(counts: Any) -> Any:
+    def enough(counts: jax.Array) -> Array:
         return jnp.broadcast_to(~_less(_sum(counts), wide(k + 1)), counts.shape)
 
     return _value(_smallest(keys, enough, keys[0].dtype)[0])
@@ -116,7 +120,7 @@ def kth_lowest(leaves: Sequence[Any], k: int) -> Any:
 # --- order-preserving integers -------------------------------------------------------
 
 
-def _keys(leaves: Sequence[Any]) -> list[Any]:
+def _keys(leaves: Sequence[Array]) -> list[Array]:
     """Unsigned integers in the order of the floats; -0 equals 0, NaN comes last."""
     for leaf in leaves:
         if leaf.size >= 1 << 32:
@@ -129,7 +133,7 @@ def _keys(leaves: Sequence[Any]) -> list[Any]:
     return [_key(leaf.astype(kind)) for leaf in leaves]
 
 
-def _key(values: Any) -> Any:
+def _key(values: Array) -> Array:
     kind, top = _top(values.dtype.itemsize)
     pattern = lax.bitcast_convert_type(values, kind)
     # -0 equals 0; compared as bits, because XLA on CPU flushes denormal numbers to 0.
@@ -138,7 +142,7 @@ def _key(values: Any) -> Any:
     return jnp.where(jnp.isnan(values), ~kind(0), ordered)
 
 
-def _value(key: Any) -> Any:
+def _value(key: Array) -> Array:
     """The float that a key stands for."""
     kind, top = _top(key.dtype.itemsize)
     pattern = jnp.where(key >= top, key ^ top, ~key)
@@ -147,7 +151,7 @@ def _value(key: Any) -> Any:
     )
 
 
-def _top(itemsize: int) -> tuple[Any, Any]:
+def _top(itemsize: int) -> tuple[Any, jax.Array]:
     kind = jnp.uint64 if itemsize == 8 else jnp.uint32
     return kind, kind(1 << (8 * itemsize - 1))
 
@@ -156,11 +160,11 @@ def _top(itemsize: int) -> tuple[Any, Any]:
 
 
 def _smallest(
-    keys: Sequence[Any],
+    keys: Sequence[Array],
     enough: Callable[[Any], Any],
-    kind: Any,
-    among: Sequence[Any] | None = None,
-) -> Any:
+    kind: DTypeLike,
+    among: Sequence[Array] | None = None,
+) -> Array:
     """The smallest numbers ``[leaves]`` such that enough keys are at most as large.
 
     Invariant: no smaller number than `found` is enough, and the bits of the answer
@@ -175,7 +179,7 @@ def _smallest(
     bits = 8 * np.dtype(kind).itemsize
     digits = jnp.arange(1, 4, dtype=kind)
 
-    def settle(k: Any, found: Any) -> Any:
+    def settle(k: jax.Array, found: Array) -> Array:
         shift = (bits - 2 - 2 * k).astype(kind)
         candidates = found[:, None] | (digits << shift)[None]
         below = [[key < each for each in row] for key, row in _zip(keys, candidates)]
@@ -188,8 +192,8 @@ def _smallest(
 
 
 def _losses(
-    keys: Sequence[Any], bounds: Any, limits: Any, wanted: Wide
-) -> tuple[Any, Any]:
+    keys: Sequence[Array], bounds: Array, limits: Array, wanted: Wide
+) -> tuple[Array, Array]:
     """``[leaves]``, bounds of their own, and how many entries every leaf loses.
 
     What is below the common bound goes, then its equals, those of the last leaf first.
@@ -213,7 +217,7 @@ def _losses(
     return own, losses
 
 
-def _mark(keys: Sequence[Any], bounds: Any, losses: Any) -> list[Any]:
+def _mark(keys: Sequence[Array], bounds: Array, losses: Array) -> list[Array]:
     """The lowest ``losses[k]`` entries of every leaf; of equal ones the last."""
     below, upto = _below_and_upto(keys, bounds)
     equal = [key == bound for key, bound in _zip(keys, bounds)]
@@ -233,14 +237,14 @@ def _mark(keys: Sequence[Any], bounds: Any, losses: Any) -> list[Any]:
     ]
 
 
-def _below_and_upto(keys: Sequence[Any], bounds: Any) -> tuple[Any, Any]:
+def _below_and_upto(keys: Sequence[Array], bounds: Array) -> tuple[Array, Array]:
     """Counts ``[leaves]`` of the entries below the bounds, and of those up to them."""
     pairs = [[key < bound, key <= bound] for key, bound in _zip(keys, bounds)]
     counts = jnp.stack([_counts(pair) for pair in pairs])
     return counts[:, 0], counts[:, 1]
 
 
-def _places(shape: tuple[int, ...]) -> Any:
+def _places(shape: tuple[int, ...]) -> Array:
     """The row-major position of every entry."""
     places = jnp.zeros(shape, jnp.uint32)
     for d in range(len(shape)):
@@ -252,25 +256,28 @@ def _places(shape: tuple[int, ...]) -> Any:
 # --- counts --------------------------------------------------------------------------
 
 
-def _counts(marks: Sequence[Any]) -> Any:
+_Row: TypeAlias = tuple[jax.Array, ...]
+
+
+def _counts(marks: Sequence[Array]) -> Array:
     """How many are True in each of several arrays, in one pass over memory."""
     ones = tuple(mark.astype(jnp.uint32) for mark in marks)
 
-    def add(left: Any, right: Any) -> Any:
+    def add(left: _Row, right: _Row) -> _Row:
         return tuple(a + b for a, b in zip(left, right, strict=True))
 
     zeros = (jnp.uint32(0),) * len(ones)
     return jnp.stack(lax.reduce(ones, zeros, add, tuple(range(ones[0].ndim))))
 
 
-def _sum(counts: Any) -> Wide:
+def _sum(counts: jax.Array) -> Wide:
     """Over the leaves: ``[leaves, ...]``."""
     low = jnp.sum(counts & 0xFFFF, axis=0, dtype=jnp.uint32)
     high = jnp.sum(counts >> 16, axis=0, dtype=jnp.uint32)
     return Wide(high + (low >> 16), low & 0xFFFF)
 
 
-def _less(a: Wide, b: Wide) -> Any:
+def _less(a: Wide, b: Wide) -> Array:
     return (a.high < b.high) | ((a.high == b.high) & (a.low < b.low))
 
 

@@ -1,7 +1,6 @@
 """Trees of scores: which leaves have any, what they may lose, masks like them."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,23 +10,23 @@ from jax.core import Tracer
 from jaxprune.core._checks import check_leaves
 from jaxprune.core._leaves import kernel_paths, named_leaves
 from jaxprune.core._limits import Each, limits_of
-from jaxprune.core._masks import PyTree
 from jaxprune.core._placement import readable
+from jaxprune.core._types import Array, PyTree
 from jaxprune.select._lowest import count_nan
 
 
-def _is_none(leaf: Any) -> bool:
+def _is_none(leaf: object) -> bool:
     return leaf is None
 
 
-def scored(scores: PyTree) -> dict[str, Any]:
+def scored(scores: PyTree) -> dict[str, Array]:
     """Path -> scores, for the leaves that have any."""
     check_leaves(scores, "scores")
     return named_leaves(scores)
 
 
 def default_leaves(
-    leaves: Mapping[str, Any], only: str | Sequence[str] | None
+    leaves: Mapping[str, Array], only: str | Sequence[str] | None
 ) -> str | Sequence[str] | None:
     """What `only` selects where it is None: the kernels; all leaves if there are none.
 
@@ -41,7 +40,7 @@ def default_leaves(
     return kernel_paths(able) or list(able) or None
 
 
-def _unscored(leaf: Any) -> str:
+def _unscored(leaf: Array) -> str:
     """Why this leaf has no scores; empty if it has."""
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return "a shape without values; give arrays"
@@ -52,7 +51,7 @@ def _unscored(leaf: Any) -> str:
     return ""
 
 
-def checked(path: str, leaf: Any, nan: bool = True) -> Any:
+def checked(path: str, leaf: Array, nan: bool = True) -> Array:
     """The scores of a leaf as floats; without NaN, where that is known and wanted."""
     if reason := _unscored(leaf):
         raise TypeError(
@@ -75,7 +74,7 @@ def checked(path: str, leaf: Any, nan: bool = True) -> Any:
 
 
 def caps(
-    leaves: Mapping[str, Any], min_keep: Each[int], max_sparsity: Each[float]
+    leaves: Mapping[str, Array], min_keep: Each[int], max_sparsity: Each[float]
 ) -> dict[str, int]:
     """How many entries every leaf may lose."""
     limits = limits_of(leaves, min_keep, 1, max_sparsity)
@@ -85,7 +84,7 @@ def caps(
     }
 
 
-def masks_like(scores: PyTree, removed: Mapping[str, Any]) -> PyTree:
+def masks_like(scores: PyTree, removed: Mapping[str, Array]) -> PyTree:
     """Masks like the scores, None included: what is not named is kept whole."""
     paths, treedef = jax.tree.flatten(scores, is_leaf=_is_none)
     named = iter(named_leaves(scores))

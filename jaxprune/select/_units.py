@@ -1,7 +1,6 @@
 """Units: scores of whole units and a budget in units decide which stay."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import jax
 
@@ -15,19 +14,20 @@ from jaxprune.core._limits import (
     limits_of,
     selected,
 )
+from jaxprune.core._types import Array
 from jaxprune.select._ranking import rank, remove_lowest
 
 
 def per_group(
     groups: Groups,
-    scores: Mapping[str, Any],
+    scores: Mapping[str, Array],
     *,
     sparsity: float | Mapping[str, float],
     min_keep: Each[int] = 1,
     multiple_of: Each[int] = 1,
     max_sparsity: Each[float] = 1.0,
     only: str | Sequence[str] | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Array]:
     """Removes the same fraction of every group, lowest scores first.
 
     A group of n units loses ``round(sparsity * n)`` of them (Python's `round`: halves
@@ -74,14 +74,14 @@ def per_group(
 
 def across_groups(
     groups: Groups,
-    scores: Mapping[str, Any],
+    scores: Mapping[str, Array],
     *,
     sparsity: float,
     min_keep: Each[int] = 1,
     multiple_of: Each[int] = 1,
     max_sparsity: Each[float] = 1.0,
     only: str | Sequence[str] | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Array]:
     """Removes a fraction of all units, ranked together, lowest scores first.
 
     Of N units in the selected groups ``round(sparsity * N)`` go. A unit that
@@ -145,9 +145,9 @@ def across_groups(
 
 def to_sizes(
     groups: Groups,
-    scores: Mapping[str, Any],
+    scores: Mapping[str, Array],
     sizes: Mapping[str, int],
-) -> dict[str, Any]:
+) -> dict[str, Array]:
     """Keeps the highest-scoring units of each group, as many as a width says.
 
     Turns widths from anywhere (a search, `bisect`, `widths_from_nonzeros`, another
@@ -199,7 +199,7 @@ def random(
     multiple_of: Each[int] = 1,
     max_sparsity: Each[float] = 1.0,
     only: str | Sequence[str] | None = None,
-) -> dict[str, Any]:
+) -> dict[str, Array]:
     """Removes units at random: the control that every criterion must beat.
 
     Args:

@@ -1,16 +1,17 @@
 """Weights: scores of single weights decide masks, in each leaf or in all together."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
 from jaxprune.core._leafwise import power_of_two
 from jaxprune.core._limits import Each, fraction, fractions, selected
-from jaxprune.core._masks import PyTree
 from jaxprune.core._placement import readable
+from jaxprune.core._types import Array, ArrayNamespace, PyTree, Scalar
 from jaxprune.select._lowest import kth, lowest, lowest_alone
 from jaxprune.select._thresholds import Wide, wide_share
 from jaxprune.select._trees import (
@@ -25,7 +26,7 @@ from jaxprune.select._trees import (
 def per_leaf(
     scores: PyTree,
     *,
-    sparsity: Any,
+    sparsity: Scalar | Mapping[str, Scalar],
     min_keep: Each[int] = 1,
     max_sparsity: Each[float] = 1.0,
     only: str | Sequence[str] | None = None,
@@ -79,7 +80,7 @@ def per_leaf(
 def across_leaves(
     scores: PyTree,
     *,
-    sparsity: Any,
+    sparsity: Scalar,
     min_keep: Each[int] = 1,
     max_sparsity: Each[float] = 1.0,
     only: str | Sequence[str] | None = None,
@@ -148,7 +149,7 @@ def across_leaves(
 
 def threshold(
     scores: PyTree, *, sparsity: float, only: str | Sequence[str] | None = None
-) -> Any:
+) -> Array:
     """The lowest score that stays when a fraction of all entries goes.
 
     Exact: an entry of `scores`, the one at place ``round(sparsity * N)`` of all N in
@@ -187,7 +188,7 @@ def threshold(
         raise
 
 
-def _count(path: str, share: Any, size: int, cap: int) -> Any:
+def _count(path: str, share: Scalar, size: int, cap: int) -> int | jax.Array:
     """How many of the entries of a leaf go."""
     if not isinstance(share, Tracer):
         return min(round(fraction(f"sparsity of {path}", share) * size), cap)
@@ -195,9 +196,9 @@ def _count(path: str, share: Any, size: int, cap: int) -> Any:
     return jnp.minimum((high << 16) | low, jnp.uint32(cap))
 
 
-def _unit_norm(leaf: Any) -> Any:
+def _unit_norm(leaf: Array) -> Array:
     """The leaf, in single precision or wider, divided by its L2 norm."""
-    xp: Any = np if readable(leaf) else jnp
+    xp = cast(ArrayNamespace, np if readable(leaf) else jnp)
     wide = leaf.astype(np.promote_types(leaf.dtype, np.float32))
     # By the largest first, so that no square leaves the range of the numbers.
     wide = wide / power_of_two(xp, xp.max(xp.abs(wide), initial=0))

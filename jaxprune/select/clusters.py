@@ -15,7 +15,7 @@ from jaxprune.core._clusters import check_mergeable, first_units, units_first
 from jaxprune.core._groups import Group, Groups
 from jaxprune.core._leaves import named_leaves, parameter_paths
 from jaxprune.core._limits import Each
-from jaxprune.core._masks import PyTree
+from jaxprune.core._types import Array, PyTree
 from jaxprune.select._units import per_group
 
 
@@ -216,7 +216,7 @@ def _clusters(
     return found
 
 
-def _kernels(groups: Groups, group: Group, leaves: Mapping[str, Any]) -> np.ndarray:
+def _kernels(groups: Groups, group: Group, leaves: Mapping[str, Array]) -> np.ndarray:
     """What makes every unit, side by side: ``[size, weights]``."""
     trained = parameter_paths(groups.shapes)
     makers = [m for m in group.members if m.role == "producer" and m.path in trained]

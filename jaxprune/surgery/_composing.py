@@ -1,14 +1,15 @@
 """Masks of masks: what two cuts, one after the other, leave of the original."""
 
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
 
 from jaxprune.core._groups import Groups
 from jaxprune.core._leaves import named_leaves
-from jaxprune.core._masks import PyTree, concrete, pair_masks
+from jaxprune.core._masks import concrete, pair_masks
 from jaxprune.core._positions import axis_keep, keeps_whole_positions, outer_mask
+from jaxprune.core._types import PyTree
 from jaxprune.surgery._slicing import unslice_params
 
 
@@ -63,7 +64,7 @@ def _composed(path: str, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         if inner is not None:
             both[np.flatnonzero(both)] = inner
         cuts[axis] = both
-    return outer_mask(cuts, len(before))
+    return cast(np.ndarray, outer_mask(cuts, len(before)))
 
 
 def _axes(path: str, first: np.ndarray, second: np.ndarray) -> list[tuple[int, int]]:

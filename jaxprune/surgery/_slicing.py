@@ -27,7 +27,7 @@ from jaxprune.core._masks import (
 )
 from jaxprune.core._packing import ByPath, PackedMasks, slice_bits
 from jaxprune.core._placement import all_placed_like, empty, on_all_cores, on_host
-from jaxprune.core._positions import axis_keep, keeps_whole_positions
+from jaxprune.core._positions import BoolArray, axis_keep, keeps_whole_positions
 
 
 def slice_params(params: PyTree, masks: PyTree, *, mixed: bool = False) -> PyTree:
@@ -254,7 +254,7 @@ def _is_masked_node(part: Any) -> bool:
     return isinstance(part, optax.MaskedNode)
 
 
-def _slice_leaves(paired: Sequence[tuple[str, Any, np.ndarray]]) -> list[Any]:
+def _slice_leaves(paired: Sequence[tuple[str, PyTree, BoolArray]]) -> list[Any]:
     """Slices every leaf of some ``(path, leaf, mask)``."""
     here = [on_host(leaf) for _, leaf, _ in paired]
     items = [(*each, read) for each, read in zip(paired, here, strict=True)]

@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 from jaxprune.core._leafwise import widened
 from jaxprune.core._leaves import keystr, named_leaves
 from jaxprune.core._masks import apply_masks
-from jaxprune.core._types import PyTree, Scalar
+from jaxprune.core._types import Array, PyTree, Scalar
 from jaxprune.select._thresholds import lowest_together
 from jaxprune.training._hyperparameters import check, current
 from jaxprune.training._leaves import MaskOrFn, select_leaves
@@ -205,7 +205,7 @@ def _wide(tree: PyTree, chosen: Collection[str]) -> dict[str, jax.Array]:
     return {path: widened(leaf) for path, leaf in leaves if path in chosen}
 
 
-def _most(scores: Mapping[str, jax.Array], ratio: Scalar) -> Mapping[str, jax.Array]:
+def _most(scores: Mapping[str, jax.Array], ratio: Scalar) -> Mapping[str, Array]:
     """Where the ``int(ratio * N)`` largest of all N scores are; NaN is the largest."""
     total = sum(leaf.size for leaf in scores.values())
     if isinstance(ratio, jax.Array | Tracer):
