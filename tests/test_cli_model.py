@@ -31,6 +31,12 @@ def make():
 def two():
     return net, variables()
 
+def bare():
+    return net, variables(), jnp.ones((2, 4))
+
+def uncallable():
+    return net, variables(), jnp.ones((2, 3))
+
 def broken():
     raise RuntimeError("no data here")
 """
@@ -88,6 +94,25 @@ def test_prune_and_export(module, capsys, tmp_path):
     assert "needs --model module:factory" in capsys.readouterr().err
 
 
+def test_run_goes_on_where_it_stopped(module, capsys, tmp_path):
+    import jaxprune
+
+    words = ["run", f"{module}:make", "--sparsity", "0.5", "--rounds", "2"]
+    words += ["--steps", "3", "--out", "run"]
+    with jax.numpy_dtype_promotion("standard"):
+        assert main([*words, "--html", "run.html"]) == 0
+        out = capsys.readouterr().out
+        assert "written to run/last and run/best" in out and "50%" in out
+        assert "minus the loss" in (tmp_path / "run.html").read_text()
+        assert main([*words, "--json"]) == 0  # nothing left to do
+        history = json.loads(capsys.readouterr().out)["history"]
+        assert [row["steps"] for row in history] == [3, 3, 3]
+        assert all(row["metric"] < 0 for row in history)
+        assert jaxprune.load(tmp_path / "run" / "last").plan["params/a:1"].sum() == 4
+        assert main([*words, "--score", "l1"]) == 2
+        assert "holds a run with score=l2" in capsys.readouterr().err
+
+
 def test_variables_of_a_checkpoint(module, tmp_path, capsys):
     import jaxprune
 
@@ -115,6 +140,18 @@ def test_variables_of_a_checkpoint(module, tmp_path, capsys):
             ["returned 2 things; expected (apply_fn, variables"],
         ),
         (["inspect", "{module}:broken"], ["raised RuntimeError: no data here"]),
+        (
+            ["prune", "{module}:uncallable", "--sparsity", ".5", "--out", "x"],
+            ["cannot be called with its variables and example args: TypeError: dot"],
+        ),
+        (
+            ["run", "{module}:bare", "--sparsity", ".5", "--out", "x"],
+            ["returned no batches and loss to train on"],
+        ),
+        (
+            ["prune", "{module}:make", "--sparsity", ".5", "--out", "{module}.py"],
+            ["{module}.py is a file; give another --out"],
+        ),
         (["inspect", "{module}:make", "--jsn"], ["no option '--jsn'", "mean --json?"]),
         (
             ["prune", "{module}:make", "--out", "x"],
@@ -170,7 +207,7 @@ def test_a_mistake_is_one_line(module, capsys, words, parts):
     assert err.startswith("jaxprune: ") and err.count("\n") == 1
     assert "int()" not in err and "Traceback" not in err
     for part in parts:
-        assert part in err
+        assert part.replace("{module}", module) in err
 
 
 def test_completion_names_commands_and_options(capsys):

@@ -54,8 +54,7 @@ def run(**options):
         X,
         tx=TX,
         data=DATA,
-        loss_fn=loss_fn,
-        **{"evaluate": evaluate, **options},
+        **{"evaluate": evaluate, "loss_fn": loss_fn, **options},
     )
 
 
@@ -201,6 +200,20 @@ def test_the_best_round_and_the_smallest_that_is_good_enough():
     unknown = run(steps=0, evaluate=None)
     with pytest.raises(ValueError, match="have no metric"):
         unknown.choose(0.0)
+
+
+def test_the_loss_as_the_metric():
+    found = run(steps=1, rounds=1, evaluate="loss")
+    for entry in found.history:
+        small = found.load(entry.round)
+        losses = [
+            jnp.mean((small.apply_fn(small.variables, x) - y) ** 2) for x, y in DATA
+        ]
+        np.testing.assert_allclose(entry.metric, -np.mean(losses), rtol=1e-5)
+    with pytest.raises(ValueError, match=r"must be a function .* or 'loss', got 'acc'"):
+        run(evaluate="acc")
+    with pytest.raises(ValueError, match="needs loss_fn= and batches="):
+        run(evaluate="loss", loss_fn=None, step=lambda fn, state, batch: state)
 
 
 def test_a_run_that_is_done_is_read_back(tmp_path):

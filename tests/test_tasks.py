@@ -1,6 +1,7 @@
 """Sixteen tasks as a person has them, each in at most five lines of code."""
 
 import ast
+import importlib.util
 import inspect
 import subprocess
 import sys
@@ -341,6 +342,10 @@ def test_bridgeout():
     assert loss_fn({**VARIABLES, "params": params}, BATCHES[0]) < before
 
 
+def installed(*packages):
+    return all(map(importlib.util.find_spec, packages))
+
+
 @relaxed
 def test_export(tmp_path):
     from jaxprune import io
@@ -351,6 +356,10 @@ def test_export(tmp_path):
     # code
     io.save_exported(tmp_path / "stablehlo", pruned.apply_fn, pruned.variables, TOKENS)
     io.save_safetensors(tmp_path / "small.safetensors", pruned.variables)
+    if installed("tensorflow", "ai_edge_litert"):
+        io.save_tflite(tmp_path / "a.tflite", pruned.apply_fn, pruned.variables, TOKENS)
+    if installed("jax2onnx", "onnxruntime"):
+        io.save_onnx(tmp_path / "a.onnx", pruned.apply_fn, pruned.variables, TOKENS)
     # end
     model = io.load_exported(tmp_path / "stablehlo")
     np.testing.assert_allclose(model(TOKENS), pruned(TOKENS), rtol=1e-4, atol=1e-5)
@@ -364,7 +373,9 @@ def test_the_picture(tmp_path):
     # code
     print(pruned)
     pruned.figure().savefig(tmp_path / "groups.png")
+    pruned.report(tmp_path / "report.html", metrics={"accuracy": 0.97})
     # end
+    assert "conv/kernel:3" in (tmp_path / "report.html").read_text()
     assert (tmp_path / "groups.png").read_bytes()[:4] == b"\x89PNG"
 
 

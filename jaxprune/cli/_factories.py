@@ -10,6 +10,7 @@ import jax
 
 from jaxprune.cli._words import UsageError, known
 from jaxprune.core import PyTree, named_leaves
+from jaxprune.program._jaxprs import trace_program
 
 
 class Model(NamedTuple):
@@ -57,6 +58,7 @@ def load_model(spec: str, variables: Path | None = None) -> Model:
             f"{spec} returned a {type(apply_fn).__name__} first; expected {_RETURNS}"
         )
     args = args if isinstance(args, tuple) else (args,)
+    _check_call(spec, apply_fn, tree, args)
     if variables is not None:
         tree = _restored(variables, tree)
     return Model(apply_fn, tree, args, *rest)
@@ -84,6 +86,17 @@ def _called(factory: Callable[[], Any], spec: str) -> Any:
         return factory()
     except Exception as error:  # whatever the user's code raises
         raise UsageError(f"{spec} raised {_said(error)}") from error
+
+
+def _check_call(spec: str, apply_fn: Any, variables: PyTree, args: Any) -> None:
+    """Raises unless the function can be called as the factory says."""
+    try:
+        trace_program(apply_fn, variables, *args)
+    except Exception as error:  # whatever the user's function raises
+        raise UsageError(
+            f"the function of {spec} cannot be called with its variables and example "
+            f"args: {_said(error)}"
+        ) from error
 
 
 def _said(error: Exception) -> str:

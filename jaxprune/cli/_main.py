@@ -25,6 +25,8 @@ USAGE = """\
 usage: jaxprune inspect MODULE:FACTORY    what of a model can be cut, and what it costs
        jaxprune prune MODULE:FACTORY --budget .5 --out DIR
        jaxprune export DIR --out FILE     a pruned folder in another format
+       jaxprune run MODULE:FACTORY --budget .5 --out DIR
+                                          cut in rounds and train in between
        jaxprune run NAME [options]        run an experiment
        jaxprune list                      the experiments that there are
        jaxprune completion bash           for `source <(jaxprune completion bash)`
@@ -80,7 +82,7 @@ def _command(words: list[str]) -> int:
         _list()
     elif command == "completion":
         _completion(words[1:])
-    elif command != "run":
+    elif command != "run" or ":" in "".join(words[1:2]):
         _own(command, words[1:])
     else:
         _run(words[1:])
@@ -143,13 +145,15 @@ def _own(command: str, words: list[str]) -> None:
         raise UsageError(
             f"{command} needs {error.name}: pip install 'jaxprune[experiments]'"
         ) from error
-    configs = {"inspect": own.Inspect, "prune": own.Prune, "export": own.Export}
-    config = configs[command]
+    config, act = {
+        "inspect": (own.Inspect, own.inspect),
+        "prune": (own.Prune, own.prune),
+        "run": (own.Run, own.run),
+        "export": (own.Export, own.export),
+    }[command]
     found = parse_into(config, f"jaxprune {command}", words, config.__doc__ or "")
     if found is not None:
-        {"inspect": own.inspect, "prune": own.prune, "export": own.export}[command](
-            found
-        )
+        act(found)
 
 
 def _named(name: str) -> Callable[[], None]:
@@ -168,11 +172,11 @@ def _completion(words: list[str]) -> None:
 
     shell = known("shell", words[0] if words else "", ["bash", "zsh"])
     commands = {"inspect": own.Inspect, "prune": own.Prune, "export": own.Export}
+    commands["run"] = own.Run
     app: Any = tyro.extras.SubcommandApp()
     for name, config in commands.items():
         app.command(config, name=name)
-    for name in ("run", "list"):
-        app.command(_named(name), name=name)
+    app.command(_named("list"), name="list")
     # tyro leaves once it has printed it.
     with contextlib.suppress(SystemExit):
         app.cli(prog="jaxprune", args=["--tyro-print-completion", shell])

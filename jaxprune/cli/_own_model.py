@@ -1,94 +1,20 @@
-"""`jaxprune inspect`, `prune`, `export`: for a person's own model."""
+"""`jaxprune inspect`, `prune`, `run`, `export`: for a person's own model."""
 
 import contextlib
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from tyro.conf import Positional
+import rich.box
+import rich.table
 
 from jaxprune.cli._factories import Model, load_model
+from jaxprune.cli._options import Export, Inspect, Prune, Run
 from jaxprune.cli._words import UsageError
 from jaxprune.core import Groups
-from jaxprune.core._kept import quantity
-
-Cost = Literal[
-    "flops", "multiply_adds", "parameters", "bytes", "activation_bytes", "seconds"
-]
-Format = Literal["stablehlo", "safetensors", "tflite", "onnx"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Inspect:
-    """Shows what of a model can be cut, what cannot and why, and what it costs."""
-
-    model: Positional[str]
-    """module:factory; it returns (apply_fn, variables, example args)."""
-    pin: tuple[str, ...] = ()
-    """Patterns of leaves or axes that must not be cut."""
-    html: Path | None = None
-    """Also write a page."""
-    json: bool = False
-    """Print JSON."""
-    quiet: bool = False
-    """Print nothing."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Prune:
-    """Cuts a model and writes the smaller one into a folder."""
-
-    model: Positional[str]
-    """module:factory; it returns (apply_fn, variables, args[, batches[, loss]])."""
-    out: Path
-    """The folder to write."""
-    variables: Path | None = None
-    """A checkpoint to take the variables from."""
-    budget: str | None = None
-    """What may be left: 0.5, 50%, 1.5M, 3ms."""
-    cost: Cost = "flops"
-    """What the budget is of."""
-    sparsity: float | None = None
-    """Instead of a budget: the fraction of units to remove from every group."""
-    score: str = "l2"
-    """How units are ranked: l1, l2, taylor, group_fisher, wanda, ..."""
-    rounds: int = 1
-    """In how many steps to cut."""
-    only: tuple[str, ...] = ()
-    """Patterns of groups to cut."""
-    pin: tuple[str, ...] = ()
-    """Patterns of leaves or axes that must not be cut."""
-    min_keep: int | None = None
-    """How many units every group keeps at least."""
-    multiple_of: int | None = None
-    """Kept counts are multiples of this."""
-    max_sparsity: float | None = None
-    """No group loses more than this fraction."""
-    html: Path | None = None
-    """Also write a report, with the latency before and after."""
-    json: bool = False
-    """Print JSON."""
-    quiet: bool = False
-    """Print nothing."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Export:
-    """Writes a pruned folder in a format that other programs read."""
-
-    folder: Positional[Path]
-    """What `jaxprune prune` wrote."""
-    out: Path
-    """The file or folder to write."""
-    format: Format = "stablehlo"
-    """Of the file."""
-    model: str | None = None
-    """module:factory of the original, which tflite and onnx need; stablehlo takes the
-    program in the folder without."""
-    quiet: bool = False
-    """Print nothing."""
+from jaxprune.core._kept import as_text, quantity
 
 
 def inspect(config: Inspect) -> None:
@@ -116,21 +42,11 @@ def prune(config: Prune) -> None:
     """Cuts and saves."""
     import jaxprune
 
+    _check_target(config)
     made = load_model(config.model, config.variables)
-    if (config.budget is None) == (config.sparsity is None):
-        raise UsageError("give one of --budget and --sparsity")
-    names = "budget cost sparsity score rounds pin min_keep multiple_of max_sparsity"
-    options = {name: getattr(config, name) for name in names.split()}
-    pruned = _told(
-        jaxprune.prune,
-        made,
-        **options,
-        only=config.only or None,
-        batches=made.batches,
-        loss_fn=made.loss_fn,
-        progress=False if config.quiet or config.json else None,
-    )
-    pruned.save(config.out)
+    options = _cut_options(config, made) | {"rounds": config.rounds}
+    pruned = _told(jaxprune.prune, made, **options)
+    _saved(pruned, config.out)
     if config.html is not None:
         with _missing():
             pruned.report(config.html, title=config.model)
@@ -145,6 +61,83 @@ def prune(config: Prune) -> None:
     elif not config.quiet:
         print(pruned)
         print(f"written to {config.out}")
+
+
+def run(config: Run) -> None:
+    """Cuts in rounds, trains in between, and saves the last net and the best."""
+    import optax
+
+    import jaxprune
+
+    _check_target(config)
+    made = load_model(config.model, config.variables)
+    if made.batches is None or made.loss_fn is None:
+        raise UsageError(
+            f"{config.model} returned no batches and loss to train on; expected "
+            "(apply_fn, variables, example args, batches, loss_fn)"
+        )
+    made = made._replace(batches=list(made.batches))
+    found = _told(
+        jaxprune.rounds,
+        made,
+        **_cut_options(config, made),
+        tx=optax.adam(config.learning_rate),
+        data=made.batches,
+        steps=config.steps,
+        rounds=config.rounds,
+        schedule=config.schedule,
+        evaluate="loss",
+        folder=config.out / "rounds",
+    )
+    for name, pruned in {"last": found.last, "best": found.best}.items():
+        _saved(pruned, config.out / name)
+    if config.html is not None:
+        with _missing():
+            found.report(config.html, title=config.model, metric="minus the loss")
+    history = [dataclasses.asdict(entry) for entry in found.history]
+    if config.json:
+        print(json.dumps({"history": history, "out": str(config.out)}, indent=1))
+    elif not config.quiet:
+        print(_rounds_table(history))
+        print(f"written to {config.out / 'last'} and {config.out / 'best'}")
+
+
+def _rounds_table(history: Sequence[Mapping[str, Any]]) -> str:
+    table = rich.table.Table(box=rich.box.HORIZONTALS)
+    for head in ("round", "loss", "units left", "parameters", "FLOPs"):
+        table.add_column(head, justify="right")
+    for row in history:
+        numbers = quantity(row["parameters"]), quantity(row["flops"])
+        left = f"{row['kept']:.0%}"
+        table.add_row(str(row["round"]), f"{-row['metric']:.4g}", left, *numbers)
+    return as_text(table)
+
+
+def _check_target(config: Prune | Run) -> None:
+    if (config.budget is None) == (config.sparsity is None):
+        raise UsageError("give one of --budget and --sparsity")
+    if config.out.exists() and not config.out.is_dir():
+        raise UsageError(f"{config.out} is a file; give another --out")
+
+
+def _cut_options(config: Prune | Run, made: Model) -> dict[str, Any]:
+    names = (
+        "budget cost sparsity score pin min_keep multiple_of max_sparsity recalibrate"
+    )
+    return {
+        **{name: getattr(config, name) for name in names.split()},
+        "only": config.only or None,
+        "batches": made.batches,
+        "loss_fn": made.loss_fn,
+        "progress": False if config.quiet or config.json else None,
+    }
+
+
+def _saved(pruned: Any, folder: Path) -> None:
+    try:
+        pruned.save(folder)
+    except (TypeError, ValueError) as error:
+        raise UsageError(str(error).splitlines()[0]) from error
 
 
 def export(config: Export) -> None:

@@ -150,7 +150,7 @@ def rounds(
     schedule: Schedule = "geometric",
     step: Step | None = None,
     loss_fn: Callable[[PyTree, Any], Any] | None = None,
-    evaluate: Callable[[Callable[..., Any], PyTree], Any] | None = None,
+    evaluate: Callable[[Callable[..., Any], PyTree], Any] | str | None = None,
     folder: str | Path | None = None,
     rewind: int | None = None,
     rescore: bool = True,
@@ -188,7 +188,8 @@ def rounds(
         loss_fn: ``(variables, batch) -> loss``, or ``(loss, new)`` with new values of
             collections, such as ``{"batch_stats": ...}``; for training, and for scores
             that look at data.
-        evaluate: ``(apply_fn, variables) -> number``, larger is better.
+        evaluate: ``(apply_fn, variables) -> number``, larger is better; or "loss" for
+            minus the mean of `loss_fn` over `batches`.
         folder: where the run is kept; None for in memory alone.
         rewind: after every cut go back to the variables and optimiser that round 0
             had after so many steps (0: the initial ones), what is cut left out.
@@ -242,6 +243,7 @@ def rounds(
             f"rewind={rewind} is no step of round 0, which has {lengths[0]}; give 0 "
             "for the initial variables, and steps for round 0"
         )
+    _check_evaluate(evaluate, request)
     if step is None and loss_fn is None:
         raise ValueError("give step=, or loss_fn= for gradient descent on it")
     plan = _Plan(
@@ -400,7 +402,7 @@ def _finish(plan: _Plan, files: Files, now: Progress) -> Progress:
     small, problem = _small(plan, now), plan.problem
     variables = now.state.variables
     spent = costs(small, variables, *problem.args, **problem.kwargs)
-    metric = None if plan.evaluate is None else float(plan.evaluate(small, variables))
+    metric = _metric(plan, now, small)
     entry = Round(
         now.round,
         metric,
@@ -413,6 +415,20 @@ def _finish(plan: _Plan, files: Files, now: Progress) -> Progress:
     files.save_round(now)
     history = (*now.history, dataclasses.asdict(entry))
     return dataclasses.replace(now, round=now.round + 1, done=-1, history=history)
+
+
+def _metric(plan: _Plan, now: Progress, small: Callable[..., Any]) -> float | None:
+    """What the net is worth, None if nobody asks."""
+    variables = now.state.variables
+    if plan.evaluate is None:
+        return None
+    if plan.evaluate != "loss":
+        return float(plan.evaluate(small, variables))
+    request, masks = plan.problem.request, _masks(plan, now)
+    assert request.loss_fn is not None and request.batches is not None  # was checked
+    loss = request.loss_fn if masks is None else narrow(request.loss_fn, masks)
+    compiled = jax.jit(loss)
+    return -float(np.mean([compiled(variables, batch) for batch in request.batches]))
 
 
 def _kept(problem: Problem, keep: Mapping[str, np.ndarray]) -> float:
@@ -444,6 +460,18 @@ def _targets(sparsity: Any, budget: Any, rounds: int | None) -> list[tuple[Any, 
             "budget for each"
         )
     return [(sparsity, budget)] * rounds
+
+
+def _check_evaluate(evaluate: Any, request: Request) -> None:
+    if evaluate is None or callable(evaluate):
+        return
+    if evaluate != "loss":
+        raise ValueError(
+            f"evaluate must be a function of (apply_fn, variables), or 'loss', got "
+            f"{evaluate!r}"
+        )
+    if request.loss_fn is None or request.batches is None:
+        raise ValueError("evaluate='loss' needs loss_fn= and batches=")
 
 
 def _lengths(steps: int | Sequence[int], rounds: int) -> tuple[int, ...]:
