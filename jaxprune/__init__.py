@@ -24,7 +24,6 @@ from jaxprune.core import (
     apply_masks,
     expand_masks,
     sparsity,
-    without_branches,
 )
 from jaxprune.costing import (
     CostModel,
@@ -144,7 +143,6 @@ __all__ = [
     "trace",
     "training",
     "unslice_params",
-    "without_branches",
 ]
 
 

@@ -12,6 +12,7 @@ from contract import assert_same, quick_jit
 from zoo import MODELS, random_variables, weights
 
 import jaxprune
+from jaxprune import search
 from jaxprune.search import importance
 
 X = np.random.default_rng(1).normal(size=(3, 4)).astype(np.float32)
@@ -366,3 +367,89 @@ def test_bad_use_is_refused_by_name():
     with pytest.raises(TypeError, match="must be whole numbers"):
         jaxprune.permute(PARAMS, GROUPS, {HIDDEN: np.ones(8)})
     assert "2 widths of 8, 2 units in 1 groups" in repr(slim)
+
+
+def shortcuts(p, x):
+    """A block with a projection, then one with an identity."""
+    h = jax.nn.relu(x @ p["stem"])
+    h = jax.nn.relu(jnp.tanh(h @ p["up"]) @ p["body"] + h @ p["short"])
+    h = jax.nn.relu(h + jnp.tanh(h @ p["up2"]) @ p["body2"])
+    return h @ p["head"]
+
+
+SHORTCUTS = weights(
+    stem=(4, 6), up=(6, 5), body=(5, 8), short=(6, 8), up2=(8, 3), body2=(3, 8),
+    head=(8, 2),
+)  # fmt: skip
+
+
+def zero_padded(seed):
+    """Groups, and random writers with the streams that they leave, for 3 widths."""
+    groups = jaxprune.trace(shortcuts, SHORTCUTS, X, writers="*")
+    rng = np.random.default_rng(seed)
+    names = [n for n, g in groups.items() if g.stream and "/" not in n]
+    own = {(m.path, m.axis): n for n in names for m in groups[n].members[:1]
+           if len(groups[n].members) == 1}  # fmt: skip
+    order = {n: rng.permutation(groups[n].size) for n in own.values()}
+    keeps = [{n: o < count for n, o in order.items()} for count in (6, 4, 2)]
+    return groups, own, [search.fused(groups, keep) for keep in keeps]
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_writers_are_pruned_by_themselves_and_the_stream_keeps_the_union(seed):
+    """T3 and T4 of zero padding match, on a projection and an identity shortcut."""
+    groups, own, keeps = zero_padded(seed)
+    body, short, last = (own[name, 1] for name in ("body", "short", "body2"))
+    first, stream = groups[body].stream, groups[last].stream
+    assert groups[short].stream == first and groups[first].stream == stream
+    for keep in keeps:
+        np.testing.assert_array_equal(keep[first], keep[body] | keep[short])
+        np.testing.assert_array_equal(keep[stream], keep[first] | keep[last])
+        assert keep[first].sum() <= keep[body].sum() + keep[short].sum()
+        # A dense net whose outputs are multiplied by the masks of their writers.
+        p = {
+            **SHORTCUTS,
+            "body": SHORTCUTS["body"] * keep[body],
+            "short": SHORTCUTS["short"] * keep[short],
+            "body2": SHORTCUTS["body2"] * keep[last],
+        }
+        h = jax.nn.relu(X @ p["stem"])
+        before = jnp.tanh(h @ p["up"]) @ p["body"] + h @ p["short"]
+        assert np.abs(before[:, ~keep[first]]).max(initial=0) == 0
+        expected = shortcuts(p, X)
+        assert_same(small(shortcuts, SHORTCUTS, groups, keep, X), expected)
+    # With equal masks it is ordinary pruning of the stream.
+    same = keeps[0][body]
+    equal = search.fused(groups, {body: same, short: same, last: same})
+    plain = jaxprune.trace(shortcuts, SHORTCUTS, X)
+    assert_same(
+        small(shortcuts, SHORTCUTS, groups, equal, X),
+        small(shortcuts, SHORTCUTS, plain, {"body:1": same}, X),
+    )
+
+
+def test_a_slimmable_network_with_zero_padding_is_its_pruned_networks():
+    groups, _, keeps = zero_padded(2)
+    keeps = [
+        {**keep, "up:1": count} for keep, count in zip(keeps, (5, 3, 2), strict=True)
+    ]
+    slim = jaxprune.slimmable(shortcuts, SHORTCUTS, keeps, groups=groups)
+    best = np.argsort(-importance(groups, SHORTCUTS)["up:1"], kind="stable")
+    assert any((o != np.arange(len(o))).any() for o in slim.order.values())
+    run = quick_jit(shortcuts)
+    sorted_ones = jaxprune.permute(SHORTCUTS, groups, slim.order)
+    assert_same(run(sorted_ones, X), run(SHORTCUTS, X))
+    for i, keep in enumerate(keeps):
+        keep = {**keep, "up:1": np.isin(np.arange(5), best[: keep["up:1"]])}
+        expected = small(shortcuts, SHORTCUTS, groups, keep, X)
+        assert_same(quick_jit(slim[i])(slim.variables, X), expected)
+    writer = next(n for n, g in groups.items() if g.stream)
+    with pytest.raises(ValueError, match="are added to a stream, .* follow its order"):
+        jaxprune.permute(
+            SHORTCUTS, groups, {writer: np.arange(groups[writer].size)[::-1]}
+        )
+
+
+def test_streams_need_writers():
+    with pytest.raises(ValueError, match="keep names no writer of a stream"):
+        search.fused(GROUPS, {HIDDEN: np.ones(8, bool)})

@@ -1,6 +1,5 @@
 """`trace`: from any JAX function to the groups of axes that belong together."""
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,7 +11,6 @@ from jaxprune.core._groups import Groups
 from jaxprune.core._leaves import leaf_names
 from jaxprune.core._names import listed, matching, nearest, patterns
 from jaxprune.coupling._balance import Balance, balance_groups
-from jaxprune.coupling._branches import find_branches
 from jaxprune.coupling._collect import collect_groups, find_groups
 from jaxprune.coupling._labels import Value, take
 from jaxprune.coupling._ledger import Ledger
@@ -66,9 +64,9 @@ def trace(
             that of the stream, whose units still cut all writers): its removed units
             add 0, and `narrow` adds the smaller result into the positions that are
             left, by padding where they are a prefix or evenly spaced. This is the
-            zero padding match of Lu et al., `SP-Net
-            <https://arxiv.org/abs/1811.02454>`_, 2018. Masks of such groups mean the
-            same to `narrow` whatever was traced.
+            zero padding match of Kuratsu and Nakamura, `Slimmable Pruned Neural
+            Networks <https://arxiv.org/abs/2212.03415>`_, 2022. Masks of such groups
+            mean the same to `narrow` whatever was traced.
         roles: also find which members make the units and which read them, and whether
             equal units can be merged (`Member.role`, `Group.obstacle`); it is proven
             on the program, in about half the time again.
@@ -114,9 +112,6 @@ def trace(
     solution = solve(ledger)
     whole = Whole(walked, arrays, twins) if roles else None
     groups = collect_groups(ledger, solution, ordered, shapes, treedef, whole, walked)
-    if walked.writers is not None:
-        branches = find_branches(walked, arrays, twins, groups)
-        groups = dataclasses.replace(groups, branches=branches)
     if not balanced:
         return groups
     balance = Balance(solution, walked, find_groups(ledger, solution, ordered))
@@ -153,14 +148,14 @@ def _check_writers(
     walked: Walked,
     freed: Mapping[str, Sequence[tuple[int, int]]],
 ) -> None:
-    """Every pattern but ``"*"`` must name a writer with units of its own."""
+    """Every pattern must name a writer with units of its own."""
     writers = walked.writers
     if writers is None:
         return
     for pattern, places in freed.items():
         axes = [walked.ins[k].axes[d] for k, d in places]
         blocks = [ledger.block(a[0].units) for a in axes if not isinstance(a, int)]
-        if pattern != "*" and writers.blocks().keys().isdisjoint(blocks):
+        if writers.blocks().keys().isdisjoint(blocks):
             refused = [
                 reason
                 for key, reason in writers.refused.items()

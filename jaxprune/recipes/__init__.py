@@ -1,6 +1,8 @@
 """Whole workflows, composed of public pieces."""
 
 from jaxprune.recipes import plans as plans
+from jaxprune.recipes._adapruner import Inherited as Inherited
+from jaxprune.recipes._adapruner import adapruner as adapruner
 from jaxprune.recipes._prune import prune as prune
 from jaxprune.recipes._pruned import Pruned as Pruned
 from jaxprune.recipes._pruned import load as load

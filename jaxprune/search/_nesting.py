@@ -10,7 +10,7 @@ from jaxprune.core._checks import concrete_array, whole_number
 from jaxprune.core._groups import Group, Groups
 from jaxprune.core._masks import PyTree
 from jaxprune.core._names import listed, nearest
-from jaxprune.surgery._permuting import can_permute, refuse_fixed
+from jaxprune.surgery._permuting import can_permute, refuse_fixed, sources
 
 
 class Nested(NamedTuple):
@@ -19,10 +19,12 @@ class Nested(NamedTuple):
     Attributes:
         order: group name -> int ``[size]``, the old unit at every place, so that every
             width keeps the first units of a group (of each of its blocks).
+        ranks: likewise for writers of a stream, which keep their places all the same.
         counts: for every width, the widest first, group name -> how many units stay.
     """
 
     order: Mapping[str, np.ndarray]
+    ranks: Mapping[str, np.ndarray]
     counts: tuple[Mapping[str, int], ...]
 
 
@@ -48,9 +50,95 @@ def nested(
         name: _one_group(groups[name], units[name], scores.get(name)) for name in names
     }
     return Nested(
-        {name: each[0] for name, each in found.items()},
+        {name: each[0] for name, each in found.items() if not groups[name].stream},
+        {name: each[0] for name, each in found.items() if groups[name].stream},
         tuple({n: found[n][1][i] for n in names} for i in range(len(keeps))),
     )
+
+
+def sorted_keeps(groups: Groups, widths: Nested) -> list[dict[str, np.ndarray]]:
+    """For every width the units that stay of the network with its units sorted.
+
+    Of a group the first ones. A writer keeps its own choice, which now stands where
+    the stream that it is added to has put it.
+    """
+    placed = {}
+    for name, rank in widths.ranks.items():
+        placed[name] = np.argsort(rank)[_old_units(groups, name, widths.order)]
+    return [
+        {
+            name: placed[name] < n if name in placed else prefix(groups[name], n)
+            for name, n in counts.items()
+        }
+        for counts in widths.counts
+    ]
+
+
+def _old_units(groups: Groups, name: str, order: Mapping[str, np.ndarray]) -> Any:
+    """The unit of a writer that stands at every place once its stream is sorted."""
+    group = groups[name]
+    member = group.members[0]
+    source = sources(groups, order).get((member.path, member.axis))
+    if source is None:
+        return np.arange(group.size)
+    unit_at = np.full(groups.shapes[member.path][member.axis], -1)
+    unit_at[member.index[:, 0]] = np.arange(group.size)
+    return unit_at[source[member.index[:, 0]]]
+
+
+def fused(groups: Groups, keep: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """What streams keep whose writers are pruned independently: what any writer keeps.
+
+    The zero padding match of SP-Net: a unit of a stream goes once no writer keeps it.
+
+    Args:
+        groups: what ``trace(..., writers=...)`` returned.
+        keep: group name -> bool ``[size]``, True = kept; writers that are not named
+            are whole.
+
+    Returns:
+        `keep`, with all streams of the writers named in it.
+
+    Raises:
+        ValueError: if no group in `keep` is a writer.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxprune
+        >>> def block(p, x):
+        ...     return jax.nn.relu(x @ p["a"] + x @ p["b"]) @ p["c"]
+        >>> shapes = {"a": (2, 3), "b": (2, 3), "c": (3, 1)}
+        >>> params = {name: jnp.ones(shape) for name, shape in shapes.items()}
+        >>> groups = jaxprune.trace(block, params, jnp.ones((1, 2)), writers="*")
+        >>> writers = [name for name, group in groups.items() if group.stream]
+        >>> one, two = np.array([True, False, False]), np.array([False, False, True])
+        >>> fused(groups, dict(zip(writers, (one, two))))["a:1"]
+        array([ True, False,  True])
+
+    References:
+        Kuratsu and Nakamura, `Slimmable Pruned Neural Networks
+        <https://arxiv.org/abs/2212.03415>`_, 2022
+    """
+    found = {name: np.asarray(units) for name, units in keep.items()}
+    streams = {group.stream for name, group in groups.items() if name in found}
+    streams -= {"", "pinned"}
+    if not streams:
+        raise ValueError(
+            "keep names no writer of a stream that can be cut; trace with writers='*'"
+        )
+    while streams:  # those first that wait for no other
+        ready = [
+            s
+            for s in streams
+            if not any(groups[name].stream == s for name in streams - {s})
+        ]
+        for stream in ready:
+            own = [name for name, group in groups.items() if group.stream == stream]
+            whole = np.ones(groups[stream].size, bool)
+            found[stream] = np.logical_or.reduce([found.get(n, whole) for n in own])
+            above = groups[stream].stream
+            streams |= {above} - {"", "pinned"}
+        streams -= set(ready)
+    return found
 
 
 def prefix(group: Group, count: int) -> np.ndarray:
@@ -87,7 +175,7 @@ def _is_count(units: Any) -> bool:
 
 def _needs_scores(group: Group, units: Sequence[Any]) -> bool:
     counted = [n for n in units if _is_count(n) and n != group.size]
-    return bool(counted) and can_permute(group)
+    return bool(counted) and (can_permute(group) or bool(group.stream))
 
 
 def _one_group(
@@ -125,7 +213,7 @@ def _sorted(group: Group, levels: np.ndarray, scores: np.ndarray | None) -> np.n
     own = np.zeros(group.size) if scores is None else scores
     block = np.arange(group.size) // (group.size // group.blocks)
     order = np.lexsort((np.arange(group.size), -own, -levels, block))
-    if (order != np.arange(group.size)).any():
+    if not group.stream and (order != np.arange(group.size)).any():
         refuse_fixed(group)
     return order
 

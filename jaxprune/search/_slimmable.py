@@ -16,7 +16,7 @@ from jaxprune.core._masks import PyTree, expand_masks, pair_masks
 from jaxprune.core._names import listed, matching, nearest, patterns
 from jaxprune.core._positions import axis_keep
 from jaxprune.narrowing._narrow import narrow
-from jaxprune.search._nesting import nested, prefix
+from jaxprune.search._nesting import nested, sorted_keeps
 from jaxprune.search._prefixes import Runs, put, take
 from jaxprune.surgery._permuting import permute
 from jaxprune.surgery._slicing import slice_params
@@ -185,7 +185,10 @@ def slimmable(
             the same groups, and each keeps a part of what the one before keeps.
             Groups that are not named are whole at every width.
         groups: what `trace` returned. Units that may not be permuted keep their order:
-            of these a width keeps the first.
+            of these a width keeps the first. A writer of a stream (see `writers` of
+            `trace`) keeps any of its units, in the order of the stream; its kernels
+            are then as many slices as there are runs of them, and its result is put
+            into the stream by index. See `search.fused`.
         order: group name -> float ``[size]``, larger matters more; what a count keeps.
             Missing groups are rated by the scale of their BatchNorm, or else by the
             L2 norm of their weights.
@@ -228,10 +231,8 @@ def slimmable(
     check_function(apply_fn)
     refuse_traced("slimmable", variables=variables, keeps=keeps, order=order)
     widths = nested(groups, variables, keeps, order)
-    masks = tuple(
-        expand_masks(groups, {n: prefix(groups[n], count) for n, count in each.items()})
-        for each in widths.counts
-    )
+    keeps = sorted_keeps(groups, widths)
+    masks = tuple(expand_masks(groups, keep) for keep in keeps)
     own = _private_paths(groups, private)
     sorted_ones = permute(variables, groups, widths.order)
     stored = named_leaves(slice_params(sorted_ones, masks[0]))

@@ -50,7 +50,23 @@ def permute(variables: PyTree, groups: Groups, order: Mapping[str, Any]) -> PyTr
         Kuratsu and Nakamura, `Slimmable Pruned Neural Networks
         <https://arxiv.org/abs/2212.03415>`_, 2022 (slimmable channel sorting)
     """
-    sources: dict[tuple[str, int], np.ndarray] = {}
+    arrays = groups.treedef.flatten_up_to(variables)
+    leaves = dict(zip(groups.shapes, arrays, strict=True))
+    for (path, axis), source in sources(groups, order).items():
+        leaves[path] = _reordered(leaves[path], source, axis)
+    return groups.treedef.unflatten(leaves.values())
+
+
+def sources(
+    groups: Groups, order: Mapping[str, Any]
+) -> dict[tuple[str, int], np.ndarray]:
+    """``(path, axis)`` -> the old position at every place, where any are reordered.
+
+    Raises:
+        ValueError: as `permute`.
+        TypeError: as `permute`.
+    """
+    found: dict[tuple[str, int], np.ndarray] = {}
     for name, given in order.items():
         group = _group_of(groups, name)
         units = checked_order(group, given)
@@ -60,15 +76,11 @@ def permute(variables: PyTree, groups: Groups, order: Mapping[str, Any]) -> PyTr
         for member in group.members:
             place = member.path, member.axis
             size = groups.shapes[member.path][member.axis]
-            before = sources.get(place, np.arange(size))
+            before = found.get(place, np.arange(size))
             here = np.arange(size)
             here[member.index.ravel()] = member.index[units].ravel()
-            sources[place] = before[here]
-    arrays = groups.treedef.flatten_up_to(variables)
-    leaves = dict(zip(groups.shapes, arrays, strict=True))
-    for (path, axis), source in sources.items():
-        leaves[path] = _reordered(leaves[path], source, axis)
-    return groups.treedef.unflatten(leaves.values())
+            found[place] = before[here]
+    return found
 
 
 def checked_order(group: Group, given: Any) -> np.ndarray:
@@ -99,9 +111,12 @@ def checked_order(group: Group, given: Any) -> np.ndarray:
 
 
 def can_permute(group: Group) -> bool:
-    """Not where units share positions (a Gram matrix) or have a place of their own."""
+    """Not where units share positions (a Gram matrix) or have a place of their own.
+
+    Nor can a writer be reordered without the stream that it is added to.
+    """
     apart = all(len(np.unique(m.index)) == m.index.size for m in group.members)
-    return apart and not group.ordered
+    return apart and not group.ordered and not group.stream
 
 
 def refuse_fixed(group: Group) -> None:
@@ -116,7 +131,9 @@ def refuse_fixed(group: Group) -> None:
         "units may be pruned but not permuted, because an entry of a table belongs to "
         "each or the program takes them apart"
     )
-    if not group.ordered:
+    if group.stream:
+        why = f"they are added to a stream, {group.stream}, and follow its order"
+    elif not group.ordered:
         why = "two of its units share a position, so they cannot be told apart"
     raise ValueError(f"the units of {group.name} cannot be reordered: {why}")
 
