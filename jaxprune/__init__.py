@@ -24,6 +24,7 @@ from jaxprune.core import (
     apply_masks,
     expand_masks,
     sparsity,
+    without_branches,
 )
 from jaxprune.costing import (
     CostModel,
@@ -143,6 +144,7 @@ __all__ = [
     "trace",
     "training",
     "unslice_params",
+    "without_branches",
 ]
 
 

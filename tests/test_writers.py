@@ -1,5 +1,7 @@
 """Writers of a residual stream that lose units which the stream keeps."""
 
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -217,3 +219,65 @@ def test_networks_of_modules(name):
     got = quick_jit(jaxprune.narrow(fn, masks))(small, *args)
     expected = quick_jit(fn)(jaxprune.apply_masks(params, masks), *args)
     assert difference(got, expected) < 2e-5
+
+
+def test_a_branch_is_what_only_it_computes():
+    groups = jaxprune.trace(net, PARAMS, X, writers="*")
+    assert dict(groups.branches) == {
+        "up1": ("up1:1", "down1:1"),
+        "up2": ("up2:1", "down2:1"),
+    }
+    assert not jaxprune.trace(net, PARAMS, X).branches
+    assert pickle.loads(pickle.dumps(groups)).branches == groups.branches
+    with pytest.raises(
+        ValueError, match=r"'up' is no branch; the branches are up1, up2"
+    ):
+        jaxprune.without_branches(groups, "up")
+
+    def read_twice(p, x):
+        h = x @ p["stem"]
+        y = jnp.tanh(h @ p["up1"]) @ p["down1"]
+        return (h + y) @ p["head"], y.sum()
+
+    read = jaxprune.trace(read_twice, PARAMS, X, writers="*")
+    assert not read.branches
+
+
+@pytest.mark.parametrize("name", ["resnet_identity", "vit", "decoder_grouped"])
+def test_branches_of_modules(name):
+    """What is left when all are gone is what a network without them computes."""
+    built = MODELS[name].build()
+    args, params = built.inputs(2, 0), built.variables
+    groups = jaxprune.trace(built.apply_fn, params, *args, writers="*")
+    assert groups.branches
+    keep = jaxprune.without_branches(groups, *groups.branches)
+    masks = jaxprune.expand_masks(groups, keep)
+    small = jaxprune.slice_params(params, masks)
+    narrowed = jaxprune.narrow(built.apply_fn, masks)
+    expected = quick_jit(built.apply_fn)(jaxprune.apply_masks(params, masks), *args)
+    assert difference(quick_jit(narrowed)(small, *args), expected) < 2e-5
+    with jax.disable_jit():
+        jaxpr = jax.make_jaxpr(narrowed)(small, *args)
+    products = [e for e in jaxpr.eqns if e.primitive.name in PRODUCTS]
+    assert all(0 not in v.aval.shape for e in products for v in e.invars)
+
+
+PRODUCTS = ("dot_general", "conv_general_dilated")
+
+
+def test_a_network_without_a_block_compiles_like_one_built_without_it():
+    groups = jaxprune.trace(net, PARAMS, X, writers="*")
+    masks = jaxprune.expand_masks(groups, jaxprune.without_branches(groups, "up1"))
+    small = jaxprune.slice_params(PARAMS, masks)
+
+    def built(p, x):
+        h = jax.nn.relu(x @ p["stem"])
+        return (h + jnp.tanh(h @ p["up2"]) @ p["down2"]) @ p["head"]
+
+    flops = [
+        jax.jit(fn).lower(small, X).compile().cost_analysis()["flops"]
+        for fn in (jaxprune.narrow(net, masks), built)
+    ]
+    assert flops[0] == flops[1]
+    got = jaxprune.narrow(net, masks)(small, X)
+    assert difference(got, built(PARAMS, X)) < 1e-6

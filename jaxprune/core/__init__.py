@@ -1,5 +1,6 @@
 """The data model: groups, masks, packed masks and limits. Knows no JAX program."""
 
+from jaxprune.core._branches import without_branches as without_branches
 from jaxprune.core._groups import Group as Group
 from jaxprune.core._groups import Groups as Groups
 from jaxprune.core._groups import Member as Member

@@ -164,12 +164,17 @@ class Groups(Mapping[str, Group]):
             table of its own.
         shapes: path -> shape of every leaf of the traced variables, in tree order.
         treedef: the tree structure of the traced variables.
+        branches: of a trace with `writers`: the residual branches, by the path of their
+            layers, each as the names of the groups that it consists of: its writer's
+            and those of all that only it computes. If all units of all of them are cut
+            the shortcut is left (see `without_branches`).
     """
 
     by_name: Mapping[str, Group]
     pinned: tuple[Pinned, ...]
     shapes: Mapping[str, tuple[int, ...]]
     treedef: PyTreeDef
+    branches: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         labels = labels_of(self.by_name, self.shapes)
@@ -182,6 +187,7 @@ class Groups(Mapping[str, Group]):
         object.__setattr__(self, "by_name", MappingProxyType(labelled))
         object.__setattr__(self, "pinned", PinnedAxes(self.pinned))
         object.__setattr__(self, "shapes", MappingProxyType(dict(self.shapes)))
+        object.__setattr__(self, "branches", MappingProxyType(dict(self.branches)))
 
     def __getitem__(self, name: str) -> Group:
         if name in self.by_name:
@@ -201,8 +207,8 @@ class Groups(Mapping[str, Group]):
         # Neither read-only mappings nor, of every container, tree structures can be
         # pickled; a tree of numbers in their place can.
         like = self.treedef.unflatten(range(self.treedef.num_leaves))
-        pinned = tuple(self.pinned)
-        return _rebuilt, (dict(self.by_name), pinned, dict(self.shapes), like)
+        parts = dict(self.by_name), tuple(self.pinned), dict(self.shapes), like
+        return _rebuilt, (*parts, dict(self.branches))
 
     def __rich__(self) -> rich.table.Table:
         return groups_table(self, self.pinned)
@@ -216,8 +222,9 @@ def _rebuilt(
     pinned: tuple[Pinned, ...],
     shapes: dict[str, tuple[int, ...]],
     like: PyTree,
+    branches: dict[str, tuple[str, ...]],
 ) -> Groups:
-    return Groups(by_name, pinned, shapes, jax.tree.structure(like))
+    return Groups(by_name, pinned, shapes, jax.tree.structure(like), branches)
 
 
 def _printed(table: rich.table.Table) -> str:

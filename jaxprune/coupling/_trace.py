@@ -1,5 +1,6 @@
 """`trace`: from any JAX function to the groups of axes that belong together."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from jaxprune.core._groups import Groups
 from jaxprune.core._leaves import leaf_names
 from jaxprune.core._names import listed, matching, nearest, patterns
 from jaxprune.coupling._balance import Balance, balance_groups
+from jaxprune.coupling._branches import find_branches
 from jaxprune.coupling._collect import collect_groups, find_groups
 from jaxprune.coupling._labels import Value, take
 from jaxprune.coupling._ledger import Ledger
@@ -112,6 +114,9 @@ def trace(
     solution = solve(ledger)
     whole = Whole(walked, arrays, twins) if roles else None
     groups = collect_groups(ledger, solution, ordered, shapes, treedef, whole, walked)
+    if walked.writers is not None:
+        branches = find_branches(walked, arrays, twins, groups)
+        groups = dataclasses.replace(groups, branches=branches)
     if not balanced:
         return groups
     balance = Balance(solution, walked, find_groups(ledger, solution, ordered))
@@ -148,14 +153,14 @@ def _check_writers(
     walked: Walked,
     freed: Mapping[str, Sequence[tuple[int, int]]],
 ) -> None:
-    """Every pattern must name a writer with units of its own."""
+    """Every pattern but ``"*"`` must name a writer with units of its own."""
     writers = walked.writers
     if writers is None:
         return
     for pattern, places in freed.items():
         axes = [walked.ins[k].axes[d] for k, d in places]
         blocks = [ledger.block(a[0].units) for a in axes if not isinstance(a, int)]
-        if writers.blocks().keys().isdisjoint(blocks):
+        if pattern != "*" and writers.blocks().keys().isdisjoint(blocks):
             refused = [
                 reason
                 for key, reason in writers.refused.items()

@@ -42,11 +42,13 @@ class Writers:
 
     Attributes:
         found: those that were met, by the block of their units.
+        places: where they are added, as (equation, operand); by block, too.
         refused: those that cannot: block -> why, as a unit of the ledger.
     """
 
     def __init__(self, ledger: Ledger, free: Sequence[Axis]) -> None:
         self.found: dict[int, Written] = {}
+        self.places: dict[int, tuple[Any, int]] = {}
         self.refused: dict[int, int] = {}
         self._ledger = ledger
         self._free = [axis[0].units for axis in free if not isinstance(axis, int)]
@@ -107,13 +109,13 @@ class Writers:
                 size = len(a[0].units) if not isinstance(a, int) else 0
                 stream = (Column(self._ledger.fresh(size), True),)
                 self._sums[first, second] = stream
-            self._write(first, a, stream)
-            self._write(second, b, stream)
+            self._write(first, a, stream, (eqn, 0))
+            self._write(second, b, stream, (eqn, 1))
             return stream
         block, writer, stream = (first, a, b) if first >= 0 else (second, b, a)
         if not isinstance(stream, int) and len(stream) > 1:
             return None
-        self._write(block, writer, stream)
+        self._write(block, writer, stream, (eqn, 0 if first >= 0 else 1))
         return stream
 
     def _free_block(self, eqn: Any, axis: Axis) -> int:
@@ -129,7 +131,10 @@ class Writers:
         self.refused.setdefault(block, self._ledger.reason("writer_not_zero", eqn))
         return -1
 
-    def _write(self, block: int, writer: Any, stream: Axis) -> None:
+    def _write(
+        self, block: int, writer: Any, stream: Axis, place: tuple[Any, int]
+    ) -> None:
+        self.places[block] = place
         if isinstance(stream, int):  # it cannot be cut; the writer can
             self.found.setdefault(block, Written(writer[0].units, stream))
             return

@@ -38,6 +38,8 @@ def build(kept: Any, walked: Walked) -> Any:
         for var, value in zip(walked.jaxpr.invars, walked.ins, strict=True)
     ]
     outs = emitter.write(walked, ins)
+    if emitter.collapsed:
+        emitter.drop_unread(outs)
     consts = list(emitter.consts.items())
     return closed(walked.jaxpr, consts, ins, outs, emitter.eqns, emitter.effects)
 
@@ -51,6 +53,8 @@ class _Emitter:
         effects: of equations that the walked program did not have.
         envs: id of the scope of a program -> its variables, as written.
         dead: (id of a scope, variable, dimensions) -> what is at dead positions.
+        collapsed: is some result without any positions, so that what it was made from
+            may be read by nothing?
     """
 
     def __init__(self, kept: Any) -> None:
@@ -60,6 +64,7 @@ class _Emitter:
         self.effects: set[Any] = set()
         self.envs: dict[int, dict[Any, Any]] = {}
         self.dead: dict[Any, Any] = {}
+        self.collapsed = False
         self._types: dict[Any, Any] = {}  # (id of the full type, shape) -> type
         self._variables: dict[int, Any] = {}  # id of a constant -> its variable
 
@@ -119,6 +124,17 @@ class _Emitter:
         reduces = step.eqn.primitive.name in REDUCTIONS
         return reduces and self.kept.counts_removed and self.kept.touches(*step.ins)
 
+    def drop_unread(self, outs: Sequence[Any]) -> None:
+        """Drops the equations whose results nothing reads, and constants likewise."""
+        read = {var for var in outs if not isinstance(var, Literal)}
+        left = []
+        for eqn in reversed(self.eqns):
+            if eqn.effects or not read.isdisjoint(eqn.outvars):
+                read.update(v for v in eqn.invars if not isinstance(v, Literal))
+                left.append(eqn)
+        self.eqns = left[::-1]
+        self.consts = {var: x for var, x in self.consts.items() if var in read}
+
     def _cut(self, operand: Any, value: Value) -> Any:
         """Data at the positions that one use keeps."""
         if not self.kept.touches(value):
@@ -140,6 +156,7 @@ class _Emitter:
                 return self.copied(eqn, operands, shapes, eqn.params)
             return self.traced(lambda *xs: bind(eqn, *xs), operands)
         if shapes and all(0 in shape for shape in shapes):
+            self.collapsed = True
             types = [var.aval.dtype for var in eqn.outvars]
             return self.traced(lambda: list(map(jnp.zeros, shapes, types)), [])
         rule = RULES[eqn.primitive.name]

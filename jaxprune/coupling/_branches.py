@@ -1,0 +1,119 @@
+"""Residual branches: what only one writer of a stream needs.
+
+Everything that reaches the outputs through one operand of one sum is computed for that
+operand alone. If its writer is gone, so may all of it be: the groups that stand on the
+leaves which nothing else reads. What is left is the other operand, the shortcut.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, TypeAlias
+
+from jax.extend.core import DropVar, Literal
+
+from jaxprune.core._group_labels import layer_of
+from jaxprune.core._groups import Group
+from jaxprune.coupling._walk import Walked
+
+Uses: TypeAlias = set[tuple[int, int]]  # (id of an equation, operand)
+
+
+def find_branches(
+    walked: Walked,
+    names: Sequence[str],
+    twins: Sequence[int | None],
+    groups: Mapping[str, Group],
+) -> dict[str, tuple[str, ...]]:
+    """The branches of a program: name -> names of the groups that it consists of.
+
+    Args:
+        walked: the program, whose writers have units of their own.
+        names: paths of the leaves, which are its first inputs.
+        twins: for every output the number of the leaf it is the new value of.
+        groups: the groups; those of writers know their stream.
+    """
+    found: dict[str, tuple[str, ...]] = {}
+    outs = zip(walked.jaxpr.outvars, twins, strict=True)
+    state = {var for var, twin in outs if twin is not None}
+    assert walked.writers is not None
+    for eqn, operand in walked.writers.places.values():
+        inputs = _inputs_alone(walked, eqn, operand, state) or ()
+        leaves = {names[k] for k in inputs if k < len(names)}
+        own = [
+            name
+            for name, group in groups.items()
+            if all(member.path in leaves for member in group.members)
+        ]
+        writers = [name for name in own if groups[name].stream]
+        if writers:
+            found[_name([m.path for m in _members(groups, own)], found)] = tuple(own)
+    return found
+
+
+def _members(groups: Mapping[str, Group], names: Sequence[str]) -> list[Any]:
+    return [member for name in names for member in groups[name].members]
+
+
+def _name(paths: Sequence[str], taken: Collection[str]) -> str:
+    """What the layers of a branch have in common; else the first of them."""
+    layers = [layer_of(path)[0] for path in paths]
+    shared = []
+    for parts in zip(*layers, strict=False):
+        if len(set(parts)) > 1:
+            break
+        shared.append(parts[0])
+    name = "/".join(shared or layers[0])
+    count = 1
+    while name in taken:
+        count += 1
+        name = f"{'/'.join(shared or layers[0])}#{count}"
+    return name
+
+
+def _inputs_alone(
+    walked: Walked, eqn: Any, operand: int, state: Collection[Any] = ()
+) -> set[int] | None:
+    """The inputs of a program that only this operand needs; None if it is not here."""
+    for step in walked.steps:
+        if step.eqn is eqn:
+            return _needed_only_by(walked, {(id(eqn), operand)}, state)
+        for sub in step.subs:
+            inner = _inputs_alone(sub, eqn, operand)
+            if inner is not None:
+                shift = len(step.eqn.invars) - len(sub.jaxpr.invars)
+                uses = {(id(step.eqn), k + shift) for k in inner}
+                return _needed_only_by(walked, uses, state)
+    return None
+
+
+def _needed_only_by(walked: Walked, uses: Uses, state: Collection[Any]) -> set[int]:
+    """The inputs of a program that only these uses need.
+
+    Args:
+        walked: the program.
+        uses: what they need directly, as (id of an equation, operand).
+        state: outputs that do not count: new values of variables.
+    """
+    other = Counter(
+        var
+        for var in walked.jaxpr.outvars
+        if not isinstance(var, Literal) and var not in state
+    )
+    read: set[Any] = set(state)
+    for step in reversed(walked.steps):
+        outs = [var for var in step.eqn.outvars if not isinstance(var, DropVar)]
+        alone = (
+            bool(outs)
+            and not any(other[var] for var in outs)
+            and any(var in read for var in outs)
+        )
+        for k, var in enumerate(step.eqn.invars):
+            if isinstance(var, Literal):
+                continue
+            if alone or (id(step.eqn), k) in uses:
+                read.add(var)
+            else:
+                other[var] += 1
+    return {
+        k for k, var in enumerate(walked.jaxpr.invars) if var in read and not other[var]
+    }
