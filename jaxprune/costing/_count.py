@@ -8,7 +8,7 @@ their own (jit, scan, cond, ...) are walked into.
 import dataclasses
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from jax.extend import core
 from jax.interpreters import partial_eval
 
 from jaxprune.core._leaves import named_leaves, parameter_paths
-from jaxprune.core._masks import PyTree
+from jaxprune.core._types import ApplyFn, PyTree
 from jaxprune.costing._polynomial import Product, bit_operations
 from jaxprune.program._interpret import (
     HOLDERS,
@@ -27,6 +27,7 @@ from jaxprune.program._interpret import (
     through,
 )
 from jaxprune.program._jaxprs import Program, opened, trace_program
+from jaxprune.program._types import Equation
 from jaxprune.program.primitives import declaration
 from jaxprune.program.primitives import signature as signature_of
 
@@ -87,7 +88,7 @@ class Costs:
 
 
 def costs(
-    apply_fn: Callable[..., Any], variables: PyTree, *args: Any, **kwargs: Any
+    apply_fn: ApplyFn, variables: PyTree, *args: PyTree, **kwargs: PyTree
 ) -> Costs:
     """Counts what ``apply_fn(variables, *args, **kwargs)`` costs.
 
@@ -167,7 +168,7 @@ def count_program(jaxpr: Any, varies: Sequence[bool]) -> tuple[Count, list[bool]
     """Counts the equations that depend on an input; says which outputs do."""
     total = Count()
 
-    def step(number: int, eqn: Any, flags: list[bool]) -> list[bool]:
+    def step(number: int, eqn: Equation, flags: list[bool]) -> list[bool]:
         nonlocal total
         if not any(flags):
             return [False] * len(eqn.outvars)
@@ -179,7 +180,7 @@ def count_program(jaxpr: Any, varies: Sequence[bool]) -> tuple[Count, list[bool]
     return total, outs
 
 
-def count_equation(eqn: Any, varies: Sequence[bool]) -> tuple[Count, list[bool]]:
+def count_equation(eqn: Equation, varies: Sequence[bool]) -> tuple[Count, list[bool]]:
     """Counts one equation, given which operands depend on an input."""
     name = eqn.primitive.name
     sizes = [size_in_bytes(var.aval) for var in eqn.outvars]
@@ -210,7 +211,7 @@ def count_equation(eqn: Any, varies: Sequence[bool]) -> tuple[Count, list[bool]]
 
 
 def _inside(
-    eqn: Any, varies: Sequence[bool], bodies: Sequence[Any]
+    eqn: Equation, varies: Sequence[bool], bodies: Sequence[Any]
 ) -> tuple[list[Count], list[bool]]:
     """What the inner programs of an equation cost, and which results vary."""
     if eqn.primitive.name not in HOLDERS:
@@ -230,7 +231,7 @@ def _inside(
     return [found[number] for number in range(len(programs))], outs
 
 
-def _size(eqn: Any, operand: int, axis: int) -> int:
+def _size(eqn: Equation, operand: int, axis: int) -> int:
     """The size of an axis of an operand; of the result, for operand -1."""
     var = eqn.outvars[0] if operand < 0 else eqn.invars[operand]
     return var.aval.shape[axis]
@@ -249,7 +250,7 @@ def _most_expensive(branches: Sequence[Count]) -> Count:
 _COMBINERS = ("scatter", "reduce", "select_and_scatter")
 
 
-def repeats(eqn: Any) -> int:
+def repeats(eqn: Equation) -> int:
     """How often an equation runs its inner programs."""
     if eqn.primitive.name == "scan":
         return eqn.params["length"]

@@ -15,8 +15,9 @@ import numpy as np
 
 from jaxprune.core._groups import Groups
 from jaxprune.core._limits import fraction, selected
-from jaxprune.core._masks import PyTree, expand_masks
+from jaxprune.core._masks import expand_masks
 from jaxprune.core._progress import tracked
+from jaxprune.core._types import ApplyFn, Array, PyTree
 from jaxprune.costing._polynomial import Cost, Sizes
 from jaxprune.coupling._trace import trace
 from jaxprune.narrowing._narrow import narrow
@@ -81,16 +82,16 @@ class LatencyTable(Cost):
 
 
 def latency_table(
-    apply_fn: Callable[..., Any],
+    apply_fn: ApplyFn,
     variables: PyTree,
-    *args: Any,
+    *args: PyTree,
     groups: Groups | None = None,
     shares: Sequence[float] = (0.25, 0.5, 0.75),
     only: str | Sequence[str] | None = None,
     multiple_of: int = 1,
     measure: Measure | None = None,
     progress: bool | None = None,
-    **kwargs: Any,
+    **kwargs: PyTree,
 ) -> LatencyTable:
     """Measures how long narrowed programs take, for a cost of real seconds.
 
@@ -182,7 +183,7 @@ def latency_table(
 
 
 def seconds_per_call(
-    fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    fn: ApplyFn, args: tuple[PyTree, ...], kwargs: dict[str, PyTree]
 ) -> float:
     """Median seconds of a compiled call."""
     arrays, static = _parted((args, kwargs))
@@ -196,7 +197,7 @@ def seconds_per_call(
     return statistics.median(times)
 
 
-def _parted(tree: Any) -> tuple[list[Any], Any]:
+def _parted(tree: PyTree) -> tuple[list[Any], Any]:
     """The array leaves, and everything else with its place."""
     leaves, treedef = jax.tree.flatten(tree)
     arrays = [leaf for leaf in leaves if is_array(leaf)]
@@ -204,7 +205,7 @@ def _parted(tree: Any) -> tuple[list[Any], Any]:
     return arrays, (rest, treedef)
 
 
-def _called(fn: Callable[..., Any], arrays: list[Any], static: Any) -> Any:
+def _called(fn: ApplyFn, arrays: list[Array], static: Any) -> Any:
     rest, treedef = static
     found = iter(arrays)
     leaves = [next(found) if leaf is None else leaf[0] for leaf in rest]

@@ -7,15 +7,14 @@ sizes, and with it what each equation costs.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any
 
 import jax
 
 from jaxprune.core._groups import Groups
 from jaxprune.core._leaves import leaf_names, named_leaves, parameter_paths
-from jaxprune.core._masks import PyTree
+from jaxprune.core._types import ApplyFn, PyTree
 from jaxprune.costing._count import (
     live_program,
 )
@@ -90,11 +89,11 @@ class CostModel:
 
 
 def cost_model(
-    apply_fn: Callable[..., Any],
+    apply_fn: ApplyFn,
     variables: PyTree,
-    *args: Any,
+    *args: PyTree,
     groups: Groups | None = None,
-    **kwargs: Any,
+    **kwargs: PyTree,
 ) -> CostModel:
     """Derives what ``apply_fn(variables, *args, **kwargs)`` costs at every width.
 

@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Sizes = Mapping[str, Any]  # group name -> how many units stay; not named: all
+from jaxprune.core._types import Array, PyTree
+
+Sizes = Mapping[str, int | Array]  # group name -> how many units stay; not named: all
 
 
 class Cost(abc.ABC):
@@ -78,7 +80,7 @@ class Cost(abc.ABC):
             ]
         )
 
-    def filled(self, sizes: Sizes | None) -> dict[str, Any]:
+    def filled(self, sizes: Sizes | None) -> dict[str, int | Array]:
         """The size of every group, in order."""
         sizes = sizes or {}
         for name in sizes:
@@ -163,7 +165,7 @@ class Polynomial(Cost):
         total = Fraction(total)
         return int(total) if total.denominator == 1 else float(total)
 
-    def _traced(self, point: Mapping[str, Any]) -> jax.Array:
+    def _traced(self, point: Mapping[str, int | Array]) -> jax.Array:
         factors, coefficients = self._table
         columns = [jnp.asarray(n, jnp.float32) for n in point.values()]
         full = [jnp.asarray(n, jnp.float32) for n in self.sizes.values()]
@@ -259,7 +261,7 @@ class Product(NamedTuple):
         multiply_adds: multiplications, each with one addition.
     """
 
-    inputs: Any
+    inputs: PyTree
     multiply_adds: Any
 
 
@@ -299,7 +301,7 @@ def bit_operations(
     density: float = 1.0,
 ) -> Any:
     """See `Costs.bit_operations`."""
-    total: Any = 0.0
+    total: float | Array = 0.0
     for inputs, multiply_adds in products:
         traced = isinstance(inputs, jax.Array)
         # Nothing is summed over no input; log2(1) = 0 keeps it finite.

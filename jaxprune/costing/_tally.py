@@ -38,6 +38,7 @@ from jaxprune.coupling._labels import Value, same_units
 from jaxprune.coupling._registry import RULES
 from jaxprune.coupling._walk import Step, Walked
 from jaxprune.coupling._writers import SUMS
+from jaxprune.program._types import Atom
 from jaxprune.program.primitives import declaration
 from jaxprune.program.primitives import signature as signature_of
 
@@ -301,6 +302,6 @@ def _undominated(keys: frozenset[Key]) -> frozenset[Key]:
     return frozenset(left)
 
 
-def _itemsize(var: Any) -> int:
+def _itemsize(var: Atom) -> int:
     dtype = getattr(var.aval, "dtype", None)
     return 0 if dtype is None else dtype.itemsize

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxprune.core._groups import Groups
 from jaxprune.core._masks import expand_masks
+from jaxprune.core._positions import BoolArray
 from jaxprune.core._tables import split_axis
 from jaxprune.display._colors import PINNED, group_color, readable_on
 
@@ -68,7 +69,7 @@ class Column(NamedTuple):
 
 
 def layer_columns(
-    groups: Groups, keep: Mapping[str, Any] | None = None
+    groups: Groups, keep: Mapping[str, BoolArray] | None = None
 ) -> list[Column]:
     """What a picture of the groups draws, as numbers.
 
@@ -245,7 +246,9 @@ class Picture(NamedTuple):
     cut: bool
 
 
-def groups_picture(groups: Groups, keep: Mapping[str, Any] | None = None) -> Picture:
+def groups_picture(
+    groups: Groups, keep: Mapping[str, BoolArray] | None = None
+) -> Picture:
     """The picture of `groups_figure`, for a page: it takes the width that there is.
 
     Args:

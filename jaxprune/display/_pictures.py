@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch, Rectangle
 
 from jaxprune.core._groups import Groups
+from jaxprune.core._positions import BoolArray
 from jaxprune.display._colors import PINNED, group_color, readable_on
 from jaxprune.display._columns import (
     GAP,
@@ -34,7 +35,9 @@ _HANDLE = 5 * _LEGEND_SIZE  # of the patch before an entry and the gap behind it
 _NUMBERED = 0.12  # a smaller part of an axis has no room for its number
 
 
-def groups_figure(groups: Groups, keep: Mapping[str, Any] | None = None) -> Figure:
+def groups_figure(
+    groups: Groups, keep: Mapping[str, BoolArray] | None = None
+) -> Figure:
     """Draws every layer that a group cuts as a column, every group as a colour.
 
     A column has one bar for each axis of the layer's kernel, in the kernel's order:
@@ -176,7 +179,7 @@ def _legend_columns(legend: list[Patch], width: float) -> int:
 
 
 def _legend(
-    groups: Groups, keep: Mapping[str, Any] | None, letters: int
+    groups: Groups, keep: Mapping[str, BoolArray] | None, letters: int
 ) -> list[Patch]:
     """An entry for every group, in lines of at most so many letters."""
     entries = []
@@ -194,7 +197,7 @@ def _legend(
 
 
 def _title(
-    groups: Groups, columns: list[Column], keep: Mapping[str, Any] | None
+    groups: Groups, columns: list[Column], keep: Mapping[str, BoolArray] | None
 ) -> str:
     units = sum(group.size for group in groups.values())
     kept = ""

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from jaxprune.core._groups import Groups
 from jaxprune.core._kept import quantity
 from jaxprune.core._leaves import parameter_paths
+from jaxprune.core._positions import BoolArray
 from jaxprune.display._columns import groups_picture, layer_name, program_order
 from jaxprune.display._curves import as_svg, new_figure, plot_runs
 from jaxprune.display._environment import as_facts, machine
@@ -65,7 +66,7 @@ def write_report(
     path: str | Path,
     runs: Sequence[Sequence[Stage]],
     groups: Groups,
-    keep: Mapping[str, Any],
+    keep: Mapping[str, BoolArray],
     shapes: Mapping[str, tuple[int, ...]],
     *,
     title: str,

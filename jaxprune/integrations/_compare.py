@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.core._masks import PyTree
+from jaxprune.core._types import PyTree
 from jaxprune.program._jaxprs import is_array
 
 TOLERANCE = 2e-5  # of the largest output, in float32; coarser types round coarser
 
 
-def random_variable(leaf: Any, rng: np.random.Generator) -> Any:
+def random_variable(leaf: PyTree, rng: np.random.Generator) -> Any:
     """Keeps activations near 1; vectors are positive: a variance must be."""
     if not is_array(leaf) or not jnp.issubdtype(leaf.dtype, jnp.floating):
         return leaf
@@ -23,7 +23,7 @@ def random_variable(leaf: Any, rng: np.random.Generator) -> Any:
     return jnp.asarray(rng.normal(size=leaf.shape) / np.sqrt(fan_in), leaf.dtype)
 
 
-def random_input(leaf: Any, rng: np.random.Generator) -> Any:
+def random_input(leaf: PyTree, rng: np.random.Generator) -> Any:
     """Random floats; other numbers as they are, 0 for a shape."""
     if not is_array(leaf):
         return leaf

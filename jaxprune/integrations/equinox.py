@@ -10,8 +10,9 @@ import jax
 import numpy as np
 
 from jaxprune.core._leaves import named_leaves
-from jaxprune.core._masks import PyTree, concrete
+from jaxprune.core._masks import concrete
 from jaxprune.core._positions import axis_keep
+from jaxprune.core._types import ApplyFn, PyTree
 from jaxprune.integrations._compare import difference, random_input, random_variable
 from jaxprune.narrowing._narrow import narrow
 from jaxprune.recipes import Pruned
@@ -19,9 +20,7 @@ from jaxprune.recipes import prune as prune_function
 from jaxprune.surgery._slicing import slice_params
 
 
-def equinox_apply(
-    model: Any, *, batched: bool = True
-) -> tuple[Callable[..., Any], PyTree]:
+def equinox_apply(model: PyTree, *, batched: bool = True) -> tuple[ApplyFn, PyTree]:
     """An Equinox module as a pure function and its arrays.
 
     Args:
@@ -43,7 +42,7 @@ def equinox_apply(
     """
     variables, static = eqx.partition(model, eqx.is_array)
 
-    def apply_fn(variables: PyTree, *args: Any, **kwargs: Any) -> Any:
+    def apply_fn(variables: PyTree, *args: PyTree, **kwargs: PyTree) -> Any:
         called = eqx.combine(variables, static)
         if not batched:
             return called(*args, **kwargs)
@@ -53,7 +52,7 @@ def equinox_apply(
 
 
 def equinox_module(
-    model: Any, masks: PyTree, *args: Any, batched: bool = True, **kwargs: Any
+    model: PyTree, masks: PyTree, *args: PyTree, batched: bool = True, **kwargs: PyTree
 ) -> Any:
     """A smaller Equinox module: same classes, sliced arrays, right sizes.
 
@@ -131,10 +130,12 @@ class PrunedModule(Pruned):
             attention whose heads have lost dimensions, see `equinox_module`.
     """
 
-    model: Any = None
+    model: PyTree = None
 
 
-def prune(model: Any, *args: Any, batched: bool = True, **options: Any) -> PrunedModule:
+def prune(
+    model: PyTree, *args: PyTree, batched: bool = True, **options: Any
+) -> PrunedModule:
     """Cuts the least important units of an Equinox module.
 
     Args:

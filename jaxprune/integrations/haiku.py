@@ -1,15 +1,14 @@
 """Haiku functions: parameters and state as one tree of variables."""
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
-from jaxprune.core._masks import PyTree
+from jaxprune.core._types import ApplyFn, PyTree
 
 
 def haiku_apply(
     transformed: Any, params: PyTree, state: PyTree | None = None, *, rng: Any = None
-) -> tuple[Callable[..., Any], PyTree]:
+) -> tuple[ApplyFn, PyTree]:
     """A transformed Haiku function as a pure function and its variables.
 
     Args:
@@ -46,7 +45,7 @@ def haiku_apply(
     variables = {"params": params} | ({} if state is None else {"state": state})
 
     def apply_fn(
-        variables: PyTree, *args: Any, mutable: Any = None, **kwargs: Any
+        variables: PyTree, *args: PyTree, mutable: Any = None, **kwargs: PyTree
     ) -> Any:
         held = [variables["params"]]
         held += [variables["state"]] if "state" in variables else []
@@ -59,5 +58,5 @@ def haiku_apply(
     return apply_fn, variables
 
 
-def _parameters(apply: Callable[..., Any]) -> set[str]:
+def _parameters(apply: ApplyFn) -> set[str]:
     return set(inspect.signature(apply).parameters)

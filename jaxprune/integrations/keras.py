@@ -4,12 +4,10 @@ import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jaxprune.core._masks import PyTree
+from jaxprune.core._types import ApplyFn, PyTree
 
 
-def keras_apply(
-    model: Any, *, training: bool = False
-) -> tuple[Callable[..., Any], PyTree]:
+def keras_apply(model: PyTree, *, training: bool = False) -> tuple[ApplyFn, PyTree]:
     """A Keras model as a pure function and its variables.
 
     Args:
@@ -48,10 +46,10 @@ def keras_apply(
 
     def apply_fn(
         variables: PyTree,
-        *args: Any,
+        *args: PyTree,
         training: bool = always,
         mutable: Any = None,
-        **kwargs: Any,
+        **kwargs: PyTree,
     ) -> Any:
         given = {
             name: [variables[name][path] for path in paths]
@@ -73,7 +71,7 @@ def keras_apply(
 
 
 def keras_call(
-    model: Any, apply_fn: Callable[..., Any]
+    model: PyTree, apply_fn: ApplyFn
 ) -> Callable[..., tuple[Any, list[Any]]]:
     """`stateless_call` of a pruned model, for a training loop written for Keras.
 
@@ -92,9 +90,9 @@ def keras_call(
     def stateless_call(
         trainable: Sequence[Any],
         non_trainable: Sequence[Any],
-        *args: Any,
+        *args: PyTree,
         training: bool = False,
-        **kwargs: Any,
+        **kwargs: PyTree,
     ) -> tuple[Any, list[Any]]:
         variables = keras_variables(model, trainable, non_trainable)
         options: dict[str, Any] = {"training": training, "mutable": ["batch_stats"]}
@@ -105,7 +103,7 @@ def keras_call(
 
 
 def keras_variables(
-    model: Any, trainable: Sequence[Any], non_trainable: Sequence[Any]
+    model: PyTree, trainable: Sequence[Any], non_trainable: Sequence[Any]
 ) -> PyTree:
     """The tree of variables from the two lists of `stateless_call`.
 
@@ -123,7 +121,7 @@ def keras_variables(
     return {"params": params} | ({"batch_stats": stats} if stats else {})
 
 
-def keras_lists(model: Any, variables: PyTree) -> tuple[list[Any], list[Any]]:
+def keras_lists(model: PyTree, variables: PyTree) -> tuple[list[Any], list[Any]]:
     """The two lists that `keras_call` takes, from the tree of variables.
 
     Args:

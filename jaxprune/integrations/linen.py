@@ -1,14 +1,14 @@
 """Linen modules that take sliced variables: `narrow` in the shape of a module."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import flax.core
 import flax.linen as nn
 from flax.core.scope import LazyRng
 
-from jaxprune.core._masks import PyTree
+from jaxprune.core._types import ApplyFn, PyTree
 from jaxprune.narrowing._narrow import narrow
 from jaxprune.surgery._slicing import slice_params
 
@@ -56,7 +56,7 @@ class _Cut:
 
     module: nn.Module
     masks: PyTree
-    apply: Callable[..., Any]
+    apply: ApplyFn
 
     def __repr__(self) -> str:
         return f"narrow({self.module!r})"
@@ -72,7 +72,7 @@ class NarrowedModule(nn.Module):
     cut: _Cut
 
     @nn.compact
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: PyTree, **kwargs: PyTree) -> Any:
         """Calls the narrowed module with the arguments of the original."""
         assert (
             self.scope is not None

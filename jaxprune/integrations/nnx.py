@@ -1,7 +1,7 @@
 """NNX modules: as a pure function to prune, and as a smaller module afterwards."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,8 +9,9 @@ import numpy as np
 from flax import nnx
 
 from jaxprune.core._leaves import named_leaves
-from jaxprune.core._masks import PyTree, concrete
+from jaxprune.core._masks import concrete
 from jaxprune.core._positions import axis_keep
+from jaxprune.core._types import ApplyFn, PyTree
 from jaxprune.integrations._compare import difference, random_input, random_variable
 from jaxprune.integrations._nnx_layers import Kept, fit_sizes, refusal
 from jaxprune.narrowing._narrow import narrow
@@ -27,9 +28,7 @@ _COLLECTIONS = {  # the first that fits; named as in Linen
 }
 
 
-def nnx_apply(
-    model: nnx.Module, *, train: bool = False
-) -> tuple[Callable[..., Any], PyTree]:
+def nnx_apply(model: nnx.Module, *, train: bool = False) -> tuple[ApplyFn, PyTree]:
     """An NNX module as a pure function and its variables.
 
     Everything the module holds is in the variables: statistics are cut along with the
@@ -73,10 +72,10 @@ def nnx_apply(
 
     def apply_fn(
         variables: PyTree,
-        *args: Any,
+        *args: PyTree,
         train: bool = always,
         mutable: Sequence[str] | None = None,
-        **kwargs: Any,
+        **kwargs: PyTree,
     ) -> Any:
         graphdef, states, _ = modes[train]
         called = _merge(graphdef, states, variables)
@@ -91,7 +90,7 @@ def nnx_apply(
 
 
 def nnx_module(
-    model: nnx.Module, masks: PyTree, *args: Any, **kwargs: Any
+    model: nnx.Module, masks: PyTree, *args: PyTree, **kwargs: PyTree
 ) -> nnx.Module:
     """A smaller NNX module: same class, sliced variables, right feature counts.
 
@@ -204,8 +203,8 @@ def _compare(
     model: nnx.Module,
     small: nnx.Module,
     masks: PyTree,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
+    args: tuple[PyTree, ...],
+    kwargs: dict[str, PyTree],
 ) -> None:
     """Raises unless the module computes what `narrow` computes, on random numbers."""
     apply_fn, _ = nnx_apply(model)
@@ -236,7 +235,7 @@ class PrunedModel(Pruned):
         original: the module before the cut.
     """
 
-    model: Any = None
+    model: PyTree = None
     original: Any = None
 
     def slice_optimizer(self, optimizer: nnx.Optimizer) -> nnx.Optimizer:
@@ -267,14 +266,14 @@ class PrunedModel(Pruned):
         small.step[...] = optimizer.step[...]
         return small
 
-    def recalibrate(self, batches: Iterable[Any], **kwargs: Any) -> "PrunedModel":
+    def recalibrate(self, batches: Iterable[PyTree], **kwargs: PyTree) -> "PrunedModel":
         """The same with BatchNorm statistics measured anew, in `model` too."""
         new = super().recalibrate(batches, **{"train": True, **kwargs})
         _write(self.model, new.variables)
         return dataclasses.replace(self, variables=new.variables)
 
 
-def prune(model: nnx.Module, *args: Any, **options: Any) -> PrunedModel:
+def prune(model: nnx.Module, *args: PyTree, **options: Any) -> PrunedModel:
     """Cuts the least important units of an NNX module.
 
     Args:

@@ -11,17 +11,18 @@ the whole array on one device.
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.core._types import PyTree
+
 MODULUS = 2**64
 _CHUNK = 2**16
 
 
-def local_checksum(leaf: Any) -> int:
+def local_checksum(leaf: PyTree) -> int:
     """The part of the checksum that this process can see; the whole of most arrays.
 
     Args:
@@ -38,7 +39,7 @@ def local_checksum(leaf: Any) -> int:
     return total % MODULUS
 
 
-def _blocks(leaf: Any) -> Iterator[tuple[np.ndarray, tuple[int, ...]]]:
+def _blocks(leaf: PyTree) -> Iterator[tuple[np.ndarray, tuple[int, ...]]]:
     if not isinstance(leaf, jax.Array) or leaf.is_fully_addressable:
         yield np.asarray(leaf), (0,) * np.ndim(leaf)
         return

@@ -12,8 +12,8 @@ import jax.extend.core
 import numpy as np
 from jax.interpreters import partial_eval
 
-from jaxprune.core import PyTree
 from jaxprune.core._extras import needing
+from jaxprune.core._types import PyTree
 from jaxprune.io._files import first_line, write_atomically
 from jaxprune.io._programs import (
     batch_size,
@@ -30,7 +30,7 @@ def save_tflite(
     path: str | Path,
     apply_fn: Callable[..., PyTree],
     variables: PyTree,
-    *args: Any,
+    *args: PyTree,
     tolerance: float | None = None,
 ) -> None:
     """Writes a model as a TFLite file, with the variables in it, for any batch size.
@@ -92,7 +92,7 @@ def save_onnx(
     path: str | Path,
     apply_fn: Callable[..., PyTree],
     variables: PyTree,
-    *args: Any,
+    *args: PyTree,
     tolerance: float | None = None,
 ) -> None:
     """Writes a model as an ONNX file, with the variables in it, for any batch size.
@@ -143,14 +143,14 @@ def save_onnx(
 
 
 def _flat(
-    apply_fn: Callable[..., PyTree], variables: PyTree, args: Sequence[Any]
+    apply_fn: Callable[..., PyTree], variables: PyTree, args: Sequence[PyTree]
 ) -> tuple[Callable[..., list[Any]], list[Any]]:
     """The function of the leaves of the arguments, with its variables in it."""
     batch_size(args)
     leaves, treedef = jax.tree.flatten(tuple(args))
     mapped = each_example(apply_fn)
 
-    def flat(*inputs: Any) -> list[Any]:
+    def flat(*inputs: PyTree) -> list[Any]:
         return jax.tree.leaves(mapped(variables, *treedef.unflatten(inputs)))
 
     return flat, leaves
@@ -169,7 +169,7 @@ def _verify(
     run: Runner,
     apply_fn: Callable[..., PyTree],
     variables: PyTree,
-    args: Sequence[Any],
+    args: Sequence[PyTree],
     tolerance: float | None,
 ) -> None:
     own, size = jax.jit(apply_fn), max(batch_size(args), 1)

@@ -82,7 +82,7 @@ def _with_reasons(fields: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _reason(value: Any) -> Reason:
+def _reason(value: str | Mapping[str, Any]) -> Reason:
     if isinstance(value, str):  # as it was saved before reasons had fields
         return Reason("saved", value)
     return Reason(**value)

@@ -7,8 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
-from jaxprune.core import PyTree, named_leaves
+from jaxprune.core import named_leaves
+from jaxprune.core._types import PyTree
 
 # Relative to the largest entry of an output, by the bits of its mantissa and more.
 _TOLERANCE = {2: 3e-2, 4: 2e-5, 8: 2e-5}
@@ -38,8 +40,8 @@ def each_example(apply_fn: Callable[..., PyTree]) -> Callable[..., PyTree]:
     before cannot be mapped; it takes batches of any size by itself, or refuses.
     """
 
-    def mapped(variables: PyTree, *args: Any) -> PyTree:
-        def one(*example: Any) -> PyTree:
+    def mapped(variables: PyTree, *args: PyTree) -> PyTree:
+        def one(*example: PyTree) -> PyTree:
             batch_of_one = jax.tree.map(lambda x: x[None], example)
             return jax.tree.map(lambda y: y[0], apply_fn(variables, *batch_of_one))
 
@@ -58,7 +60,7 @@ def shapes_of(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype), tree)
 
 
-def batch_size(args: Sequence[Any]) -> int:
+def batch_size(args: Sequence[PyTree]) -> int:
     """The common leading axis of all arguments.
 
     Raises:
@@ -80,18 +82,18 @@ def batch_size(args: Sequence[Any]) -> int:
     return next(iter(sizes.values()))
 
 
-def with_batch(args: Sequence[Any], batch: Any) -> tuple[Any, ...]:
+def with_batch(args: Sequence[PyTree], batch: PyTree) -> tuple[Any, ...]:
     """Shapes of the arguments at another batch size, a symbol perhaps."""
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype), tuple(args)
     )
 
 
-def random_batch(args: Sequence[Any], batch: int, seed: int) -> tuple[Any, ...]:
+def random_batch(args: Sequence[PyTree], batch: int, seed: int) -> tuple[Any, ...]:
     """Normal numbers of the arguments' shapes; other dtypes draw from the example."""
     rng = np.random.default_rng(seed)
 
-    def draw(leaf: Any) -> np.ndarray:
+    def draw(leaf: PyTree) -> np.ndarray:
         shape = (batch, *leaf.shape[1:])
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
             pair = rng.standard_normal((2, *shape))
@@ -105,7 +107,7 @@ def random_batch(args: Sequence[Any], batch: int, seed: int) -> tuple[Any, ...]:
     return jax.tree.map(draw, tuple(args))
 
 
-def on_device(leaf: Any) -> Any:
+def on_device(leaf: PyTree) -> Any:
     """A JAX array, unless that would make it narrower."""
     if isinstance(leaf, np.ndarray):
         dtype = leaf.dtype
@@ -147,7 +149,7 @@ def check_agreement(
     return worst
 
 
-def _allowed(dtype: Any) -> float:
+def _allowed(dtype: DTypeLike) -> float:
     if not jnp.issubdtype(dtype, jnp.inexact):
         return 0.0
     return _TOLERANCE.get(jnp.finfo(dtype).bits // 8, 3e-2)

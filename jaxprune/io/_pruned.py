@@ -20,8 +20,9 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.core import Groups, PyTree, named_leaves
+from jaxprune.core import Groups, named_leaves
 from jaxprune.core._checks import refuse_traced
+from jaxprune.core._types import ApplyFn, PyTree
 from jaxprune.io import checkpoints
 from jaxprune.io._files import first_line
 from jaxprune.io._folders import naming_damage, read_folder, write_folder
@@ -66,27 +67,27 @@ class Loaded:
         kwargs: example keyword arguments.
     """
 
-    apply_fn: Callable[..., Any]
+    apply_fn: ApplyFn
     variables: PyTree
     masks: PyTree
     groups: Groups | None
     plan: Any
     facts: Mapping[str, Any]
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    args: tuple[PyTree, ...] = ()
+    kwargs: Mapping[str, PyTree] = dataclasses.field(default_factory=dict)
 
 
 def save_pruned(
     folder: str | Path,
-    apply_fn: Callable[..., Any],
+    apply_fn: ApplyFn,
     variables: PyTree,
     masks: PyTree,
-    *args: Any,
+    *args: PyTree,
     groups: Groups | None = None,
     plan: Any = None,
     facts: Mapping[str, Any] | None = None,
     tolerance: float | None = None,
-    **kwargs: Any,
+    **kwargs: PyTree,
 ) -> None:
     """Writes a pruned model; what the folder held before is replaced at the end.
 
@@ -160,7 +161,7 @@ def save_pruned(
 
 def load_pruned(
     folder: str | Path,
-    apply_fn: Callable[..., Any] | None = None,
+    apply_fn: ApplyFn | None = None,
     *,
     like: PyTree | None = None,
 ) -> Loaded:
@@ -212,10 +213,10 @@ def load_pruned(
 
 
 def _program(
-    apply_fn: Callable[..., Any],
+    apply_fn: ApplyFn,
     variables: PyTree,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
+    args: Sequence[PyTree],
+    kwargs: Mapping[str, PyTree],
     tolerance: float | None,
 ) -> tuple[dict[str, Any], bytes]:
     """What the JSON says of the program, and the program."""
@@ -228,7 +229,7 @@ def _program(
     built_in = [None if _all_arrays(arg) else repr(arg) for arg in args]
     given = [arg for arg, text in zip(args, built_in, strict=True) if text is None]
 
-    def of_arrays(variables: PyTree, *arrays: Any) -> Any:
+    def of_arrays(variables: PyTree, *arrays: PyTree) -> Any:
         rest = iter(arrays)
         whole = [
             next(rest) if text is None else arg
@@ -258,7 +259,7 @@ def _program(
 
 
 def _fixed(
-    flat: Callable[..., Any], leaves: list[Any], inputs: list[Any], tolerance: Any
+    flat: Callable[..., Any], leaves: list[PyTree], inputs: list[Any], tolerance: Any
 ) -> jax.export.Exported:
     """The program for exactly these shapes."""
     program = on_all_platforms(flat, shapes_of(leaves), *shapes_of(inputs))
@@ -274,7 +275,7 @@ def _fixed(
     return program
 
 
-def _as_array(leaf: Any) -> Any:
+def _as_array(leaf: PyTree) -> Any:
     if not isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
@@ -288,20 +289,20 @@ def _flat(
     """Takes and returns leaves, so that no container has to be known to JAX."""
     treedef, argdef = jax.tree.structure(variables), jax.tree.structure(tuple(given))
 
-    def flat(leaves: list[Any], *inputs: Any) -> list[Any]:
+    def flat(leaves: list[PyTree], *inputs: PyTree) -> list[Any]:
         args = argdef.unflatten(inputs)
         return jax.tree.leaves(of_arrays(treedef.unflatten(leaves), *args))
 
     return flat
 
 
-def _call(about: Mapping[str, Any], program: jax.export.Exported) -> Callable[..., Any]:
+def _call(about: Mapping[str, Any], program: jax.export.Exported) -> ApplyFn:
     """The exported program with the signature of the narrowed function."""
     flat = jax.jit(program.call)
     built_in, outputs = about["built in"], about["outputs"]
     keywords, inputs = about["keywords"], about["inputs"]
 
-    def apply_fn(variables: PyTree, *args: Any, **kwargs: Any) -> Any:
+    def apply_fn(variables: PyTree, *args: PyTree, **kwargs: PyTree) -> Any:
         if len(args) != len(built_in):
             raise TypeError(
                 f"the exported program takes {len(built_in)} arguments after the "
@@ -351,7 +352,7 @@ def _example(about: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]
         return (), {}
 
 
-def _described(leaf: Any) -> str:
+def _described(leaf: PyTree) -> str:
     return f"{leaf.dtype}[{','.join(map(str, np.shape(leaf)))}]"
 
 
@@ -376,11 +377,11 @@ def _all_arrays(arg: Any) -> bool:
 # ------------------------------------------------------------------------------- arrays
 
 
-def _signature(name: str, leaf: Any) -> dict[str, Any]:
+def _signature(name: str, leaf: PyTree) -> dict[str, Any]:
     return {"path": name, "shape": list(np.shape(leaf)), "dtype": str(leaf.dtype)}
 
 
-def _write_variables(path: Path, leaves: list[Any]) -> None:
+def _write_variables(path: Path, leaves: list[PyTree]) -> None:
     checkpoints.save(path, 0, leaves)
     checkpoints.release(path)
 

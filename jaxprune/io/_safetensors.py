@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.core import PyTree, named_leaves
+from jaxprune.core import named_leaves
 from jaxprune.core._checks import refuse_traced
 from jaxprune.core._extras import needing
+from jaxprune.core._types import PyTree
 from jaxprune.io._checksums import local_checksum
 from jaxprune.io._files import first_line, read_regular, write_atomically
 from jaxprune.io._folders import sealed

@@ -5,10 +5,12 @@ from typing import Any
 
 import jax
 
+from jaxprune.core._types import PyTree
+
 LEAF = "leaf"
 
 
-def describe(tree: Any) -> Any:
+def describe(tree: PyTree) -> Any:
     """What JSON holds of a tree: its containers and keys, without its leaves.
 
     Dicts, lists, tuples and None come back as they are. Other containers (named

@@ -19,15 +19,16 @@ import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxprune.core import PyTree, named_leaves
+from jaxprune.core import named_leaves
 from jaxprune.core._checks import refuse_traced
+from jaxprune.core._types import Array, PyTree
 from jaxprune.io._checksums import MODULUS, local_checksum
 from jaxprune.io._files import as_os_error, first_line, hold, regular_size, turn
 from jaxprune.io._files import release as release
@@ -60,7 +61,7 @@ def save(
     folder: str | os.PathLike[str],
     step: int,
     state: PyTree,
-    meta: Any = None,
+    meta: object = None,
     *,
     keep: int = 3,
 ) -> None:
@@ -179,7 +180,7 @@ def restore_exactly(folder: str | os.PathLike[str], step: int, like: PyTree) -> 
 # ---------------------------------------------------------------------------- arguments
 
 
-def _natural(name: str, value: Any) -> int:
+def _natural(name: str, value: SupportsIndex) -> int:
     try:
         if isinstance(value, bool | np.bool_):
             raise TypeError
@@ -193,7 +194,7 @@ def _natural(name: str, value: Any) -> int:
     return number
 
 
-def _as_json(meta: Any) -> Any:
+def _as_json(meta: object) -> Any:
     """What will be read back: tuples become lists, keys strings."""
     try:
         return json.loads(json.dumps(meta))
@@ -223,7 +224,7 @@ def _described(state: PyTree) -> tuple[list[Any], list[dict[str, Any]]]:
     return arrays, leaves
 
 
-def _signature(path: str, leaf: Any) -> dict[str, Any]:
+def _signature(path: str, leaf: PyTree) -> dict[str, Any]:
     if isinstance(leaf, bool | int | float) and not isinstance(leaf, np.generic):
         return {"shape": [], "dtype": f"Python {type(leaf).__name__}"}
     if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
@@ -261,7 +262,7 @@ def _on_first_process(act: Callable[[], None]) -> None:
         raise problem or OSError("process 0 could not write; its own error says why")
 
 
-def _checksums(arrays: Sequence[Any]) -> list[int]:
+def _checksums(arrays: Sequence[Array]) -> list[int]:
     """The checksum of every array, added up over all processes."""
     sums = [local_checksum(leaf) for leaf in arrays]
     if jax.process_count() == 1:
@@ -361,7 +362,7 @@ def _orbax() -> Any:
 _ONE_AT_A_TIME = threading.Lock()
 
 
-def _write(path: Path, arrays: list[Any], sealed: dict[str, Any]) -> None:
+def _write(path: Path, arrays: list[Array], sealed: dict[str, Any]) -> None:
     ocp = _orbax()
     items: dict[str, Any] = {"meta": ocp.args.JsonSave(sealed)}
     if arrays:
@@ -390,7 +391,7 @@ def _read_sealed(path: Path) -> dict[str, Any]:
     return sealed
 
 
-def _sealed(leaves: Sequence[Any], meta: Any) -> dict[str, Any]:
+def _sealed(leaves: Sequence[PyTree], meta: object) -> dict[str, Any]:
     content = {"format": FORMAT, "leaves": leaves, "meta": meta}
     text = json.dumps(content, sort_keys=True)
     return {**content, "crc32": zlib.crc32(text.encode())}
@@ -446,7 +447,7 @@ def _of_json(about: Mapping[str, Any], wanted: Mapping[str, Any]) -> Any:
     return jnp.zeros(like.shape, like.dtype, device=getattr(like, "sharding", None))
 
 
-def _check_like(folder: Path, leaves: Sequence[Any], target: PyTree) -> None:
+def _check_like(folder: Path, leaves: Sequence[PyTree], target: PyTree) -> None:
     """A wrong `like` is the caller's mistake, not damage to walk back from."""
     saved = {about["path"]: about for about in leaves}
     asked = {path: _signature(path, v) for path, v in named_leaves(target).items()}

@@ -19,9 +19,10 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.core import PyTree, named_leaves
+from jaxprune.core import named_leaves
 from jaxprune.core._checks import refuse_traced
 from jaxprune.core._extras import needing
+from jaxprune.core._types import PyTree
 from jaxprune.io._folders import naming_damage, read_folder, write_folder
 from jaxprune.io._programs import (
     batch_size,
@@ -54,7 +55,7 @@ class Exported:
     variables: PyTree
     facts: Mapping[str, Any]
 
-    def __call__(self, *args: Any) -> PyTree:
+    def __call__(self, *args: PyTree) -> PyTree:
         """Computes the outputs for a batch of any size."""
         return self.call(self.variables, *args)
 
@@ -63,7 +64,7 @@ def save_exported(
     path: str | Path,
     apply_fn: Callable[..., PyTree],
     variables: PyTree,
-    *args: Any,
+    *args: PyTree,
     facts: Mapping[str, Any] | None = None,
     tolerance: float | None = None,
 ) -> None:
@@ -152,7 +153,7 @@ def load_exported(path: str | Path) -> Exported:
 
 
 def any_batch(
-    apply_fn: Callable[..., PyTree], variables: PyTree, *args: Any
+    apply_fn: Callable[..., PyTree], variables: PyTree, *args: PyTree
 ) -> jax.export.Exported:
     """`apply_fn` as StableHLO, for a batch of any size on any platform.
 
@@ -170,7 +171,9 @@ def any_batch(
     return on_all_platforms(each_example(apply_fn), *inputs)
 
 
-def on_all_platforms(function: Callable[..., Any], *shapes: Any) -> jax.export.Exported:
+def on_all_platforms(
+    function: Callable[..., Any], *shapes: PyTree
+) -> jax.export.Exported:
     """The function as StableHLO, for arguments of these shapes."""
     with without_folders():
         return jax.export.export(jax.jit(function), platforms=PLATFORMS)(*shapes)
@@ -180,7 +183,7 @@ def verify_program(
     program: jax.export.Exported,
     apply_fn: Callable[..., PyTree],
     variables: PyTree,
-    *args: Any,
+    *args: PyTree,
     tolerance: float | None = None,
 ) -> float:
     """Compares an exported function with the one it was made from.
@@ -231,7 +234,7 @@ def write_npz(path: Path, leaves: Mapping[str, Any]) -> None:
                 np.lib.format.write_array(file, _storable(leaf), allow_pickle=False)
 
 
-def _storable(leaf: Any) -> np.ndarray:
+def _storable(leaf: PyTree) -> np.ndarray:
     """Numpy's file format knows no bfloat16 and the like: store their bits."""
     array = np.asarray(leaf)
     return array.view(f"u{array.itemsize}") if array.dtype.kind == "V" else array

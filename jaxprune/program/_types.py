@@ -50,6 +50,8 @@ class Equation(Protocol):
     @property
     def effects(self) -> Set[object]: ...
     @property
+    def source_info(self) -> Any: ...
+    @property
     def ctx(self) -> Any: ...  # a context manager of JAX's, the same in no two versions
 
 

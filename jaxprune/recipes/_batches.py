@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxprune.core._types import PyTree
 from jaxprune.program._jaxprs import is_array
 
 
@@ -37,7 +38,7 @@ def check_batches(batches: Any) -> None:
         raise TypeError(f"batches is a {type(batches).__name__}; {expected}")
 
 
-def reread(batches: Iterable[Any], passes: int) -> Iterable[Any]:
+def reread(batches: Iterable[PyTree], passes: int) -> Iterable[Any]:
     """The batches, if they can be read so often.
 
     Raises:
@@ -52,7 +53,7 @@ def reread(batches: Iterable[Any], passes: int) -> Iterable[Any]:
     return batches
 
 
-def inputs_like(args: tuple[Any, ...]) -> Callable[[Any], tuple[Any, ...]]:
+def inputs_like(args: tuple[PyTree, ...]) -> Callable[[PyTree], tuple[PyTree, ...]]:
     """Finds the positional arguments of a function in a batch.
 
     An array is the one argument. A tuple starts with the arguments: as many of its
@@ -66,7 +67,7 @@ def inputs_like(args: tuple[Any, ...]) -> Callable[[Any], tuple[Any, ...]]:
         ``batch -> args``.
     """
 
-    def inputs(batch: Any) -> tuple[Any, ...]:
+    def inputs(batch: PyTree) -> tuple[Any, ...]:
         entries = list(batch) if isinstance(batch, tuple | list) else [batch]
         found = []
         for example in args:
@@ -81,11 +82,11 @@ def inputs_like(args: tuple[Any, ...]) -> Callable[[Any], tuple[Any, ...]]:
     return inputs
 
 
-def _has_arrays(tree: Any) -> bool:
+def _has_arrays(tree: PyTree) -> bool:
     return any(map(is_array, jax.tree.leaves(tree)))
 
 
-def _alike(given: Any, example: Any) -> bool:
+def _alike(given: PyTree, example: PyTree) -> bool:
     if jax.tree.structure(given) != jax.tree.structure(example):
         return False
     pairs = zip(jax.tree.leaves(given), jax.tree.leaves(example), strict=True)
@@ -96,8 +97,8 @@ def _alike(given: Any, example: Any) -> bool:
     )
 
 
-def _unlike(batch: Any, args: tuple[Any, ...]) -> str:
-    def shapes(tree: Any) -> str:
+def _unlike(batch: PyTree, args: tuple[PyTree, ...]) -> str:
+    def shapes(tree: PyTree) -> str:
         found = jax.tree.map(lambda leaf: str(np.shape(leaf)), tree)
         return str(found).replace("'", "")
 

@@ -1,7 +1,7 @@
 """Deciding which units stay: what is left of a program, and what is asked for."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -10,8 +10,9 @@ import numpy as np
 from jaxprune import select
 from jaxprune.core._functions import check_function
 from jaxprune.core._groups import Groups
-from jaxprune.core._masks import PyTree, expand_masks
+from jaxprune.core._masks import expand_masks
 from jaxprune.core._progress import tracked
+from jaxprune.core._types import ApplyFn, PyTree
 from jaxprune.costing import Cost
 from jaxprune.coupling._trace import trace
 from jaxprune.narrowing._narrow import narrow
@@ -50,9 +51,9 @@ class Problem:
         cost: what the budget is of, or None.
     """
 
-    apply_fn: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
+    apply_fn: ApplyFn
+    args: tuple[PyTree, ...]
+    kwargs: dict[str, PyTree]
     request: Request
     groups: Groups
     names: list[str]
@@ -60,10 +61,10 @@ class Problem:
 
 
 def problem_of(
-    apply_fn: Callable[..., Any],
+    apply_fn: ApplyFn,
     variables: PyTree,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any] | None,
+    args: tuple[PyTree, ...],
+    kwargs: Mapping[str, PyTree] | None,
     request: Request,
 ) -> Problem:
     """Traces a function and says what of it may be cut.
@@ -262,7 +263,7 @@ def recalibrated(problem: Problem, apply_fn: Any, variables: PyTree) -> PyTree:
 
 
 def training_kwargs(
-    kwargs: Mapping[str, Any], given: bool | Mapping[str, Any]
+    kwargs: Mapping[str, PyTree], given: bool | Mapping[str, Any]
 ) -> dict[str, Any]:
     """The keyword arguments that put a function into training mode.
 

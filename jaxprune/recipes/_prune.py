@@ -9,7 +9,8 @@ import numpy as np
 from jaxprune import scores as scoring
 from jaxprune.core._checks import naming_traced
 from jaxprune.core._limits import Each
-from jaxprune.core._masks import PyTree, expand_masks
+from jaxprune.core._masks import expand_masks
+from jaxprune.core._types import ApplyFn, PyTree
 from jaxprune.costing import Cost
 from jaxprune.narrowing._narrow import narrow
 from jaxprune.recipes._deciding import Problem, decide, problem_of, recalibrated
@@ -24,17 +25,17 @@ from jaxprune.surgery._slicing import slice_params
 
 
 def prune(
-    apply_fn: Callable[..., Any] | Pruned,
+    apply_fn: ApplyFn | Pruned,
     variables: PyTree = None,
-    *args: Any,
-    kwargs: Mapping[str, Any] | None = None,
+    *args: PyTree,
+    kwargs: Mapping[str, PyTree] | None = None,
     sparsity: float | Mapping[str, float] | None = None,
     budget: float | str | None = None,
     cost: CostName | Cost = "flops",
     score: Score = "l2",
-    loss_fn: Callable[[PyTree, Any], Any] | None = None,
-    batches: Iterable[Any] | None = None,
-    inputs: Callable[[Any], tuple[Any, ...]] | None = None,
+    loss_fn: Callable[[PyTree, PyTree], PyTree] | None = None,
+    batches: Iterable[PyTree] | None = None,
+    inputs: Callable[[PyTree], tuple[PyTree, ...]] | None = None,
     rounds: int = 1,
     scope: Scope = "group",
     method: Method | None = None,
@@ -167,8 +168,8 @@ def _as_call(problem: Problem) -> str:
 def _further(
     before: Pruned,
     variables: PyTree,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any] | None,
+    args: tuple[PyTree, ...],
+    kwargs: Mapping[str, PyTree] | None,
     request: Request,
 ) -> Pruned:
     """Cuts what an earlier cut has left; the masks are those of the original."""

@@ -2,18 +2,19 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from jaxprune.core._groups import Groups
 from jaxprune.core._kept import Cost, as_html, as_text, kept_table
 from jaxprune.core._leaves import named_leaves
-from jaxprune.core._masks import PyTree
 from jaxprune.core._progress import tracked
+from jaxprune.core._types import ApplyFn, PyTree
 from jaxprune.costing import Costs, costs
 from jaxprune.costing._latency import seconds_per_call
 from jaxprune.narrowing._narrow import narrow
@@ -46,14 +47,14 @@ class Pruned:
         call: the call that made it, as text.
     """
 
-    apply_fn: Callable[..., Any]
+    apply_fn: ApplyFn
     variables: PyTree
     masks: PyTree
     groups: Groups
-    dense_fn: Callable[..., Any]
+    dense_fn: ApplyFn
     dense_variables: PyTree
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    args: tuple[PyTree, ...] = ()
+    kwargs: Mapping[str, PyTree] = dataclasses.field(default_factory=dict)
     last_masks: PyTree = None
     seconds: tuple[float, float] | None = None
     counted: Any = None
@@ -138,7 +139,7 @@ class Pruned:
 
     # --- what one does with it -------------------------------------------------------
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: PyTree, **kwargs: PyTree) -> Any:
         """Calls the narrowed function on the sliced variables."""
         return self.apply_fn(self.variables, *args, **kwargs)
 
@@ -152,7 +153,9 @@ class Pruned:
             _check_same_shapes(self.variables, changes["variables"])
         return dataclasses.replace(self, **changes)
 
-    def slice_opt_state(self, tx: Any, opt_state: PyTree) -> PyTree:
+    def slice_opt_state(
+        self, tx: optax.GradientTransformation, opt_state: PyTree
+    ) -> PyTree:
         """The optimiser state for the sliced variables, momentum kept.
 
         Args:
@@ -177,7 +180,7 @@ class Pruned:
             except ValueError:
                 raise error from None
 
-    def recalibrate(self, batches: Iterable[Any], **kwargs: Any) -> "Pruned":
+    def recalibrate(self, batches: Iterable[PyTree], **kwargs: PyTree) -> "Pruned":
         """The same with BatchNorm statistics measured anew, see `recalibrate`.
 
         Args:
@@ -187,7 +190,7 @@ class Pruned:
         new = recalibrate(self.apply_fn, self.variables, batches, **kwargs)
         return self.replace(variables=new)
 
-    def measured(self, *args: Any, **kwargs: Any) -> "Pruned":
+    def measured(self, *args: PyTree, **kwargs: PyTree) -> "Pruned":
         """The same with the seconds of a call before and after.
 
         Args:
@@ -266,12 +269,12 @@ class Pruned:
 
 
 def make_pruned(
-    dense_fn: Callable[..., Any],
+    dense_fn: ApplyFn,
     variables: PyTree,
     masks: PyTree,
     groups: Groups,
-    args: tuple[Any, ...] = (),
-    kwargs: Mapping[str, Any] | None = None,
+    args: tuple[PyTree, ...] = (),
+    kwargs: Mapping[str, PyTree] | None = None,
     call: str = "",
     small: PyTree = None,
 ) -> Pruned:
@@ -304,7 +307,7 @@ def make_pruned(
 
 
 def load(
-    folder: str | Path, apply_fn: Callable[..., Any] | None = None, *, like: Any = None
+    folder: str | Path, apply_fn: ApplyFn | None = None, *, like: PyTree = None
 ) -> Pruned:
     """Reads what `Pruned.save` wrote.
 
@@ -354,7 +357,7 @@ def load(
     )
 
 
-def abstract(leaf: Any) -> Any:
+def abstract(leaf: PyTree) -> Any:
     """The shape and dtype of an array; what is no array as it is."""
     if not is_array(leaf):
         return leaf
@@ -378,11 +381,11 @@ class _Key(tuple):
     """A typed key as its implementation and plain data: keys cannot be pickled."""
 
 
-def _is_key(leaf: Any) -> bool:
+def _is_key(leaf: PyTree) -> bool:
     return isinstance(leaf, _Key)
 
 
-def _without_key(leaf: Any) -> Any:
+def _without_key(leaf: PyTree) -> Any:
     is_key = hasattr(leaf, "dtype") and jax.numpy.issubdtype(
         leaf.dtype, jax.dtypes.prng_key
     )
@@ -392,7 +395,7 @@ def _without_key(leaf: Any) -> Any:
     return _Key((str(jax.random.key_impl(leaf)), data))
 
 
-def _with_key(leaf: Any) -> Any:
+def _with_key(leaf: PyTree) -> Any:
     if not _is_key(leaf):
         return leaf
     impl, data = leaf

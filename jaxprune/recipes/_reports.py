@@ -1,6 +1,6 @@
 """What the reports of `Pruned` and `Rounds` show, gathered."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import numpy as np
 from jaxprune.core._extras import needing
 from jaxprune.core._leaves import named_leaves
 from jaxprune.core._progress import tracked
+from jaxprune.core._types import ApplyFn, PyTree
 from jaxprune.costing._latency import seconds_per_call
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def _seconds(pruned: "Pruned") -> float:
     return seconds_per_call(pruned.apply_fn, (pruned.variables, *args), kwargs)
 
 
-def zeros(leaf: Any) -> Any:
+def zeros(leaf: PyTree) -> Any:
     """Zeros like a shape; keys for a shape of keys; anything else as it is."""
     if not isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
@@ -141,8 +142,8 @@ def _write(
 
 def as_call(
     name: str,
-    apply_fn: Callable[..., Any],
-    args: Sequence[Any],
+    apply_fn: ApplyFn,
+    args: Sequence[PyTree],
     options: Mapping[str, Any],
     defaults: Mapping[str, Any],
 ) -> str:
@@ -169,7 +170,7 @@ def as_call(
     return f"{name}({', '.join(words)})"
 
 
-def _is(value: Any, default: Any) -> bool:
+def _is(value: object, default: Any) -> bool:
     plain = str, int, float, bool, tuple, type(None)
     return value is default or (isinstance(value, plain) and value == default)
 

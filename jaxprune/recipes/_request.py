@@ -9,7 +9,7 @@ from typing import Any
 from jaxprune import scores as scoring
 from jaxprune.core._checks import number
 from jaxprune.core._limits import Each, fraction
-from jaxprune.core._masks import PyTree
+from jaxprune.core._types import PyTree
 from jaxprune.costing import Cost
 from jaxprune.recipes._batches import check_batches, inputs_like, reread
 from jaxprune.recipes._targets import CostName, Scope
@@ -25,9 +25,9 @@ class Request:
     budget: float | str | None = None
     cost: CostName | Cost = "flops"
     score: Score = "l2"
-    loss_fn: Callable[[PyTree, Any], Any] | None = None
-    batches: Iterable[Any] | None = None
-    inputs: Callable[[Any], tuple[Any, ...]] | None = None
+    loss_fn: Callable[[PyTree, PyTree], PyTree] | None = None
+    batches: Iterable[PyTree] | None = None
+    inputs: Callable[[PyTree], tuple[PyTree, ...]] | None = None
     rounds: int = 1
     scope: Scope = "group"
     method: Method | None = None
@@ -71,7 +71,9 @@ class Request:
         names = {"pin": self.pin, "unpin": self.unpin, "balanced": self.balanced}
         return {**names, "roles": self.members == "producers"}
 
-    def inputs_of(self, args: tuple[Any, ...]) -> Callable[[Any], tuple[Any, ...]]:
+    def inputs_of(
+        self, args: tuple[PyTree, ...]
+    ) -> Callable[[PyTree], tuple[PyTree, ...]]:
         """Batch -> positional arguments."""
         return self.inputs or inputs_like(args)
 

@@ -7,9 +7,11 @@ from typing import Any
 
 import jax
 import numpy as np
+import optax
 
 from jaxprune.core._groups import Groups
-from jaxprune.core._masks import PyTree, expand_masks
+from jaxprune.core._masks import expand_masks
+from jaxprune.core._types import PyTree
 from jaxprune.recipes._training import State, trained
 from jaxprune.surgery._slicing import slice_params
 
@@ -64,7 +66,7 @@ class Files:
         folder: str | Path | None,
         groups: Groups,
         start: State,
-        tx: Any,
+        tx: optax.GradientTransformation,
         settings: dict[str, Any],
     ) -> None:
         self.folder = None if folder is None else Path(folder)

@@ -8,10 +8,12 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+import optax
 
 from jaxprune.core._checks import whole_number
-from jaxprune.core._masks import PyTree, expand_masks
+from jaxprune.core._masks import expand_masks
 from jaxprune.core._progress import advancing
+from jaxprune.core._types import ApplyFn, PyTree
 from jaxprune.costing import costs
 from jaxprune.narrowing._narrow import narrow
 from jaxprune.recipes._deciding import (
@@ -137,19 +139,19 @@ class Rounds:
 
 
 def rounds(
-    apply_fn: Callable[..., Any],
+    apply_fn: ApplyFn,
     variables: PyTree,
-    *args: Any,
-    tx: Any,
+    *args: PyTree,
+    tx: optax.GradientTransformation,
     data: Sequence[Any] | Callable[[int], Any],
     steps: int | Sequence[int],
-    kwargs: Mapping[str, Any] | None = None,
+    kwargs: Mapping[str, PyTree] | None = None,
     sparsity: float | Sequence[Any] | Mapping[str, float] | None = None,
     budget: float | str | Sequence[float | str] | None = None,
     rounds: int | None = None,
     schedule: Schedule = "geometric",
     step: Step | None = None,
-    loss_fn: Callable[[PyTree, Any], Any] | None = None,
+    loss_fn: Callable[[PyTree, PyTree], PyTree] | None = None,
     evaluate: Callable[[Callable[..., Any], PyTree], Any] | str | None = None,
     folder: str | Path | None = None,
     rewind: int | None = None,
@@ -300,7 +302,7 @@ class _Plan:
     requests: tuple[Request, ...]
     shares: tuple[float, ...]
     steps: tuple[int, ...]
-    tx: Any
+    tx: optax.GradientTransformation
     data: Any
     step: Step | None
     loss_fn: Any
@@ -368,7 +370,7 @@ def _masks(plan: _Plan, now: Progress) -> PyTree:
     return expand_masks(plan.problem.groups, now.keep) if now.keep else None
 
 
-def _small(plan: _Plan, now: Progress) -> Callable[..., Any]:
+def _small(plan: _Plan, now: Progress) -> ApplyFn:
     masks = _masks(plan, now)
     apply_fn = plan.problem.apply_fn
     return apply_fn if masks is None else narrow(apply_fn, masks)
@@ -532,7 +534,7 @@ def _settings(plan: _Plan, schedule: str) -> dict[str, Any]:
     }
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     plain = str, int, float, bool, Mapping, type(None)
     return str(value) if isinstance(value, plain) else type(value).__name__
 

@@ -11,8 +11,10 @@ import numpy as np
 from jaxprune import select
 from jaxprune.core._groups import Groups
 from jaxprune.core._limits import Each
-from jaxprune.core._masks import PyTree, apply_masks, expand_masks
+from jaxprune.core._masks import apply_masks, expand_masks
+from jaxprune.core._positions import BoolArray
 from jaxprune.core._progress import advancing
+from jaxprune.core._types import Array, PyTree
 
 _MEMORY = 1 << 30  # bytes that the copies of the variables may take
 
@@ -57,7 +59,7 @@ def sensitivity(
     metric: Callable[..., Any],
     variables: PyTree,
     groups: Groups,
-    scores: Mapping[str, Any],
+    scores: Mapping[str, Array],
     *,
     sparsities: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
     data: Iterable[Any] | None = None,
@@ -192,7 +194,9 @@ def _parts(
 
 def _compiled(metric: Callable[..., Any], groups: Groups) -> Any:
     @jax.jit
-    def run(variables: PyTree, keep: Mapping[str, Any], *batch: Any) -> jax.Array:
+    def run(
+        variables: PyTree, keep: Mapping[str, BoolArray], *batch: PyTree
+    ) -> jax.Array:
         def one(units: Mapping[str, Any]) -> jax.Array:
             masks = expand_masks(groups, units)
             value = metric(apply_masks(variables, masks), *batch)

@@ -1,6 +1,6 @@
 """`sparse_gpt`: single weights of every layer, one layer after the other."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,7 @@ import numpy as np
 from jaxprune.core._checks import whole_number
 from jaxprune.core._leaves import named_leaves
 from jaxprune.core._limits import fraction
-from jaxprune.core._masks import PyTree
+from jaxprune.core._types import ApplyFn, PyTree
 from jaxprune.program._jaxprs import trace_program
 from jaxprune.statistics._contractions import Contraction, contractions
 from jaxprune.statistics._moments import chosen, observing, peeked, streamed
@@ -34,7 +34,7 @@ class Sparse(NamedTuple):
 
 
 def sparse_gpt(
-    apply_fn: Callable[..., Any],
+    apply_fn: ApplyFn,
     variables: PyTree,
     batches: Batches,
     *,

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 from jaxprune import select
 from jaxprune.core._groups import Groups
 from jaxprune.core._names import listed, matching, nearest, patterns
+from jaxprune.core._types import Array, PyTree
 from jaxprune.costing import Cost, CostModel, cost_model, latency_table
 
 CostName = Literal[
@@ -80,8 +81,8 @@ def cost_of(
     cost: CostName | Cost,
     apply_fn: Any,
     groups: Groups,
-    variables: Any,
-    call: Any,
+    variables: PyTree,
+    call: PyTree,
     progress: bool | None = None,
 ) -> Cost:
     """The cost of this name, as a function of group sizes.
@@ -207,7 +208,7 @@ def literal(name: str) -> str:
 
 def keep_by_sparsity(
     groups: Groups,
-    scores: Mapping[str, Any],
+    scores: Mapping[str, Array],
     names: Sequence[str],
     sparsity: float | Mapping[str, float],
     scope: Scope,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune.core._masks import PyTree
+from jaxprune.core._types import ApplyFn, PyTree
 from jaxprune.narrowing._narrow import narrow
 from jaxprune.surgery._slicing import slice_opt_state, slice_params
 
@@ -32,7 +32,9 @@ class State(NamedTuple):
 Step = Callable[[Callable[..., Any], State, Any], State]
 
 
-def first_state(variables: PyTree, tx: Any, key: jax.Array) -> State:
+def first_state(
+    variables: PyTree, tx: optax.GradientTransformation, key: jax.Array
+) -> State:
     """The state before the first step."""
     return State(variables, tx.init(trained(variables)), jnp.int32(0), key)
 
@@ -49,7 +51,9 @@ def with_trained(variables: PyTree, params: PyTree) -> PyTree:
     return {**variables, "params": params} if is_nested else params
 
 
-def sliced_state(state: State, tx: Any, masks: PyTree) -> State:
+def sliced_state(
+    state: State, tx: optax.GradientTransformation, masks: PyTree
+) -> State:
     """The state for what masks leave of its variables, momentum kept."""
     return state._replace(
         variables=slice_params(state.variables, masks),
@@ -57,19 +61,21 @@ def sliced_state(state: State, tx: Any, masks: PyTree) -> State:
     )
 
 
-def loss_alone(loss_fn: Callable[..., Any] | None) -> Callable[..., Any] | None:
+def loss_alone(loss_fn: Callable[..., PyTree] | None) -> ApplyFn | None:
     """The loss without the new values of variables that it may return beside it."""
     if loss_fn is None:
         return None
 
-    def loss(variables: PyTree, batch: Any) -> Any:
+    def loss(variables: PyTree, batch: PyTree) -> Any:
         found = loss_fn(variables, batch)
         return found[0] if isinstance(found, tuple) else found
 
     return loss
 
 
-def default_step(loss_fn: Callable[..., Any], tx: Any, masks: PyTree) -> Any:
+def default_step(
+    loss_fn: Callable[..., PyTree], tx: optax.GradientTransformation, masks: PyTree
+) -> Any:
     """One step of gradient descent on a loss of the original variables.
 
     Args:
@@ -82,7 +88,7 @@ def default_step(loss_fn: Callable[..., Any], tx: Any, masks: PyTree) -> Any:
     """
     narrowed = loss_fn if masks is None else narrow(loss_fn, masks)
 
-    def step(state: State, batch: Any) -> State:
+    def step(state: State, batch: PyTree) -> State:
         def loss(params: PyTree) -> tuple[jax.Array, Any]:
             found = narrowed(with_trained(state.variables, params), batch)
             return found if isinstance(found, tuple) else (found, {})

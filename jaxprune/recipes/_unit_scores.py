@@ -9,8 +9,8 @@ import jax
 from jaxprune import scores as scoring
 from jaxprune.core._groups import Groups
 from jaxprune.core._leaves import named_leaves
-from jaxprune.core._masks import PyTree
 from jaxprune.core._names import nearest
+from jaxprune.core._types import ApplyFn, PyTree
 from jaxprune.scores._published import REDUCTIONS
 
 Score = str | Callable[[PyTree], PyTree] | PyTree
@@ -33,16 +33,16 @@ class Subject:
     """
 
     groups: Groups
-    apply_fn: Callable[..., Any]
+    apply_fn: ApplyFn
     variables: PyTree
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    args: tuple[PyTree, ...] = ()
+    kwargs: Mapping[str, PyTree] = dataclasses.field(default_factory=dict)
     loss_fn: Any = None
     batches: Any = None
-    inputs: Callable[[Any], tuple[Any, ...]] = lambda batch: (batch,)
+    inputs: Callable[[PyTree], tuple[PyTree, ...]] = lambda batch: (batch,)
     progress: bool | None = None
 
-    def forward(self, variables: PyTree, batch: Any) -> Any:
+    def forward(self, variables: PyTree, batch: PyTree) -> Any:
         """The outputs for a batch."""
         return self.apply_fn(variables, *self.inputs(batch), **self.kwargs)
 
@@ -185,7 +185,9 @@ def _named(
     return scoring.group_scores(groups, tree, **options)
 
 
-def check_score(score: Any, loss_fn: Any, batches: Any) -> None:
+def check_score(
+    score: Any, loss_fn: Callable[..., PyTree] | None, batches: Any
+) -> None:
     """Raises unless a score of this name exists and has what it needs."""
     if not isinstance(score, str):
         return

@@ -8,7 +8,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,9 @@ import numpy as np
 
 from jaxprune.core._checks import refuse_traced
 from jaxprune.core._groups import Group, Groups
-from jaxprune.core._masks import PyTree, apply_masks, expand_masks
+from jaxprune.core._masks import apply_masks, expand_masks
+from jaxprune.core._positions import BoolArray
+from jaxprune.core._types import ApplyFn, PyTree
 from jaxprune.coupling._trace import trace
 from jaxprune.io._files import first_line, read_regular, write_atomically
 from jaxprune.narrowing._narrow import narrow
@@ -29,7 +31,9 @@ FORMAT = 1
 _LARGEST = 2**28  # bytes
 
 
-def save(path: str | os.PathLike[str], groups: Groups, keep: Mapping[str, Any]) -> None:
+def save(
+    path: str | os.PathLike[str], groups: Groups, keep: Mapping[str, BoolArray]
+) -> None:
     """Writes a plan as JSON.
 
     Args:
@@ -79,7 +83,7 @@ def load(path: str | os.PathLike[str], groups: Groups) -> dict[str, np.ndarray]:
     return from_json(data, groups, str(path))
 
 
-def as_json(groups: Groups, keep: Mapping[str, Any]) -> dict[str, Any]:
+def as_json(groups: Groups, keep: Mapping[str, BoolArray]) -> dict[str, Any]:
     """A plan as `save` writes it: dicts, lists, strings and ints.
 
     Args:
@@ -177,7 +181,7 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     return text if len(text := repr(value)) <= 60 else f"{text[:57]}..."
 
 
@@ -203,14 +207,14 @@ class Proof:
 
 
 def verify(
-    apply_fn: Callable[..., Any],
+    apply_fn: ApplyFn,
     variables: PyTree,
-    *args: Any,
-    keep: Mapping[str, Any],
+    *args: PyTree,
+    keep: Mapping[str, BoolArray],
     key: jax.Array,
     tolerance: float = 2e-5,
     balanced: Sequence[str] = (),
-    **kwargs: Any,
+    **kwargs: PyTree,
 ) -> Proof:
     """Proves a plan on random numbers before it is committed.
 
@@ -271,7 +275,7 @@ def verify(
     return proof
 
 
-def _check(groups: Groups, keep: Mapping[str, Any], proof: Proof) -> None:
+def _check(groups: Groups, keep: Mapping[str, BoolArray], proof: Proof) -> None:
     if not proof.narrowed <= proof.tolerance:
         inexact = [f"{n}: {groups[n].why}" for n in keep if not groups[n].exact]
         raise ValueError(
@@ -299,7 +303,7 @@ def _random_like(tree: PyTree, key: jax.Array) -> PyTree:
     return jax.tree.unflatten(treedef, drawn)
 
 
-def _draw(leaf: Any, key: jax.Array) -> Any:
+def _draw(leaf: PyTree, key: jax.Array) -> Any:
     if not (is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)):
         return leaf
     if leaf.ndim < 2:

@@ -1,13 +1,13 @@
 """Widths as counts: one factor for all groups, or what a threshold leaves of each."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from jaxprune.core._checks import concrete_array, number, whole_number
 from jaxprune.core._groups import Groups
 from jaxprune.core._limits import selected
+from jaxprune.core._types import Array
 
 Counts = dict[str, int]
 
@@ -70,7 +70,7 @@ def _count(groups: Groups, name: str, share: float, step: int) -> int:
 
 def threshold_counts(
     groups: Groups,
-    scores: Mapping[str, Any],
+    scores: Mapping[str, Array],
     *,
     keep_ratio: float,
     min_ratio: float = 0.1,

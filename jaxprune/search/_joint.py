@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune.core._masks import PyTree
+from jaxprune.core._types import PyTree
 from jaxprune.search._slimmable import Slimmable
 from jaxprune.statistics._recalibration import recalibrate
 from jaxprune.training._hyperparameters import check
@@ -110,7 +110,7 @@ def joint_step(
     middle = _check_sample(slim, sample)
     train = _WidthTrainer(slim, forward, labels, (alpha, temperature), track)
 
-    def step(state: JointState, batch: Any) -> tuple[JointState, jax.Array]:
+    def step(state: JointState, batch: PyTree) -> tuple[JointState, jax.Array]:
         variables, opt_state, key = state
         params = variables["params"]
         grads, held, teacher, loss = train.widest(variables, batch)
@@ -160,7 +160,7 @@ def calibrate(
     batches: Iterable[Any],
     *,
     collection: str = "batch_stats",
-    **kwargs: Any,
+    **kwargs: PyTree,
 ) -> PyTree:
     """Measures the BatchNorm statistics of every width anew.
 
@@ -213,13 +213,13 @@ class _WidthTrainer:
         self._slim, self._forward, self._labels = slim, forward, labels
         self._teaching, self._track = teaching, track
 
-    def widest(self, variables: PyTree, batch: Any) -> Any:
+    def widest(self, variables: PyTree, batch: PyTree) -> Any:
         """Of width 0, and its logits, which teach the others."""
         loss = lambda logits: label_loss(logits, self._labels(batch))  # noqa: E731
         grads, held, value, logits = self._of(0, variables, batch, loss)
         return grads, held, jax.lax.stop_gradient(logits), value
 
-    def narrower(self, i: Any, variables: PyTree, batch: Any, teacher: Any) -> Any:
+    def narrower(self, i: Any, variables: PyTree, batch: PyTree, teacher: Any) -> Any:
         """Of width i, which may be traced."""
         alpha, temperature = self._teaching
 
@@ -236,7 +236,7 @@ class _WidthTrainer:
         return jax.lax.switch(i - 1, between, variables)
 
     def _of(
-        self, i: int, variables: PyTree, batch: Any, loss: Callable[..., jax.Array]
+        self, i: int, variables: PyTree, batch: PyTree, loss: Callable[..., jax.Array]
     ) -> Any:
         def total(params: PyTree) -> Any:
             held = {**variables, "params": params}

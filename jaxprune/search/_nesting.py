@@ -8,8 +8,9 @@ import numpy as np
 from jaxprune import scores as scoring
 from jaxprune.core._checks import concrete_array, whole_number
 from jaxprune.core._groups import Group, Groups
-from jaxprune.core._masks import PyTree
 from jaxprune.core._names import listed, nearest
+from jaxprune.core._positions import BoolArray
+from jaxprune.core._types import PyTree
 from jaxprune.surgery._permuting import can_permute, refuse_fixed, sources
 
 
@@ -86,7 +87,7 @@ def _old_units(groups: Groups, name: str, order: Mapping[str, np.ndarray]) -> An
     return unit_at[source[member.index[:, 0]]]
 
 
-def fused(groups: Groups, keep: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def fused(groups: Groups, keep: Mapping[str, BoolArray]) -> dict[str, np.ndarray]:
     """What streams keep whose writers are pruned independently: what any writer keeps.
 
     The zero padding match of SP-Net: a unit of a stream goes once no writer keeps it.

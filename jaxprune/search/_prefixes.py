@@ -48,7 +48,7 @@ def take(x: Any, cuts: Sequence[Runs]) -> Any:
     return x
 
 
-def put(x: Any, cuts: Sequence[Runs], part: Any) -> Any:
+def put(x: Any, cuts: Sequence[Runs], part: object) -> Any:
     """The array with other values where `take` reads."""
     x, part = jnp.asarray(x), jnp.asarray(part)
     if not cuts:

@@ -12,9 +12,10 @@ from jaxprune.core._checks import refuse_traced
 from jaxprune.core._functions import check_function
 from jaxprune.core._groups import Groups
 from jaxprune.core._leaves import named_leaves
-from jaxprune.core._masks import PyTree, expand_masks, pair_masks
+from jaxprune.core._masks import expand_masks, pair_masks
 from jaxprune.core._names import listed, matching, nearest, patterns
 from jaxprune.core._positions import axis_keep
+from jaxprune.core._types import ApplyFn, Array, PyTree
 from jaxprune.narrowing._narrow import narrow
 from jaxprune.search._nesting import nested, sorted_keeps
 from jaxprune.search._prefixes import Runs, put, take
@@ -30,7 +31,7 @@ class Width(NamedTuple):
         variables: its variables, of the sizes of this width.
     """
 
-    apply_fn: Callable[..., Any]
+    apply_fn: ApplyFn
     variables: PyTree
 
 
@@ -90,7 +91,7 @@ class Slimmable:
         given = self.variables if variables is None else variables
         return Width(width.apply_fn, width.cut(given))
 
-    def write(self, variables: PyTree, i: int, new: Mapping[str, Any]) -> PyTree:
+    def write(self, variables: PyTree, i: int, new: Mapping[str, Array]) -> PyTree:
         """Puts new values of one width where it reads them.
 
         What a network returns of its collections at width i (``mutable=``) has the
@@ -111,7 +112,7 @@ class Slimmable:
         """
         return self._widths[self._number(i)].write(variables, named_leaves(new))
 
-    def switch(self, i: Any, variables: PyTree, *args: Any, **kwargs: Any) -> Any:
+    def switch(self, i: Any, variables: PyTree, *args: PyTree, **kwargs: PyTree) -> Any:
         """Runs the width whose number is only known at run time.
 
         All widths are compiled into one program, of which `lax.switch` runs one.
@@ -129,7 +130,9 @@ class Slimmable:
         number = jnp.asarray(i, jnp.int32)
         return jax.lax.switch(number, [branch(run) for run in self], variables, args)
 
-    def compile(self, *args: Any, **kwargs: Any) -> tuple[Callable[..., Any], ...]:
+    def compile(
+        self, *args: PyTree, **kwargs: PyTree
+    ) -> tuple[Callable[..., Any], ...]:
         """Compiles every width ahead of time, for arguments of these shapes.
 
         Args:
@@ -143,7 +146,7 @@ class Slimmable:
         refuse_traced("compile", args=args)
 
         def compiled(run: Callable[..., Any]) -> Callable[..., Any]:
-            def call(variables: PyTree, *args: Any) -> Any:
+            def call(variables: PyTree, *args: PyTree) -> Any:
                 return run(variables, *args, **kwargs)
 
             return jax.jit(call).lower(self.variables, *args).compile()
@@ -157,12 +160,12 @@ class Slimmable:
 
 
 def slimmable(
-    apply_fn: Callable[..., Any],
+    apply_fn: ApplyFn,
     variables: PyTree,
-    keeps: Sequence[Mapping[str, Any]],
+    keeps: Sequence[Mapping[str, Array]],
     *,
     groups: Groups,
-    order: Mapping[str, Any] | None = None,
+    order: Mapping[str, Array] | None = None,
     private: str | Sequence[str] = (),
 ) -> Slimmable:
     r"""Makes one set of weights run at several widths.
@@ -269,12 +272,12 @@ class _Width:
         number: int,
         private: frozenset[str],
         cuts: Mapping[str, Sequence[Runs]],
-        apply_fn: Callable[..., Any],
+        apply_fn: ApplyFn,
     ) -> None:
         self.cuts, self.apply_fn = cuts, apply_fn
         self._groups, self._number, self._private = groups, number, private
 
-    def run(self, variables: PyTree, *args: Any, **kwargs: Any) -> Any:
+    def run(self, variables: PyTree, *args: PyTree, **kwargs: PyTree) -> Any:
         """The function at this width, for variables of all widths."""
         return self.apply_fn(self.cut(variables), *args, **kwargs)
 
@@ -288,7 +291,7 @@ class _Width:
         ]
         return self._groups.treedef.unflatten(leaves)
 
-    def write(self, variables: PyTree, new: Mapping[str, Any]) -> PyTree:
+    def write(self, variables: PyTree, new: Mapping[str, Array]) -> PyTree:
         """The variables of all widths with new values of this one."""
         leaves = self._named(variables)
         for path, value in new.items():
@@ -307,7 +310,7 @@ class _Width:
                 leaves[path] = put(old, self.cuts[path], value)
         return self._groups.treedef.unflatten(leaves.values())
 
-    def _check_shape(self, path: str, own: Any, value: Any) -> None:
+    def _check_shape(self, path: str, own: Any, value: Array) -> None:
         if np.shape(own) != np.shape(value):
             raise ValueError(
                 f"{path} has shape {np.shape(own)} at width {self._number}, but the "
@@ -344,7 +347,7 @@ def _cuts(groups: Groups, widest: PyTree, mask: PyTree) -> dict[str, list[Runs]]
     return found
 
 
-def _own_copies(leaf: Any, path: str, widths: Sequence[_Width]) -> tuple[Any, ...]:
+def _own_copies(leaf: Array, path: str, widths: Sequence[_Width]) -> tuple[Any, ...]:
     """A private leaf: arrays of their own, so that all may be donated."""
     return tuple(jnp.array(take(leaf, width.cuts[path])) for width in widths)
 

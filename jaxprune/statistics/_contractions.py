@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.core._groups import Groups
+from jaxprune.core._types import Array
 from jaxprune.program._interpret import CALLS, REMATS, inner_jaxprs, interpret
 from jaxprune.program._jaxprs import (
     Program,
@@ -24,6 +25,7 @@ from jaxprune.program._jaxprs import (
     source_line,
     variable_path,
 )
+from jaxprune.program._types import Equation, Jaxpr
 from jaxprune.program.primitives import declaration
 from jaxprune.statistics._layout import as_matrices, as_rows, can_read, columns
 from jaxprune.statistics._moved import moved
@@ -105,7 +107,7 @@ class Contraction:
             found.append(each.reshape(len(self.at), -1, width))
         return jnp.concatenate(found, 1) if len(found) > 1 else found[0]
 
-    def kernel(self, leaf: Any) -> Any:
+    def kernel(self, leaf: Array) -> Any:
         """The matrices ``[K, D, N]`` of the parameter's value."""
         return leaf.reshape(-1)[self.at]
 
@@ -133,8 +135,8 @@ class Contraction:
 
 
 def _look(
-    operand: int, value: Any, eqn: Any, operands: Sequence[Any]
-) -> tuple[Any, Any]:
+    operand: int, value: jax.Array, eqn: Equation, operands: Sequence[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     del operands
     return value, as_rows(eqn, operand, value)
 
@@ -229,11 +231,11 @@ class _Walk:
         for value in self.run(program.closed, ins, ()):
             self.read_elsewhere(value, "returned by the function")
 
-    def run(self, jaxpr: Any, ins: Sequence[Any], path: tuple[int, ...]) -> list[Any]:
+    def run(self, jaxpr: Jaxpr, ins: Sequence[Any], path: tuple[int, ...]) -> list[Any]:
         jaxpr, _ = opened(jaxpr)
         live = {id(eqn) for eqn in live_equations(jaxpr)}
 
-        def step(number: int, eqn: Any, values: list[Any]) -> Sequence[Any]:
+        def step(number: int, eqn: Equation, values: list[Any]) -> Sequence[Any]:
             if id(eqn) not in live:
                 return [_Data()] * len(eqn.outvars)
             return self.equation(eqn, values, (*path, number))
@@ -241,7 +243,7 @@ class _Walk:
         return interpret(jaxpr, ins, step, lambda var: _Data())
 
     def equation(
-        self, eqn: Any, values: list[Any], path: tuple[int, ...]
+        self, eqn: Equation, values: list[Any], path: tuple[int, ...]
     ) -> Sequence[Any]:
         name = eqn.primitive.name
         if name in CALLS | REMATS:
@@ -256,7 +258,9 @@ class _Walk:
             self.read_elsewhere(value, self.place(eqn))
         return [_Data(_before(values))] * len(eqn.outvars)
 
-    def scan(self, eqn: Any, values: list[Any], path: tuple[int, ...]) -> list[Any]:
+    def scan(
+        self, eqn: Equation, values: list[Any], path: tuple[int, ...]
+    ) -> list[Any]:
         consts, carries = scan_counts(eqn.params)
         carry, stacked = values[consts : consts + carries], values[consts + carries :]
         for value in carry:
@@ -285,7 +289,7 @@ class _Walk:
         return [*carry, *(made or [_Data()] * (len(eqn.outvars) - carries))]
 
     def product(
-        self, eqn: Any, values: list[Any], path: tuple[int, ...]
+        self, eqn: Equation, values: list[Any], path: tuple[int, ...]
     ) -> list[Any] | None:
         known = declaration(eqn)
         if known is None or not known.is_product or len(values) != 2:
@@ -332,7 +336,7 @@ class _Walk:
             yield paths[number], part if alone else None
 
     def join(
-        self, eqn: Any, values: list[Any], path: tuple[int, ...]
+        self, eqn: Equation, values: list[Any], path: tuple[int, ...]
     ) -> list[Any] | None:
         """Parameters that are laid side by side, as those of gates are."""
         if eqn.primitive.name != "concatenate" or len(values) < 2:
@@ -347,7 +351,7 @@ class _Walk:
         return [_Joined(np.concatenate(parts, eqn.params["dimension"]))]
 
     def move(
-        self, eqn: Any, values: list[Any], path: tuple[int, ...]
+        self, eqn: Equation, values: list[Any], path: tuple[int, ...]
     ) -> list[Any] | None:
         at = getattr(values[0], "at", None) if values else None
         if at is None or any(getattr(v, "at", None) is not None for v in values[1:]):
@@ -363,7 +367,7 @@ class _Walk:
         return [values[0]._replace(at=out) for out in outs]
 
     def shift(
-        self, eqn: Any, values: list[Any], path: tuple[int, ...]
+        self, eqn: Equation, values: list[Any], path: tuple[int, ...]
     ) -> list[Any] | None:
         """Outputs of a contraction that meet their bias."""
         name = eqn.primitive.name
@@ -386,7 +390,7 @@ class _Walk:
             use.bias = (own.path, found, -1 if name == "sub" else 1, path)
         return [_Data(data.before)]
 
-    def read_elsewhere(self, value: Any, where: str) -> None:
+    def read_elsewhere(self, value: "_Held | _Joined | _Data", where: str) -> None:
         """Notes that a value is used as what it is."""
         if isinstance(value, _Held):
             self.others.setdefault(value.path, where)
@@ -396,7 +400,7 @@ class _Walk:
         elif value.use is not None:
             self.uses[value.use].readers += 1
 
-    def place(self, eqn: Any) -> str:
+    def place(self, eqn: Equation) -> str:
         line = source_line(eqn)
         return f"used by {eqn.primitive.name}" + (f" at {line}" if line else "")
 

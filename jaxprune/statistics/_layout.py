@@ -7,7 +7,6 @@ channels before window), N the outputs, rows everything that meets the same weig
 
 import itertools
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +14,10 @@ import numpy as np
 from jax import lax
 
 from jaxprune.core._leafwise import wide_dtype
+from jaxprune.program._types import Equation
 
 
-def can_read(eqn: Any, operand: int) -> bool:
+def can_read(eqn: Equation, operand: int) -> bool:
     """Is this a contraction whose operand `operand` can be read as matrices?"""
     name = eqn.primitive.name
     if name == "dot_general":
@@ -26,7 +26,7 @@ def can_read(eqn: Any, operand: int) -> bool:
     return name == "conv_general_dilated" and operand == 1 and whole
 
 
-def as_matrices(eqn: Any, operand: int, at: np.ndarray) -> np.ndarray:
+def as_matrices(eqn: Equation, operand: int, at: np.ndarray) -> np.ndarray:
     """The operand that holds the parameter: ``[K, D, N]``."""
     if eqn.primitive.name == "dot_general":
         batch, summed, free = _axes(eqn, operand)
@@ -37,7 +37,7 @@ def as_matrices(eqn: Any, operand: int, at: np.ndarray) -> np.ndarray:
     return at.reshape(groups, at.shape[0] // groups, -1).transpose(0, 2, 1)
 
 
-def columns(eqn: Any, operand: int) -> np.ndarray:
+def columns(eqn: Equation, operand: int) -> np.ndarray:
     """For every entry of the result the number ``k * N + n`` of what makes it."""
     out = eqn.outvars[0].aval.shape
     sizes = eqn.invars[operand].aval.shape
@@ -53,7 +53,7 @@ def columns(eqn: Any, operand: int) -> np.ndarray:
     return np.broadcast_to(np.arange(math.prod(shape)).reshape(shape), out)
 
 
-def as_rows(eqn: Any, operand: int, value: jax.Array) -> jax.Array:
+def as_rows(eqn: Equation, operand: int, value: jax.Array) -> jax.Array:
     """The other operand, the activation: ``[K, rows, D]``, in float32 or wider."""
     value = jnp.asarray(value)
     real = jnp.issubdtype(value.dtype, jnp.inexact)
@@ -67,7 +67,7 @@ def as_rows(eqn: Any, operand: int, value: jax.Array) -> jax.Array:
     return _patches(eqn, value)
 
 
-def _axes(eqn: Any, operand: int) -> tuple[list[int], list[int], list[int]]:
+def _axes(eqn: Equation, operand: int) -> tuple[list[int], list[int], list[int]]:
     """Batch, summed and free axes of an operand of a dot_general."""
     summed, batch = eqn.params["dimension_numbers"]
     here, along = list(summed[operand]), list(batch[operand])
@@ -75,7 +75,7 @@ def _axes(eqn: Any, operand: int) -> tuple[list[int], list[int], list[int]]:
     return along, here, [d for d in range(rank) if d not in {*here, *along}]
 
 
-def _patches(eqn: Any, value: jax.Array) -> jax.Array:
+def _patches(eqn: Equation, value: jax.Array) -> jax.Array:
     """What each output of a convolution sees: ``[groups, rows, channels * window]``."""
     p = eqn.params
     numbers, groups = p["dimension_numbers"], p["feature_group_count"]

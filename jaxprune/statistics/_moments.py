@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.core._groups import Groups
-from jaxprune.core._masks import PyTree
 from jaxprune.core._names import matching
+from jaxprune.core._types import PyTree
 from jaxprune.program._jaxprs import trace_program
 from jaxprune.statistics._contractions import Contraction, contractions
 from jaxprune.statistics._streaming import Batches, shown, twice

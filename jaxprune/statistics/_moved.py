@@ -5,11 +5,12 @@ as the int array of its own positions: what the equation would do to the values 
 to their numbers. The views cost nothing.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from jax.extend.core import Literal
 
+from jaxprune.program._types import Equation
 from jaxprune.program.primitives import declaration
 
 # Entries may change their type, not their place.
@@ -19,7 +20,7 @@ _SAME = frozenset(
 )
 
 
-def moved(eqn: Any, at: np.ndarray) -> list[np.ndarray] | None:
+def moved(eqn: Equation, at: np.ndarray) -> list[np.ndarray] | None:
     """The results of an equation on positions; None if it does more than move them.
 
     Args:
@@ -79,7 +80,7 @@ _MOVES = {
 }
 
 
-def _dynamic_slice(eqn: Any, at: np.ndarray) -> list[np.ndarray] | None:
+def _dynamic_slice(eqn: Equation, at: np.ndarray) -> list[np.ndarray] | None:
     """A slice whose start is written in the program."""
     starts = eqn.invars[1:]
     if not all(isinstance(var, Literal) for var in starts):
@@ -87,6 +88,6 @@ def _dynamic_slice(eqn: Any, at: np.ndarray) -> list[np.ndarray] | None:
     sizes = eqn.params["slice_sizes"]
     found = []
     for start, size, whole in zip(starts, sizes, at.shape, strict=True):
-        first = int(np.clip(int(start.val), 0, whole - size))
+        first = int(np.clip(int(cast(Literal, start).val), 0, whole - size))
         found.append(slice(first, first + size))
     return [at[tuple(found)]]

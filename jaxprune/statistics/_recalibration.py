@@ -13,20 +13,21 @@ import numpy as np
 from jaxprune.core._leaves import named_leaves
 from jaxprune.core._limits import selected
 from jaxprune.core._progress import tracked
+from jaxprune.core._types import ApplyFn, Array, PyTree
 
 Moments = Literal["average", "pooled"]
 
 
 def recalibrate(
-    apply_fn: Callable[..., Any],
-    variables: Any,
+    apply_fn: ApplyFn,
+    variables: PyTree,
     batches: Iterable[Any],
     *,
     collection: str = "batch_stats",
     moments: Moments = "average",
     only: str | Sequence[str] | None = None,
     progress: bool | None = None,
-    **kwargs: Any,
+    **kwargs: PyTree,
 ) -> Any:
     """Replaces running averages by their values over some batches.
 
@@ -112,7 +113,7 @@ def recalibrate(
     updated_from = functools.partial(_program(apply_fn), collection, fixed, arrays)
     stats = variables[collection]
     momentum: dict[str, Any] | None = None
-    found: list[tuple[dict[str, Any], int]] = []
+    found: list[tuple[dict[str, Array], int]] = []
     for batch in tracked(batches, "recalibrate", progress):
         batch = batch if isinstance(batch, tuple) else (batch,)
         if momentum is None:
@@ -132,7 +133,7 @@ def recalibrate(
 _PROGRAMS: dict[tuple[int, Any], Callable[..., Any]] = {}
 
 
-def _program(apply_fn: Callable[..., Any]) -> Callable[..., Any]:
+def _program(apply_fn: ApplyFn) -> Callable[..., Any]:
     """`_updated_from` for this function, compiled; forgotten when the function is.
 
     As a static argument the function would live as long as JAX's cache, and with it
@@ -154,8 +155,8 @@ def _updated_from(
     collection: str,
     fixed: tuple[Any, tuple[Any, ...]],
     arrays: list[Any],
-    stats: Any,
-    variables: Any,
+    stats: PyTree,
+    variables: PyTree,
     batch: tuple[Any, ...],
 ) -> Any:
     """What a step in training mode makes of running statistics `stats`."""
@@ -186,7 +187,7 @@ def _split(kwargs: Any) -> tuple[tuple[Any, tuple[Any, ...]], list[Any]]:
     return (structure, tuple(others)), arrays
 
 
-def _with(stats: Any, values: Mapping[str, Any]) -> Any:
+def _with(stats: PyTree, values: Mapping[str, Array]) -> Any:
     """The collection, with other values in some leaves."""
     leaves, treedef = jax.tree.flatten(stats)
     paths = named_leaves(stats)
@@ -197,22 +198,22 @@ def _with(stats: Any, values: Mapping[str, Any]) -> Any:
 
 def _update(
     updated_from: Callable[..., Any],
-    variables: Any,
+    variables: PyTree,
     batch: tuple[Any, ...],
-    stats: Any,
-    values: Mapping[str, Any],
-) -> dict[str, Any]:
+    stats: PyTree,
+    values: Mapping[str, Array],
+) -> dict[str, Array]:
     """Path -> what a step in training mode makes of it, from these values."""
     return named_leaves(updated_from(_with(stats, values), variables, batch))
 
 
 # --- which leaves are running averages -----------------------------------------------
 
-Update = Callable[[Mapping[str, Any]], dict[str, Any]]
+Update = Callable[[Mapping[str, Array]], dict[str, Array]]
 
 
 def _momenta(
-    update: Update, old: Mapping[str, Any], collection: str, only: Any
+    update: Update, old: Mapping[str, Array], collection: str, only: Any
 ) -> dict[str, jax.Array]:
     """Path -> m at every entry, for the leaves that are to be recomputed.
 
@@ -254,7 +255,7 @@ def _momenta(
     return {path: jnp.full_like(old[path], share) for path, share in found.items()}
 
 
-def _probe(leaf: Any, number: int) -> jax.Array:
+def _probe(leaf: Array, number: int) -> jax.Array:
     """Values far above the statistics, so that a difference keeps all its digits."""
     scale = 1e3 * (1 + jnp.abs(leaf).max(initial=0))
     factors = np.random.default_rng(number).uniform(1, 2, leaf.shape)
@@ -278,9 +279,9 @@ def _share(change: Any, by: Any) -> float | None:
 
 def _no_average(
     update: Update,
-    before: Mapping[str, Any],
-    old: Mapping[str, Any],
-    moving: Mapping[str, Any],
+    before: Mapping[str, Array],
+    old: Mapping[str, Array],
+    moving: Mapping[str, Array],
     odd: list[str],
     collection: str,
 ) -> str:
@@ -301,7 +302,7 @@ def _no_average(
 # --- moments -------------------------------------------------------------------------
 
 
-def _averaged(found: Sequence[tuple[Mapping[str, Any], int]]) -> dict[str, Any]:
+def _averaged(found: Sequence[tuple[Mapping[str, Array], int]]) -> dict[str, Array]:
     """The mean over batches."""
     first, *others = (values for values, _ in found)
     total = dict(first)
@@ -310,12 +311,12 @@ def _averaged(found: Sequence[tuple[Mapping[str, Any], int]]) -> dict[str, Any]:
     return {path: value / len(found) for path, value in total.items()}
 
 
-def _pooled(found: Sequence[tuple[Mapping[str, Any], int]]) -> dict[str, Any]:
+def _pooled(found: Sequence[tuple[Mapping[str, Array], int]]) -> dict[str, Array]:
     """The moments of all examples together."""
     shares = np.array([count for _, count in found], float)
     shares /= shares.sum()
 
-    def mean(of: Callable[[Mapping[str, Any]], Any]) -> Any:
+    def mean(of: Callable[[Mapping[str, Array]], Any]) -> Any:
         values = [of(batch) for batch, _ in found]
         return sum(
             v * np.asarray(s, v.dtype) for v, s in zip(values, shares, strict=True)
@@ -337,7 +338,7 @@ def _pooled(found: Sequence[tuple[Mapping[str, Any], int]]) -> dict[str, Any]:
                 "of all examples is unknown; use moments='average'"
             )
 
-        def offset(batch: Mapping[str, Any], twin: str = twin) -> Any:
+        def offset(batch: Mapping[str, Array], twin: str = twin) -> Any:
             # From the first batch's mean, so that what all share does not cancel.
             return batch[twin] - first[twin]
 

@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.tree_util import KeyPath
 
 from jaxprune.core._checks import check_leaves
 from jaxprune.core._leafwise import is_float, widened
 from jaxprune.core._leaves import keystr, named_leaves
-from jaxprune.core._masks import PyTree
 from jaxprune.core._progress import tracked
+from jaxprune.core._types import Array, PyTree
 
 LossFn = Callable[[PyTree, Any], jax.Array]
 Batches = Iterable[PyTree]
@@ -22,7 +23,7 @@ def summed(
     step: Callable[..., PyTree],
     params: PyTree,
     batches: Batches,
-    *extra: Any,
+    *extra: PyTree,
     title: str,
     progress: bool | None,
 ) -> tuple[PyTree, int]:
@@ -49,10 +50,18 @@ def summed(
     check_leaves(params)
     arrays, static = _parted(params)
 
-    def sums(arrays: PyTree, batch: PyTree, k: Any, extra: Any) -> PyTree:
+    def sums(
+        arrays: PyTree, batch: PyTree, k: jax.Array, extra: tuple[PyTree, ...]
+    ) -> PyTree:
         return step(joined(arrays, static), batch, k, *extra)
 
-    def accumulate(total: PyTree, arrays: PyTree, batch: PyTree, k: Any, extra: Any):
+    def accumulate(
+        total: PyTree,
+        arrays: PyTree,
+        batch: PyTree,
+        k: jax.Array,
+        extra: tuple[PyTree, ...],
+    ):
         part = jax.tree.map(widened, sums(arrays, batch, k, extra))
         return jax.tree.map(jnp.add, total, part)
 
@@ -81,7 +90,7 @@ def _zeros(part: PyTree, params: PyTree) -> PyTree:
     """Where the sums start; sharded like the parameters that they belong to."""
     known = named_leaves(params)
 
-    def start(path: Any, leaf: Any) -> jax.Array:
+    def start(path: KeyPath, leaf: Array) -> jax.Array:
         twin = known.get(keystr(path))
         concrete = isinstance(twin, jax.Array) and not isinstance(twin, Tracer)
         same = concrete and getattr(twin, "shape", None) == leaf.shape
@@ -96,7 +105,7 @@ def averaged(
     step: Callable[..., PyTree],
     params: PyTree,
     batches: Batches,
-    *extra: Any,
+    *extra: PyTree,
     title: str,
     progress: bool | None,
 ) -> PyTree:

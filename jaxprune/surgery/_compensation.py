@@ -10,8 +10,9 @@ import numpy as np
 
 from jaxprune.core._groups import Groups, Member
 from jaxprune.core._leaves import named_leaves
-from jaxprune.core._masks import PyTree, apply_masks, concrete, pair_masks
+from jaxprune.core._masks import apply_masks, concrete, pair_masks
 from jaxprune.core._positions import axis_keep
+from jaxprune.core._types import ApplyFn, Array, PyTree
 from jaxprune.program._jaxprs import trace_program
 from jaxprune.statistics._contractions import Contraction, contractions
 from jaxprune.statistics._moments import (
@@ -28,7 +29,7 @@ from jaxprune.surgery._reconstruction import matched_spread, refit
 
 def compensate(
     groups: Groups,
-    apply_fn: Callable[..., Any],
+    apply_fn: ApplyFn,
     variables: PyTree,
     masks: PyTree,
     batches: Batches,
@@ -215,7 +216,7 @@ def kept_weights(
 def fittable(
     found: Mapping[str, Contraction],
     kept: Mapping[str, np.ndarray],
-    leaves: Mapping[str, Any],
+    leaves: Mapping[str, Array],
 ) -> tuple[list[Item], list[str]]:
     """What lost inputs and can be fitted, in the order of the program.
 
@@ -304,9 +305,7 @@ def _is_cut(member: Member, by_path: Mapping[str, tuple[Any, Any]]) -> bool:
 class Steps:
     """Compiled steps, one for every set of contractions."""
 
-    def __init__(
-        self, apply_fn: Callable[..., Any], found: Mapping[str, Contraction]
-    ) -> None:
+    def __init__(self, apply_fn: ApplyFn, found: Mapping[str, Contraction]) -> None:
         self.apply_fn, self.found = apply_fn, found
         self.known: dict[tuple[str, ...], Callable[..., list[Sums]]] = {}
 
@@ -344,8 +343,8 @@ def fit(
     item: Item,
     kept: np.ndarray,
     sums: Sums,
-    whole: Mapping[str, Any],
-    leaves: dict[str, Any],
+    whole: Mapping[str, Array],
+    leaves: dict[str, Array],
     *,
     ridge: float,
     rescale: bool,

@@ -15,8 +15,8 @@ import numpy as np
 from jaxprune.core._groups import Groups, Member
 from jaxprune.core._leafwise import wide_dtype
 from jaxprune.core._leaves import named_leaves
-from jaxprune.core._masks import PyTree
 from jaxprune.core._placement import all_placed_like
+from jaxprune.core._types import Array, PyTree
 from jaxprune.statistics._contractions import Contraction
 
 
@@ -67,7 +67,7 @@ def rewrite_consumers(
     return jax.tree.structure(variables).unflatten(changed.values())
 
 
-def _mixed(leaf: Any, member: Member, matrix: Any) -> Any:
+def _mixed(leaf: Array, member: Member, matrix: Any) -> Any:
     """The leaf, read through ``matrixᵀ``."""
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
         raise TypeError(
@@ -92,15 +92,15 @@ def _mixed(leaf: Any, member: Member, matrix: Any) -> Any:
 
 
 def _shifted(
-    leaves: Mapping[str, Any],
+    leaves: Mapping[str, Array],
     groups: Groups,
     name: str,
     shift: np.ndarray,
     contractions: Iterable[Contraction],
-) -> dict[str, Any]:
+) -> dict[str, Array]:
     """Path -> the biases of consumers, grown by what a shift of the units adds."""
     reading = {one.path: one for one in contractions if name in one.units(groups)}
-    changed: dict[str, Any] = {}
+    changed: dict[str, Array] = {}
     for member in groups[name].members:
         if member.role != "consumer":
             continue
@@ -120,7 +120,7 @@ def _shifted(
     return changed
 
 
-def put(leaf: Any, at: np.ndarray, values: np.ndarray, add: bool = False) -> Any:
+def put(leaf: Array, at: np.ndarray, values: np.ndarray, add: bool = False) -> Any:
     """The leaf with values at positions of it flattened; of its type and place."""
     flat = np.array(leaf).reshape(-1)
     wide = flat[at].astype(np.float64) + values if add else values

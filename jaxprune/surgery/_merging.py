@@ -5,7 +5,7 @@ are equal one stays, and whoever reads them reads the one that stays with the su
 their weights. Nothing is lost and nothing has to be fine-tuned.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -16,7 +16,8 @@ from jaxprune.core._checks import refuse_traced
 from jaxprune.core._clusters import checked_clusters, units_first
 from jaxprune.core._groups import Groups
 from jaxprune.core._leaves import named_leaves
-from jaxprune.core._masks import PyTree, expand_masks
+from jaxprune.core._masks import expand_masks
+from jaxprune.core._types import ApplyFn, PyTree
 from jaxprune.narrowing._narrow import narrow
 from jaxprune.surgery._consumers import rewrite_consumers
 from jaxprune.surgery._slicing import slice_params
@@ -157,11 +158,11 @@ class MergeError(NamedTuple):
 
 
 def merge_error(
-    apply_fn: Callable[..., Any],
+    apply_fn: ApplyFn,
     variables: PyTree,
     merged: Merged,
-    *args: Any,
-    **kwargs: Any,
+    *args: PyTree,
+    **kwargs: PyTree,
 ) -> MergeError:
     """Compares a merged model with the whole one on some inputs.
 

@@ -9,11 +9,11 @@ import numpy as np
 
 from jaxprune.core._checks import concrete_array
 from jaxprune.core._groups import Group, Groups
-from jaxprune.core._masks import PyTree
 from jaxprune.core._names import nearest
+from jaxprune.core._types import Array, PyTree
 
 
-def permute(variables: PyTree, groups: Groups, order: Mapping[str, Any]) -> PyTree:
+def permute(variables: PyTree, groups: Groups, order: Mapping[str, Array]) -> PyTree:
     """Puts the units of some groups into another order; the function stays the same.
 
     Every leaf that a group stands on is reordered along with it: kernels that make the
@@ -147,7 +147,7 @@ def _group_of(groups: Groups, name: str) -> Group:
     return groups[name]
 
 
-def _reordered(leaf: Any, source: np.ndarray, axis: int) -> Any:
+def _reordered(leaf: Array, source: np.ndarray, axis: int) -> Any:
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf
     if isinstance(leaf, np.ndarray):

@@ -28,6 +28,7 @@ from jaxprune.core._masks import (
 from jaxprune.core._packing import ByPath, PackedMasks, slice_bits
 from jaxprune.core._placement import all_placed_like, empty, on_all_cores, on_host
 from jaxprune.core._positions import BoolArray, axis_keep, keeps_whole_positions
+from jaxprune.core._types import Array
 
 
 def slice_params(params: PyTree, masks: PyTree, *, mixed: bool = False) -> PyTree:
@@ -188,7 +189,7 @@ def slice_opt_state(
     )
 
 
-def _sliced(part: Any, masks: Mapping[str, Any]) -> Any:
+def _sliced(part: object, masks: Mapping[str, Array]) -> Any:
     if isinstance(part, _ParamLike):
         return part.sliced()
     if isinstance(part, PackedMasks):
@@ -201,8 +202,8 @@ def _sliced(part: Any, masks: Mapping[str, Any]) -> Any:
 def _each_by_path(
     slice_one: Callable[[str, Any, np.ndarray], Any],
     arrays: Any,
-    masks: Mapping[str, Any],
-) -> dict[str, Any]:
+    masks: Mapping[str, Array],
+) -> dict[str, Array]:
     """Slices what a method keeps by path, which optax does not know."""
     found = {}
     for path, array in arrays.items():
@@ -216,7 +217,7 @@ def _each_by_path(
     return found
 
 
-def _slice_remembered(path: str, array: Any, mask: np.ndarray) -> Any:
+def _slice_remembered(path: str, array: Array, mask: np.ndarray) -> Any:
     """An array that is broadcastable to its leaf, cut where the leaf is cut."""
     if np.ndim(array) == 0 or mask.ndim == 0:
         return array
@@ -232,7 +233,7 @@ class _ParamLike:
 
     state: Any
     path: str
-    mask: Any
+    mask: Array
 
     def sliced(self) -> Any:
         # One number per parameter (a norm, a scale) has no axis to cut.
@@ -250,7 +251,7 @@ class _ParamLike:
             ) from error
 
 
-def _is_masked_node(part: Any) -> bool:
+def _is_masked_node(part: object) -> bool:
     return isinstance(part, optax.MaskedNode)
 
 
@@ -271,7 +272,7 @@ def _slice_leaves(paired: Sequence[tuple[str, PyTree, BoolArray]]) -> list[Any]:
     return small
 
 
-def _slice_leaf(path: str, leaf: Any, mask: Any, here: bool) -> Any:
+def _slice_leaf(path: str, leaf: PyTree, mask: BoolArray, here: bool) -> Any:
     """The sliced leaf; as a numpy array, not yet placed, if it is read on the host."""
     mask = concrete(path, check_broadcast(path, np.shape(leaf), mask))
     kept = axis_keep(mask, np.shape(leaf))
@@ -340,7 +341,7 @@ def _take_on_host(whole: np.ndarray, where: np.ndarray, axis: int) -> np.ndarray
     return whole.take(where, axis, empty(shape, whole.dtype), mode="clip")
 
 
-def _unslice_leaf(path: str, leaf: Any, mask: Any) -> Any:
+def _unslice_leaf(path: str, leaf: Array, mask: Array) -> Any:
     mask = concrete(path, mask)
     shape = _shape_before(path, np.shape(leaf), mask)
     if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -376,7 +377,7 @@ def _shape_before(path: str, shape: tuple[int, ...], mask: np.ndarray) -> tuple:
     return before
 
 
-def _spread(leaf: Any, positions: np.ndarray, axis: int) -> Any:
+def _spread(leaf: Array, positions: np.ndarray, axis: int) -> Any:
     shape = (*leaf.shape[:axis], positions.size, *leaf.shape[axis + 1 :])
     where = (slice(None),) * axis + (np.flatnonzero(positions),)
     if isinstance(leaf, np.ndarray):

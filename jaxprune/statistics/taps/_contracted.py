@@ -1,8 +1,9 @@
 """Along which axes of every parameter the program sums."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+from jaxprune.core._types import ApplyFn, PyTree
 from jaxprune.coupling._labels import Axis, Value, is_live
 from jaxprune.coupling._walk import Step, Walked, walk_program
 from jaxprune.program._jaxprs import trace_program
@@ -13,7 +14,7 @@ Axes = tuple[int, ...]
 
 
 def contracted_axes(
-    apply_fn: Callable[..., Any], variables: Any, *args: Any, **kwargs: Any
+    apply_fn: ApplyFn, variables: PyTree, *args: PyTree, **kwargs: PyTree
 ) -> dict[str, Axes]:
     """The axes along which products sum over every kernel.
 

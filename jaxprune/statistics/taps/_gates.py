@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.core._groups import Groups
+from jaxprune.core._types import ApplyFn, Array, PyTree
 from jaxprune.program._jaxprs import Program, trace_program
+from jaxprune.program._types import Equation
 from jaxprune.statistics.taps._named import call
 from jaxprune.statistics.taps._program import Tap
 from jaxprune.statistics.taps._units import UnitSite, unit_sites
@@ -21,7 +23,7 @@ from jaxprune.statistics.taps._units import UnitSite, unit_sites
 Observe = Callable[[jax.Array], jax.Array]
 
 
-def gate(apply_fn: Callable[..., Any], groups: Groups) -> Callable[..., Any]:
+def gate(apply_fn: ApplyFn, groups: Groups) -> Callable[..., Any]:
     """Transforms a function into one with a gate on every unit.
 
     A gate multiplies its unit where the program sums over it, so a gate of 0 is a
@@ -61,7 +63,10 @@ def gate(apply_fn: Callable[..., Any], groups: Groups) -> Callable[..., Any]:
 
     @functools.wraps(apply_fn)
     def gated(
-        gates: Mapping[str, jax.Array], variables: Any, *args: Any, **kwargs: Any
+        gates: Mapping[str, jax.Array],
+        variables: PyTree,
+        *args: PyTree,
+        **kwargs: PyTree,
     ) -> Any:
         _check_gates(groups, gates)
         program = trace_program(apply_fn, variables, *args, **kwargs)
@@ -121,12 +126,17 @@ def observe(
 
 
 def _look(
-    site: UnitSite, size: int, what: Observe, value: Any, eqn: Any, operands: Any
-) -> tuple[Any, Any]:
+    site: UnitSite,
+    size: int,
+    what: Observe,
+    value: jax.Array,
+    eqn: Equation,
+    operands: Any,
+) -> tuple[jax.Array, jax.Array]:
     return value, sum_units(site, size, what(value))
 
 
-def _check_gates(groups: Groups, gates: Mapping[str, Any]) -> None:
+def _check_gates(groups: Groups, gates: Mapping[str, Array]) -> None:
     for name, values in gates.items():
         if name not in groups:
             raise ValueError(
@@ -143,7 +153,7 @@ def _check_gates(groups: Groups, gates: Mapping[str, Any]) -> None:
 def _multiply(site: UnitSite, gates: jax.Array) -> Callable[..., tuple[Any, None]]:
     spread = spread_units(site, gates)
 
-    def act(value: Any, eqn: Any, operands: Any) -> tuple[Any, None]:
+    def act(value: Array, eqn: Equation, operands: Any) -> tuple[Any, None]:
         wide = jnp.asarray(value).astype(spread.dtype)
         return (wide * spread).astype(value.dtype), None
 

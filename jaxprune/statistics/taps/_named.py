@@ -9,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.core._names import matching
+from jaxprune.core._types import ApplyFn, Array, PyTree
 from jaxprune.program._jaxprs import Program, is_array, trace_program
+from jaxprune.program._types import Equation
 from jaxprune.statistics.taps._names import Found, named_sites
 from jaxprune.statistics.taps._program import Tap, run
 
@@ -17,7 +19,7 @@ Edit = Callable[[jax.Array], jax.Array] | jax.Array | np.ndarray
 
 
 def names(
-    apply_fn: Callable[..., Any], variables: Any, *args: Any, **kwargs: Any
+    apply_fn: ApplyFn, variables: PyTree, *args: PyTree, **kwargs: PyTree
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """The activations of a function that have a name, with their shapes.
 
@@ -58,7 +60,7 @@ def names(
 
 
 def read(
-    apply_fn: Callable[..., Any], names: str | Sequence[str]
+    apply_fn: ApplyFn, names: str | Sequence[str]
 ) -> Callable[..., tuple[Any, dict[str, jax.Array]]]:
     """Transforms a function into one that also returns activations.
 
@@ -85,11 +87,11 @@ def read(
     """
     patterns = [names] if isinstance(names, str) else list(names)
 
-    def note(value: Any, eqn: Any, operands: Any) -> tuple[Any, Any]:
+    def note(value: Array, eqn: Equation, operands: Any) -> tuple[Any, Any]:
         return value, value
 
     @functools.wraps(apply_fn)
-    def reading(variables: Any, *args: Any, **kwargs: Any) -> Any:
+    def reading(variables: PyTree, *args: PyTree, **kwargs: PyTree) -> Any:
         program = trace_program(apply_fn, variables, *args, **kwargs)
         chosen = _matching(named_sites(program), patterns)
         taps = [Tap(found.site, note, name) for name, found in chosen.items()]
@@ -99,9 +101,7 @@ def read(
     return reading
 
 
-def modify(
-    apply_fn: Callable[..., Any], edits: Mapping[str, Edit]
-) -> Callable[..., Any]:
+def modify(apply_fn: ApplyFn, edits: Mapping[str, Edit]) -> Callable[..., Any]:
     """Transforms a function into one with other activations inside.
 
     Args:
@@ -130,7 +130,7 @@ def modify(
     """
 
     @functools.wraps(apply_fn)
-    def modified(variables: Any, *args: Any, **kwargs: Any) -> Any:
+    def modified(variables: PyTree, *args: PyTree, **kwargs: PyTree) -> Any:
         program = trace_program(apply_fn, variables, *args, **kwargs)
         sites = named_sites(program)
         taps = [
@@ -144,7 +144,7 @@ def modify(
 
 
 def call(
-    program: Program, taps: Sequence[Tap], *args: Any, **kwargs: Any
+    program: Program, taps: Sequence[Tap], *args: PyTree, **kwargs: PyTree
 ) -> tuple[Any, dict[Any, Any]]:
     """Runs a traced program on arguments of the structure it was traced with."""
     arrays = [leaf for leaf in jax.tree.leaves((args, kwargs)) if is_array(leaf)]
@@ -153,7 +153,7 @@ def call(
 
 
 def _editor(name: str, edit: Any) -> Callable[..., tuple[Any, None]]:
-    def act(value: Any, eqn: Any, operands: Any) -> tuple[Any, None]:
+    def act(value: Array, eqn: Equation, operands: Any) -> tuple[Any, None]:
         new = jnp.asarray(edit(value) if callable(edit) else edit)
         if new.shape != value.shape or new.dtype != value.dtype:
             raise ValueError(

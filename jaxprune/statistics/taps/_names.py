@@ -18,6 +18,7 @@ from jax.extend.core import DropVar, Literal
 from jaxprune.core._leaves import parameter_paths
 from jaxprune.program._interpret import Passage, interpret, through
 from jaxprune.program._jaxprs import Program, opened, variable_path
+from jaxprune.program._types import Equation, Jaxpr
 from jaxprune.program.primitives import declaration
 from jaxprune.statistics.taps._program import Site, inner_program
 
@@ -95,7 +96,7 @@ def named_sites(program: Program) -> dict[str, Found]:
     return found
 
 
-def _free(name: str, taken: dict[str, Any]) -> str:
+def _free(name: str, taken: dict[str, Found]) -> str:
     count, free = 1, name
     while free in taken:
         count += 1
@@ -128,15 +129,17 @@ class Naming:
         self.calls: dict[str, list[Call]] = {}
         self.kinds: dict[tuple[int, ...], list[Kind]] = {}
 
-    def run(self, jaxpr: Any, ins: Sequence[Kind], path: tuple[int, ...]) -> list[Kind]:
+    def run(
+        self, jaxpr: Jaxpr, ins: Sequence[Kind], path: tuple[int, ...]
+    ) -> list[Kind]:
         """Walks a program whose inputs are of these kinds; returns its results'."""
 
-        def step(number: int, eqn: Any, kinds: list[Kind]) -> list[Kind]:
+        def step(number: int, eqn: Equation, kinds: list[Kind]) -> list[Kind]:
             return self._equation(eqn, kinds, (*path, number))
 
         return interpret(opened(jaxpr)[0], ins, step, lambda var: Kind(False))
 
-    def _equation(self, eqn: Any, kinds: list[Kind], path: tuple[int, ...]) -> Any:
+    def _equation(self, eqn: Equation, kinds: list[Kind], path: tuple[int, ...]) -> Any:
         program = inner_program(eqn)
         self.kinds[path] = kinds
         if program is not None:
@@ -165,7 +168,7 @@ class Naming:
 
     def _meet(
         self,
-        eqn: Any,
+        eqn: Equation,
         kinds: list[Kind],
         owners: frozenset[str],
         path: tuple[int, ...],
@@ -185,7 +188,7 @@ class Naming:
 
 
 def inner_programs(
-    jaxpr: Any, path: tuple[int, ...] = (), scope: str = ""
+    jaxpr: Jaxpr, path: tuple[int, ...] = (), scope: str = ""
 ) -> Iterator[tuple[Any, tuple[int, ...], str]]:
     """A program and all that taps may enter: (open jaxpr, path, scope around it)."""
     jaxpr, _ = opened(jaxpr)
@@ -196,12 +199,12 @@ def inner_programs(
             yield from inner_programs(inner, (*path, k), _scope_of(eqn, scope))
 
 
-def _scope_of(eqn: Any, around: str) -> str:
+def _scope_of(eqn: Equation, around: str) -> str:
     own = str(eqn.source_info.name_stack)
     return "/".join(filter(None, (around, own)))
 
 
-def _markers(jaxpr: Any) -> Iterator[tuple[str, Site]]:
+def _markers(jaxpr: Jaxpr) -> Iterator[tuple[str, Site]]:
     """The values that `checkpoint_name` names."""
     for inner, path, _ in inner_programs(jaxpr):
         for k, eqn in enumerate(inner.eqns):
@@ -209,7 +212,7 @@ def _markers(jaxpr: Any) -> Iterator[tuple[str, Site]]:
                 yield eqn.params["name"], Site((*path, k), 0)
 
 
-def _scopes(jaxpr: Any) -> Iterator[tuple[str, Site]]:
+def _scopes(jaxpr: Jaxpr) -> Iterator[tuple[str, Site]]:
     """The result of every named scope: the last value that is used outside of it.
 
     A scope is closed and opened anew where equations outside of it lie in between.
@@ -227,7 +230,7 @@ def _scopes(jaxpr: Any) -> Iterator[tuple[str, Site]]:
                     break
 
 
-def _last_uses(jaxpr: Any) -> dict[Any, int]:
+def _last_uses(jaxpr: Jaxpr) -> dict[Any, int]:
     """The number of the last equation that reads a value; past the end for results."""
     last = {}
     for k, eqn in enumerate(jaxpr.eqns):
@@ -257,7 +260,7 @@ def _shared(a: list[str], b: list[str]) -> int:
     return count
 
 
-def _shape(jaxpr: Any, site: Site) -> jax.ShapeDtypeStruct:
+def _shape(jaxpr: Jaxpr, site: Site) -> jax.ShapeDtypeStruct:
     lengths: list[int] = []
     for k in site.path[:-1]:
         eqn = opened(jaxpr)[0].eqns[k]

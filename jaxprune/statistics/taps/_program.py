@@ -9,6 +9,7 @@ from jax.extend.core import Literal
 
 from jaxprune.program._interpret import CALLS, REMATS, inner_jaxprs, interpret
 from jaxprune.program._jaxprs import bind, opened, scan_counts
+from jaxprune.program._types import Atom, Equation, Jaxpr
 
 
 class Site(NamedTuple):
@@ -44,7 +45,7 @@ class Tap(NamedTuple):
 Notes = dict[Any, Any]
 
 
-def inner_program(eqn: Any) -> Any:
+def inner_program(eqn: Equation) -> Any:
     """The program that taps may enter through this equation, or None.
 
     Not those of loops with a traced number of steps and of branches, which hand no
@@ -55,7 +56,7 @@ def inner_program(eqn: Any) -> Any:
 
 
 def run(
-    jaxpr: Any, args: Sequence[Any], taps: Iterable[Tap]
+    jaxpr: Jaxpr, args: Sequence[Any], taps: Iterable[Tap]
 ) -> tuple[list[Any], Notes]:
     """Evaluates a program (closed or open) under taps.
 
@@ -69,16 +70,18 @@ def run(
         at.setdefault(tap.site.path[0], []).append(tap)
     notes: Notes = {}
 
-    def step(number: int, eqn: Any, operands: list[Any]) -> list[Any]:
+    def step(number: int, eqn: Equation, operands: list[Any]) -> list[Any]:
         return _tapped(eqn, operands, at.get(number, []), notes)
 
-    def constant(var: Any) -> Any:
+    def constant(var: Atom) -> Any:
         return var.val if isinstance(var, Literal) else known[var]
 
     return interpret(jaxpr, args, step, constant), notes
 
 
-def _tapped(eqn: Any, operands: list[Any], taps: list[Tap], notes: Notes) -> list[Any]:
+def _tapped(
+    eqn: Equation, operands: list[Any], taps: list[Tap], notes: Notes
+) -> list[Any]:
     here = [tap for tap in taps if len(tap.site.path) == 1]
     inside = [_inner(tap) for tap in taps if len(tap.site.path) > 1]
     for tap in here:
@@ -96,7 +99,7 @@ def _tapped(eqn: Any, operands: list[Any], taps: list[Tap], notes: Notes) -> lis
 
 
 def _act(
-    tap: Tap, values: list[Any], eqn: Any, operands: list[Any], notes: Notes
+    tap: Tap, values: list[Any], eqn: Equation, operands: list[Any], notes: Notes
 ) -> None:
     k = tap.site.position
     values[k], note = tap.act(values[k], eqn, operands)
@@ -108,7 +111,9 @@ def _inner(tap: Tap) -> Tap:
     return tap._replace(site=tap.site._replace(path=tap.site.path[1:]))
 
 
-def _enter(eqn: Any, operands: list[Any], taps: list[Tap]) -> tuple[list[Any], Notes]:
+def _enter(
+    eqn: Equation, operands: list[Any], taps: list[Tap]
+) -> tuple[list[Any], Notes]:
     """Runs an equation that holds a program, with taps in that program."""
     name, program = eqn.primitive.name, inner_program(eqn)
     if name in CALLS:
@@ -125,7 +130,7 @@ def _enter(eqn: Any, operands: list[Any], taps: list[Tap]) -> tuple[list[Any], N
 
 
 def _scan(
-    eqn: Any, program: Any, operands: list[Any], taps: list[Tap]
+    eqn: Equation, program: Any, operands: list[Any], taps: list[Tap]
 ) -> tuple[list[Any], Notes]:
     p = eqn.params
     consts, carries = scan_counts(p)
