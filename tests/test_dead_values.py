@@ -5,6 +5,7 @@ against the masked program for cuts of every size.
 """
 
 import equinox as eqx
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -323,21 +324,44 @@ class Block(eqx.Module):
         return jax.vmap(self.head)(jax.vmap(self.norms[2])(x))
 
 
-def test_the_residual_width_of_an_equinox_transformer():
+def equinox_transformer():
     arrays, static = eqx.partition(Block(jax.random.key(0)), eqx.is_array)
+    return lambda p, x: eqx.combine(p, static)(x), arrays
+
+
+def haiku_transformer():
+    """Its norms compute the variance in two passes, too."""
+
+    def net(x):
+        def norm():
+            return hk.LayerNorm(-1, create_scale=True, create_offset=True)
+
+        x = hk.Linear(6)(x[None])
+        attention = hk.MultiHeadAttention(
+            2, 3, model_size=6, w_init=hk.initializers.Constant(0.0)
+        )
+        y = norm()(x)
+        x = x + attention(y, y, y)
+        x = x + hk.Linear(6)(jax.nn.gelu(hk.Linear(10)(norm()(x))))
+        return hk.Linear(2)(norm()(x))
+
+    made = hk.without_apply_rng(hk.transform(net))
+    shapes = jax.eval_shape(made.init, jax.random.key(0), X.astype(np.float32))
+    rng = np.random.default_rng(3)
+    drawn = jax.tree.map(lambda s: rng.normal(size=s.shape), shapes)
+    return made.apply, jax.tree.map(np.float32, drawn)
+
+
+@pytest.mark.parametrize("build", [equinox_transformer, haiku_transformer])
+def test_the_residual_width_of_a_transformer(build):
+    fn, params = build()
     x = X.astype(np.float32)
-
-    def fn(p, x):
-        return eqx.combine(p, static)(x)
-
-    groups = jaxprune.trace(fn, arrays, x)
+    groups = jaxprune.trace(fn, params, x)
     assert all(group.exact for group in groups.values())
-    width = next(
-        g for g in groups.values() if any("norms" in m.path for m in g.members)
-    )
+    width = next(g for g in groups.values() if any("norm" in m.path for m in g.members))
     assert width.size == 6
     masks = jaxprune.expand_masks(groups, halve(groups, 0))
-    small = jaxprune.slice_params(arrays, masks)
+    small = jaxprune.slice_params(params, masks)
     got = quick_jit(jaxprune.narrow(fn, masks))(small, x)
-    expected = quick_jit(fn)(jaxprune.apply_masks(arrays, masks), x)
+    expected = quick_jit(fn)(jaxprune.apply_masks(params, masks), x)
     assert difference(got, expected) < TOLERANCE

@@ -281,3 +281,19 @@ def test_a_network_without_a_block_compiles_like_one_built_without_it():
     assert flops[0] == flops[1]
     got = jaxprune.narrow(net, masks)(small, X)
     assert difference(got, built(PARAMS, X)) < 1e-6
+
+
+def test_scales_of_a_stream_are_no_writers():
+    """Some libraries write a norm as x * scale + (bias - mean * scale)."""
+
+    def normed(p, x):
+        h = x @ p["stem"]
+        scale = jax.lax.rsqrt(h.var(-1, keepdims=True) + 1e-3) * p["gamma"][None]
+        shift = p["beta"][None] - h.mean(-1, keepdims=True) * scale
+        y = h * scale + shift
+        return (h + jnp.tanh(y @ p["up1"]) @ p["down1"]) @ p["head"]
+
+    params = {**PARAMS, **weights(gamma=(6,), beta=(6,))}
+    groups = jaxprune.trace(normed, params, X, writers="*")
+    streams = {name: group.stream for name, group in groups.items() if group.stream}
+    assert streams == {"stem:1#2": "stem:1", "down1:1": "stem:1"}

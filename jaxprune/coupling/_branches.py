@@ -5,6 +5,7 @@ operand alone. If its writer is gone, so may all of it be: the groups that stand
 leaves which nothing else reads. What is left is the other operand, the shortcut.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -46,28 +47,36 @@ def find_branches(
         ]
         writers = [name for name in own if groups[name].stream]
         if writers:
-            found[_name([m.path for m in _members(groups, own)], found)] = tuple(own)
+            found[_name(groups, own, found)] = tuple(own)
     return found
 
 
-def _members(groups: Mapping[str, Group], names: Sequence[str]) -> list[Any]:
-    return [member for name in names for member in groups[name].members]
+def _name(
+    groups: Mapping[str, Group], own: Sequence[str], taken: Collection[str]
+) -> str:
+    """What the layers of a branch have in common, but for what all have.
+
+    If that is nothing, the first of them.
+    """
+    layers, every = _layers(groups, own), _layers(groups, groups)
+    shared = _common(layers)
+    short = len(shared) <= len(_common(every)) and len(every) > len(layers)
+    name = "/".join(layers[0] if short else shared)
+    count = 1 + sum(other.partition("#")[0] == name for other in taken)
+    return name if count == 1 else f"{name}#{count}"
 
 
-def _name(paths: Sequence[str], taken: Collection[str]) -> str:
-    """What the layers of a branch have in common; else the first of them."""
-    layers = [layer_of(path)[0] for path in paths]
-    shared = []
-    for parts in zip(*layers, strict=False):
-        if len(set(parts)) > 1:
-            break
-        shared.append(parts[0])
-    name = "/".join(shared or layers[0])
-    count = 1
-    while name in taken:
-        count += 1
-        name = f"{'/'.join(shared or layers[0])}#{count}"
-    return name
+def _layers(
+    groups: Mapping[str, Group], names: Collection[str]
+) -> list[tuple[str, ...]]:
+    return [layer_of(m.path)[0] for name in names for m in groups[name].members]
+
+
+def _common(layers: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
+    steps = itertools.takewhile(
+        lambda parts: len(set(parts)) == 1, zip(*layers, strict=False)
+    )
+    return tuple(parts[0] for parts in steps)
 
 
 def _inputs_alone(

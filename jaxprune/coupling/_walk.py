@@ -237,7 +237,8 @@ def _walk_program(
         ins.append(Value(shape, axes))
     writers = None
     if free:
-        writers = Writers(ledger, [ins[k].axes[d] for k, d in free])
+        leaves = [axis for value in ins for axis in value.axes]
+        writers = Writers(ledger, leaves, [ins[k].axes[d] for k, d in free])
         invars = program.jaxpr.invars
         writers.enter(invars, [k >= count for k in range(len(invars))])
     walked = Walk(ledger, writers).run(program.closed, ins)

@@ -46,12 +46,15 @@ class Writers:
         refused: those that cannot: block -> why, as a unit of the ledger.
     """
 
-    def __init__(self, ledger: Ledger, free: Sequence[Axis]) -> None:
+    def __init__(
+        self, ledger: Ledger, leaves: Sequence[Axis], free: Sequence[Axis]
+    ) -> None:
         self.found: dict[int, Written] = {}
         self.places: dict[int, tuple[Any, int]] = {}
         self.refused: dict[int, int] = {}
         self._ledger = ledger
         self._free = [axis[0].units for axis in free if not isinstance(axis, int)]
+        self._leaves = {id(a[0].units) for a in leaves if not isinstance(a, int)}
         self._sums: dict[tuple[int, int], Axis] = {}
         self._fed: dict[Any, bool] = {}
 
@@ -113,8 +116,10 @@ class Writers:
             self._write(second, b, stream, (eqn, 1))
             return stream
         block, writer, stream = (first, a, b) if first >= 0 else (second, b, a)
-        if not isinstance(stream, int) and len(stream) > 1:
-            return None
+        if not isinstance(stream, int) and (
+            len(stream) != 1 or self._ledger.block(stream[0].units) == block
+        ):
+            return None  # it is tied to the stream already, as a scale of it is
         self._write(block, writer, stream, (eqn, 0 if first >= 0 else 1))
         return stream
 
@@ -123,6 +128,8 @@ class Writers:
         if isinstance(axis, int) or len(axis) != 1:
             return -1
         units, zero = axis[0]
+        if id(units) not in self._leaves:  # a sum already, that readers are tied to
+            return -1
         block = self._ledger.block(units)
         if block < 0 or block not in map(self._ledger.block, self._free):
             return -1
