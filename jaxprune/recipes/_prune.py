@@ -76,7 +76,8 @@ def prune(
         score: from weights "l1", "l2", "lamp", "geometric_median",
             "batch_norm_scale", "activation_probability" or "synflow"; with `loss_fn`
             and `batches` "taylor", "snip", "grasp", "fisher" or "group_fisher"; with
-            `batches` "wanda", "mean_activation", "apoz" or "entropy" (see `scores`).
+            `batches` "wanda", "mean_activation", "apoz", "entropy" or
+            "empirical_sensitivity" (see `scores`).
             Or a function of the variables; or what it would return (larger matters
             more): a tree of scores like the variables, or scores of units ``{group:
             float[size]}`` for exactly these groups.

@@ -127,9 +127,17 @@ _UNITS: dict[str, Callable[[Subject], Mapping[str, jax.Array]]] = {
     "mean_activation": _activations("mean_activation"),
     "apoz": _activations("apoz"),
     "entropy": _activations("entropy"),
+    "empirical_sensitivity": _activations("empirical_sensitivity"),
 }
 NEED_LOSS = ("taylor", "snip", "grasp", "fisher", "group_fisher")
-NEED_BATCHES = (*NEED_LOSS, "wanda", "mean_activation", "apoz", "entropy")
+NEED_BATCHES = (
+    *NEED_LOSS,
+    "wanda",
+    "mean_activation",
+    "apoz",
+    "entropy",
+    "empirical_sensitivity",
+)
 NAMES = ("geometric_median", *_TREES, *_UNITS)
 
 

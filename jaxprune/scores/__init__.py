@@ -32,6 +32,8 @@ from jaxprune.scores._grouping import group_scores as group_scores
 from jaxprune.scores._grouping import normalized as normalized
 from jaxprune.scores._products import wanda as wanda
 from jaxprune.scores._published import REDUCTIONS as REDUCTIONS
+from jaxprune.scores._sensitivity import empirical_sensitivity as empirical_sensitivity
+from jaxprune.scores._sensitivity import weight_sensitivity as weight_sensitivity
 from jaxprune.scores._weights import activation_probability as activation_probability
 from jaxprune.scores._weights import batch_norm_scale as batch_norm_scale
 from jaxprune.scores._weights import l1 as l1

@@ -31,5 +31,6 @@ REDUCTIONS: Mapping[str, Reduce] = MappingProxyType(
 """Name of a score of weights -> the `reduce` that `group_scores` is to be given.
 
 ``taylor(form="signed")`` wants "abs_of_sum" or "square_of_sum". Scores of units
-(`geometric_median`, `group_fisher`, `mean_activation`, `apoz`, `entropy`) need none.
+(`geometric_median`, `group_fisher`, `mean_activation`, `apoz`, `entropy`,
+`empirical_sensitivity`) need none.
 """

@@ -12,11 +12,12 @@ from jaxprune.core._groups import Groups
 from jaxprune.core._limits import Each
 from jaxprune.core._types import Array
 from jaxprune.costing import Cost
+from jaxprune.select import provable
 from jaxprune.select._bisection import ends
 from jaxprune.select._knapsack import solve_exactly
 from jaxprune.select._queue import Queue, State, queues
 
-Method = Literal["lamp", "greedy", "global", "uniform", "exact"]
+Method = Literal["lamp", "greedy", "global", "uniform", "sampling", "exact"]
 
 # How much a group may lose where nobody says: more only where the budget asks for it.
 FLOORS = (0.8, 0.9, 0.95, 1.0)
@@ -97,6 +98,9 @@ def to_budget(
     * "global": the lowest score goes next, whatever it saves; for scores that compare
       across groups.
     * "uniform": every group keeps the same fraction.
+    * "sampling": for sensitivities (`scores.empirical_sensitivity`): every group keeps
+      the units that sampling with one error for all groups is expected to meet (see
+      `provable.allocate`), the most sensitive ones.
     * "exact": the most score that the budget allows, as a mixed-integer programme.
       Every allowed width of a group is a binary variable, and a product of sizes is
       linearised exactly, so the optimum is one for the true, coupled cost. Solved by
@@ -156,6 +160,8 @@ def to_budget(
     References:
         Aflalo et al., `Knapsack Pruning with Inner Distillation
         <https://arxiv.org/abs/2002.08258>`_, 2020 ("greedy", "exact");
+        Liebenwein et al., `Provable Filter Pruning
+        <https://arxiv.org/abs/1911.07412>`_, 2020 ("sampling");
         Lee et al., `Layer-adaptive sparsity for the Magnitude-based Pruning
         <https://arxiv.org/abs/2010.07611>`_, 2021 ("lamp", there of weights)
     """
@@ -304,6 +310,29 @@ def _ranked(
     return _After(next((k for k, own in enumerate(places) if low - 1 in own), None))
 
 
+def _sampling(state: State, budget: float) -> _After:
+    def widths(level: float) -> dict[str, int]:
+        found = {}
+        for name, q in state.queues.items():
+            # What is gone already scores below 0, and no draw brings it back.
+            wanted = provable.width(q.scores.clip(min=0), 10.0**level)
+            fits = q.widths[q.widths >= wanted]
+            found[name] = int(fits.min()) if fits.size else int(q.widths[0])
+        return found
+
+    return _set(state, *ends(widths, state.cost, budget, *provable.LEVELS))
+
+
+def _set(state: State, sizes: Mapping[str, int], wider: Mapping[str, int]) -> _After:
+    """Goes to these widths."""
+    state.gone[:] = [
+        int(np.flatnonzero(q.widths == sizes[name])[0])
+        for name, q in state.queues.items()
+    ]
+    waiting = (k for k, name in enumerate(sizes) if sizes[name] < wider[name])
+    return _After(next(waiting, None))
+
+
 def _uniform(state: State, budget: float) -> _After:
     def widths(share: float) -> dict[str, int]:
         return {
@@ -311,13 +340,7 @@ def _uniform(state: State, budget: float) -> _After:
             for name, q in state.queues.items()
         }
 
-    sizes, wider = ends(widths, state.cost, budget, 0.0, 1.0)
-    state.gone[:] = [
-        int(np.flatnonzero(q.widths == sizes[name])[0])
-        for name, q in state.queues.items()
-    ]
-    waiting = (k for k, name in enumerate(sizes) if sizes[name] < wider[name])
-    return _After(next(waiting, None))
+    return _set(state, *ends(widths, state.cost, budget, 0.0, 1.0))
 
 
 # --- exact ---------------------------------------------------------------------------
@@ -341,4 +364,5 @@ _METHODS: Mapping[str, Callable[[State, float], _After]] = {
     "greedy": _greedy,
     "global": _global,
     "uniform": _uniform,
+    "sampling": _sampling,
 }

@@ -67,6 +67,66 @@ def rewrite_consumers(
     return jax.tree.structure(variables).unflatten(changed.values())
 
 
+def scale_units(
+    variables: PyTree, groups: Groups, factors: Mapping[str, Any]
+) -> PyTree:
+    """Multiplies what reads a unit with a factor.
+
+    Args:
+        variables: tree that `groups` was traced with.
+        groups: what ``trace(..., roles=True)`` returned.
+        factors: group name -> float ``[size]``; groups that are not named are left
+            alone.
+
+    Returns:
+        The variables, consumers scaled.
+
+    Raises:
+        ValueError: if no parameter reads a group, or factors have another length.
+        TypeError: if a consumer is not floating.
+
+    Example:
+        >>> import jaxprune
+        >>> def mlp(params, x):
+        ...     return jax.nn.relu(x @ params["w1"]) @ params["w2"]
+        >>> params = {"w1": jnp.ones((1, 2)), "w2": jnp.array([[2.0], [5.0]])}
+        >>> groups = jaxprune.trace(mlp, params, jnp.ones((1, 1)), roles=True)
+        >>> scale_units(params, groups, {"w1:1": np.array([0.0, 2.0])})["w2"]
+        Array([[ 0.],
+               [10.]], dtype=float32)
+    """
+    leaves = dict(named_leaves(variables))
+    for name, own in factors.items():
+        size, own = groups[name].size, np.asarray(own, np.float64)
+        if own.shape != (size,):
+            raise ValueError(
+                f"factors[{name}] has shape {own.shape}, but the group has {size} units"
+            )
+        readers = [m for m in groups[name].members if m.role == "consumer"]
+        if not readers:
+            raise ValueError(
+                f"no parameter is known to read the units of {name}; trace with "
+                "roles=True, and leave out groups that meet no parameter"
+            )
+        for member in readers:
+            leaves[member.path] = _scaled(leaves[member.path], member, own)
+    return jax.tree.structure(variables).unflatten(leaves.values())
+
+
+def _scaled(leaf: Any, member: Member, factors: np.ndarray) -> Any:
+    if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+        raise TypeError(
+            f"{member.path} has dtype {leaf.dtype} and cannot be scaled; do so before "
+            "quantising"
+        )
+    line = np.ones(leaf.shape[member.axis])
+    line[member.index] = factors[:, None]
+    shape = [1] * leaf.ndim
+    shape[member.axis] = -1
+    wide = wide_dtype(leaf.dtype)
+    return (leaf.astype(wide) * line.reshape(shape).astype(wide)).astype(leaf.dtype)
+
+
 def _mixed(leaf: Array, member: Member, matrix: Any) -> Any:
     """The leaf, read through ``matrixᵀ``."""
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
