@@ -3,6 +3,12 @@
 from jaxprune.recipes import plans as plans
 from jaxprune.recipes._adapruner import Inherited as Inherited
 from jaxprune.recipes._adapruner import adapruner as adapruner
+from jaxprune.recipes._layerwise import Reconstructed as Reconstructed
+from jaxprune.recipes._layerwise import Searched as Searched
+from jaxprune.recipes._layerwise import reconstruct as reconstruct
+from jaxprune.recipes._layerwise import (
+    search_with_compensation as search_with_compensation,
+)
 from jaxprune.recipes._prune import prune as prune
 from jaxprune.recipes._pruned import Pruned as Pruned
 from jaxprune.recipes._pruned import load as load

@@ -27,6 +27,24 @@ from jaxprune.surgery._consumers import put
 from jaxprune.surgery._reconstruction import matched_spread, refit
 
 
+class Item(NamedTuple):
+    """Matrices of a contraction that are fitted together.
+
+    Attributes:
+        order: of the program.
+        name: of the contraction.
+        path: of its parameter.
+        blocks: which of its matrices.
+        before: the parameters that their inputs depend on.
+    """
+
+    order: int
+    name: str
+    path: str
+    blocks: np.ndarray
+    before: frozenset[str]
+
+
 def compensate(
     groups: Groups,
     apply_fn: ApplyFn,
@@ -124,11 +142,42 @@ def compensate(
     items, refused = fittable(found, kept, whole)
     refused += _unread(groups, variables, masks, found)
     _tell(refused, unfitted)
-    each = list(waves(items))
-    if len(each) > 1:
+    if len(list(waves(items))) > 1:
         batches = twice(batches, "compensate, which fits one layer after the other,")
-    current, steps = apply_masks(variables, masks), Steps(apply_fn, found)
-    for wave in each:
+    data = apply_masks(variables, masks), variables, batches
+    options = {"ridge": ridge, "rescale": rescale}
+    steps = Steps(apply_fn, found)
+    current = fit_in_waves(items, kept, steps, *data, progress, **options)
+    return apply_masks(current, masks)
+
+
+def fit_in_waves(
+    items: Sequence[Item],
+    kept: Mapping[str, np.ndarray],
+    steps: "Steps",
+    current: PyTree,
+    variables: PyTree,
+    batches: Batches,
+    progress: bool | None,
+    *,
+    ridge: float,
+    rescale: bool,
+) -> PyTree:
+    """`current` with these matrices fitted, one wave after the other.
+
+    Args:
+        items: what to fit.
+        kept: contraction -> bool ``[K, D, N]``, True = kept.
+        steps: of the function.
+        current: the masked variables.
+        variables: the whole ones, whose outputs are to be met.
+        batches: trees of arrays.
+        progress: show progress bars? None for on a terminal.
+        ridge: as in `compensate`.
+        rescale: as in `compensate`.
+    """
+    found, whole = steps.found, named_leaves(variables)
+    for wave in waves(items):
         names = tuple(dict.fromkeys(item.name for item in wave))
         title = f"compensate {names[0]}" + (" ..." if len(names) > 1 else "")
         data = steps, current, variables, batches
@@ -139,7 +188,7 @@ def compensate(
             own = sums[item.name]
             fit(found[item.name], item, kept[item.name], own, whole, leaves, **options)
         current = jax.tree.structure(current).unflatten(leaves.values())
-    return apply_masks(current, masks)
+    return current
 
 
 def _tell(refused: Sequence[str], unfitted: str) -> None:
@@ -177,24 +226,6 @@ def sums_of(
     trees = current, whole, kernels
     sums = streamed(steps(tuple(names)), trees, batches, title, progress)
     return dict(zip(names, sums, strict=True))
-
-
-class Item(NamedTuple):
-    """Matrices of a contraction that are fitted together.
-
-    Attributes:
-        order: of the program.
-        name: of the contraction.
-        path: of its parameter.
-        blocks: which of its matrices.
-        before: the parameters that their inputs depend on.
-    """
-
-    order: int
-    name: str
-    path: str
-    blocks: np.ndarray
-    before: frozenset[str]
 
 
 def kept_weights(
@@ -371,8 +402,9 @@ def fit(
         shifts.append(np.where(live, sums.target[k] - sums.mean[k] @ kernel, 0.0))
     leaves[one.path] = put(leaves[one.path], one.at[item.blocks], np.stack(kernels))
     if one.bias is not None:
-        amounts, at = one.bias.sign * np.stack(shifts), one.bias.at[item.blocks]
-        leaves[one.bias.path] = put(leaves[one.bias.path], at, amounts, add=True)
+        old, at = np.asarray(whole[one.bias.path]).reshape(-1), one.bias.at[item.blocks]
+        new = old[at].astype(np.float64) + one.bias.sign * np.stack(shifts)
+        leaves[one.bias.path] = put(leaves[one.bias.path], at, new)
 
 
 def _check_rows(

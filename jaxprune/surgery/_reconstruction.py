@@ -5,6 +5,9 @@ of a layer the moments E[x xᵀ] and E[x yᵀ], centred where the layer has a bi
 the samples were no longer matters, which turns loops over them into products.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import numpy as np
 import scipy.linalg
 
@@ -199,45 +202,99 @@ def greedy_forward(
         Xie et al., `Pruning with Compensation <https://arxiv.org/abs/2108.13728>`_,
         2021
     """
-    left, missing = second.astype(np.float64), cross.astype(np.float64)
-    scale = np.diagonal(second).copy()
-    rest = np.flatnonzero(units < 0)
-    if rest.size:
-        _explain(left, missing, rest, scale)
-    blocks = [np.flatnonzero(units == unit) for unit in range(size)]
-    open_units, order = list(range(size)), []
-    while open_units:
-        gains = [_gain(left, missing, blocks[unit], scale) for unit in open_units]
-        pick = open_units.pop(int(np.argmax(gains)))
-        _explain(left, missing, blocks[pick], scale)
-        order.append(pick)
+    return rank_units([Part(second, cross, np.zeros_like(cross), units)], size)
+
+
+class Part(NamedTuple):
+    """The moments of one matrix that reads the units of a group.
+
+    Attributes:
+        second: ``[D, D]``, of its inputs.
+        cross: ``[D, N]``, of inputs with outputs.
+        kernel: ``[D, N]``.
+        units: int ``[D]``, the unit of every input; -1 for none.
+    """
+
+    second: np.ndarray
+    cross: np.ndarray
+    kernel: np.ndarray
+    units: np.ndarray
+
+
+def rank_units(parts: Sequence[Part], size: int) -> np.ndarray:
+    """`greedy_forward` where several matrices read the units: what they gain adds up.
+
+    Args:
+        parts: the moments of each.
+        size: how many units there are.
+
+    Returns:
+        int ``[size]``, the units, most explaining first.
+    """
+    remainders = [_Remainder(part, size) for part in parts]
+    open_units, order = np.arange(size), []
+    while open_units.size:
+        gains = sum(each.gains(open_units) for each in remainders)
+        pick = int(np.argmax(gains))
+        for each in remainders:
+            each.explain(each.table[open_units[pick]])
+        order.append(open_units[pick])
+        open_units = np.delete(open_units, pick)
     return np.array(order, int)
 
 
-def _root(left: np.ndarray, block: np.ndarray, scale: np.ndarray) -> np.ndarray:
-    """A matrix ``[block, rank]`` whose square is the inverse of what a block varies."""
-    values, vectors = np.linalg.eigh(left[np.ix_(block, block)])
-    some = values > DEPENDENT * max(scale[block].max(), 1e-300)
-    return vectors[:, some] / np.sqrt(values[some])
+class _Remainder:
+    """What the units chosen so far leave unexplained.
 
+    Attributes:
+        left: ``[D, D]``, of the inputs.
+        missing: ``[D, N]``, of the inputs with the outputs.
+        table: int ``[size, taps]``, the inputs of every unit; -1 for none.
+    """
 
-def _gain(
-    left: np.ndarray, missing: np.ndarray, block: np.ndarray, scale: np.ndarray
-) -> float:
-    if not block.size:
-        return 0.0
-    return float(np.square(_root(left, block, scale).T @ missing[block]).sum())
+    def __init__(self, part: Part, size: int) -> None:
+        self.left = part.second.astype(np.float64)
+        self.missing = part.cross.astype(np.float64)
+        self.scale = np.diagonal(part.second).copy()
+        blocks = [np.flatnonzero(part.units == unit) for unit in range(size)]
+        taps = max(1, *map(len, blocks))
+        self.table = np.full((size, taps), -1)
+        for unit, own in enumerate(blocks):
+            self.table[unit, : len(own)] = own
+        self.explain(np.flatnonzero(part.units < 0))
 
+    def gains(self, units: np.ndarray) -> np.ndarray:
+        """By how much each of the units would lower the error."""
+        table = self.table[units]
+        roots = self._roots(table)
+        shares = np.matmul(roots.swapaxes(1, 2), self.missing[table])
+        return np.square(shares).sum((1, 2))
 
-def _explain(
-    left: np.ndarray, missing: np.ndarray, block: np.ndarray, scale: np.ndarray
-) -> None:
-    """Takes out, in place, what a block explains of everything."""
-    if block.size:
-        root = _root(left, block, scale)
-        lines, share = left[:, block] @ root, root.T @ missing[block]
-        left -= lines @ lines.T
-        missing -= lines @ share
+    def explain(self, block: np.ndarray) -> None:
+        """Takes out what a block explains of everything."""
+        if not (block >= 0).any():
+            return
+        root = self._roots(block[None])[0]
+        lines, share = self.left[:, block] @ root, root.T @ self.missing[block]
+        self.left -= lines @ lines.T
+        self.missing -= lines @ share
+
+    def _roots(self, table: np.ndarray) -> np.ndarray:
+        """``[units, taps, rank]``: squares are the inverses of what blocks vary.
+
+        Directions in which a block does not vary, and places without an input, are 0.
+        """
+        some = table >= 0
+        blocks = self.left[table[:, :, None], table[:, None, :]]
+        blocks = blocks * (some[:, :, None] & some[:, None, :])
+        least = DEPENDENT * np.maximum((self.scale[table] * some).max(1), 1e-300)
+        if table.shape[1] == 1:
+            values, vectors = blocks[:, 0], np.ones_like(blocks)
+        else:
+            values, vectors = np.linalg.eigh(blocks)
+        varies = values > least[:, None]
+        inverse = np.where(varies, 1 / np.sqrt(np.where(varies, values, 1)), 0)
+        return vectors * inverse[:, None, :] * some[:, :, None]
 
 
 def lasso(gram: np.ndarray, target: np.ndarray, keep: int) -> np.ndarray:
