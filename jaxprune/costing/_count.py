@@ -27,7 +27,7 @@ from jaxprune.program._interpret import (
     through,
 )
 from jaxprune.program._jaxprs import Program, opened, trace_program
-from jaxprune.program._types import Equation
+from jaxprune.program._types import Aval, Equation, Jaxpr
 from jaxprune.program.primitives import declaration
 from jaxprune.program.primitives import signature as signature_of
 
@@ -164,7 +164,7 @@ class Count(NamedTuple):
         return sum(self.products.values())
 
 
-def count_program(jaxpr: Any, varies: Sequence[bool]) -> tuple[Count, list[bool]]:
+def count_program(jaxpr: Jaxpr, varies: Sequence[bool]) -> tuple[Count, list[bool]]:
     """Counts the equations that depend on an input; says which outputs do."""
     total = Count()
 
@@ -262,7 +262,7 @@ def repeats(eqn: Equation) -> int:
     return 1
 
 
-def size_in_bytes(aval: Any) -> int:
+def size_in_bytes(aval: Aval) -> int:
     """Size of a value; tokens and references have none."""
     dtype = getattr(aval, "dtype", None)
     return 0 if dtype is None else math.prod(aval.shape) * dtype.itemsize

@@ -247,7 +247,7 @@ class Tally:
         self,
         spent: list[Spent],
         scope: Scope,
-        var: Any,
+        var: Atom,
         value: Value,
         dims: Dims,
         when: Sum,

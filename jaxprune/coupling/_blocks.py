@@ -6,7 +6,7 @@ the axes of the results.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from jaxprune.coupling._labels import Value
 from jaxprune.coupling._rows import NO_ROW, Rows, State, TooLargeError
 from jaxprune.coupling._walk import Step, Walked
 from jaxprune.program._interpret import HOLDERS, Passage, interpret, through
+from jaxprune.program._types import Equation
 from jaxprune.program.primitives import Signature, declaration
 from jaxprune.program.primitives import signature as signature_of
 
@@ -22,7 +23,7 @@ from jaxprune.program.primitives import signature as signature_of
 def run(rows: Rows, walked: Walked, states: Sequence[State]) -> list[State]:
     """The states of the outputs of a program whose inputs have these states."""
 
-    def step(number: int, eqn: Any, operands: list[State]) -> Sequence[State]:
+    def step(number: int, eqn: Equation, operands: list[State]) -> Sequence[State]:
         return _step(rows, walked.steps[number], operands)
 
     return interpret(walked.jaxpr, states, step, lambda var: {}, walked.eqns)

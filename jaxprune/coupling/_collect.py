@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from jaxprune.core._groups import Group, Groups, Member, Reason
+from jaxprune.core._types import PyTreeDef
 from jaxprune.coupling._labels import Value
 from jaxprune.coupling._ledger import Ledger
 from jaxprune.coupling._lines import Axes, Lines, explain, find_lines, find_pinned
@@ -52,7 +53,7 @@ def collect_groups(
     solution: Solution,
     variables: Mapping[str, Value],
     shapes: Mapping[str, tuple[int, ...]],
-    treedef: Any,
+    treedef: PyTreeDef,
     program: Whole | None = None,
     walked: Walked | None = None,
 ) -> Groups:

@@ -11,7 +11,7 @@ them, in numpy, only when asked.
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +19,11 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.core import Literal
 
+from jaxprune.core._types import PyTree
 from jaxprune.coupling._labels import ALIVE, Value
 from jaxprune.program._interpret import CALLS, inner_jaxprs, interpret
 from jaxprune.program._jaxprs import opened
+from jaxprune.program._types import Atom, Equation
 from jaxprune.program.primitives import declaration
 from jaxprune.program.primitives._moves import order_of_reshape
 
@@ -31,18 +33,18 @@ LIMIT = 1 << 20  # larger index arrays are treated as data
 class Known(NamedTuple):
     """An array that is there."""
 
-    array: Any
+    array: PyTree
 
 
 class Derived(NamedTuple):
     """Result `k` of an equation on operands that are constants themselves."""
 
-    eqn: Any
+    eqn: Equation
     k: int
     operands: tuple[Value, ...]
 
 
-def constant(array: Any) -> Value:
+def constant(array: PyTree) -> Value:
     """A literal or a closed-over array."""
     shape = np.shape(array)
     if not shape:
@@ -55,12 +57,12 @@ def constant(array: Any) -> Value:
     return Value(shape, (ALIVE,) * len(shape), False, True, origin)
 
 
-def literal(var: Any) -> Value:
+def literal(var: Atom) -> Value:
     """A number that stands in the program itself."""
-    return constant(var.val)
+    return constant(cast(Literal, var).val)
 
 
-def _number(array: Any) -> np.ndarray | None:
+def _number(array: PyTree) -> np.ndarray | None:
     """A scalar as NumPy knows it; None if it is no number that is there.
 
     What is traced is not there, nor what other processes hold. Keys are no numbers, and
@@ -77,28 +79,28 @@ def _number(array: Any) -> np.ndarray | None:
     return None if number.dtype == jax.dtypes.float0 else number
 
 
-def derive(eqn: Any, operands: tuple[Value, ...]) -> tuple[Value, ...]:
+def derive(eqn: Equation, operands: tuple[Value, ...]) -> tuple[Value, ...]:
     """The results of an equation all of whose operands are data."""
     if eqn.primitive.name in CALLS:
         return _derive_call(eqn, operands)
     return tuple(_derive(eqn, k, var, operands) for k, var in enumerate(eqn.outvars))
 
 
-def _derive_call(eqn: Any, operands: tuple[Value, ...]) -> tuple[Value, ...]:
+def _derive_call(eqn: Equation, operands: tuple[Value, ...]) -> tuple[Value, ...]:
     """The results of a call, through the equations of its program."""
     jaxpr, consts = opened(inner_jaxprs(eqn)[0])
     known = dict(zip(jaxpr.constvars, consts, strict=True))
 
-    def step(number: int, inner: Any, values: list[Value]) -> tuple[Value, ...]:
+    def step(number: int, inner: Equation, values: list[Value]) -> tuple[Value, ...]:
         return derive(inner, tuple(values))
 
-    def given(var: Any) -> Value:
+    def given(var: Atom) -> Value:
         return literal(var) if isinstance(var, Literal) else constant(known[var])
 
     return tuple(interpret(jaxpr, operands, step, given))
 
 
-def _derive(eqn: Any, k: int, var: Any, operands: tuple[Value, ...]) -> Value:
+def _derive(eqn: Equation, k: int, var: Atom, operands: tuple[Value, ...]) -> Value:
     shape = getattr(var.aval, "shape", ())
     name = eqn.primitive.name
     known = declaration(eqn)
@@ -115,7 +117,7 @@ def _derive(eqn: Any, k: int, var: Any, operands: tuple[Value, ...]) -> Value:
 
 
 def _uniform(
-    eqn: Any, shape: tuple[int, ...], operands: tuple[Value, ...]
+    eqn: Equation, shape: tuple[int, ...], operands: tuple[Value, ...]
 ) -> frozenset[int]:
     """Along which axes the result is surely constant."""
     if eqn.primitive.name == "broadcast_in_dim":
@@ -148,11 +150,11 @@ def concrete(value: Value) -> np.ndarray | None:
     return None
 
 
-def _is_index(dtype: Any) -> bool:
+def _is_index(dtype: np.dtype) -> bool:
     return getattr(dtype, "kind", "") in "iub"
 
 
-def _cast(eqn: Any, result: Any) -> np.ndarray:
+def _cast(eqn: Equation, result: Any) -> np.ndarray:
     return np.asarray(result).astype(eqn.outvars[0].aval.dtype)
 
 
@@ -160,7 +162,7 @@ def _ufunc(function: Callable[..., Any]) -> Callable[..., np.ndarray]:
     return lambda eqn, *xs: _cast(eqn, function(*xs))
 
 
-def _broadcast(eqn: Any, x: np.ndarray) -> np.ndarray:
+def _broadcast(eqn: Equation, x: np.ndarray) -> np.ndarray:
     shape = eqn.params["shape"]
     full = [1] * len(shape)
     for size, d in zip(x.shape, eqn.params["broadcast_dimensions"], strict=True):
@@ -168,17 +170,17 @@ def _broadcast(eqn: Any, x: np.ndarray) -> np.ndarray:
     return np.broadcast_to(x.reshape(full), shape)
 
 
-def _reshape(eqn: Any, x: np.ndarray) -> np.ndarray:
+def _reshape(eqn: Equation, x: np.ndarray) -> np.ndarray:
     return x.transpose(order_of_reshape(eqn)).reshape(eqn.params["new_sizes"])
 
 
-def _iota(eqn: Any) -> np.ndarray:
+def _iota(eqn: Equation) -> np.ndarray:
     shape, d = eqn.params["shape"], eqn.params["dimension"]
     line = np.arange(shape[d]).reshape([-1 if k == d else 1 for k in range(len(shape))])
     return _cast(eqn, np.broadcast_to(line, shape))
 
 
-def _slice(eqn: Any, x: np.ndarray) -> np.ndarray:
+def _slice(eqn: Equation, x: np.ndarray) -> np.ndarray:
     p = eqn.params
     steps = p["strides"] or (1,) * x.ndim
     spans = zip(p["start_indices"], p["limit_indices"], steps, strict=True)

@@ -20,6 +20,7 @@ from jax.extend.core import Literal
 
 from jaxprune.coupling._labels import Value, all_zero
 from jaxprune.coupling._registry import RULES
+from jaxprune.program._types import Atom, Equation
 from jaxprune.program.primitives import (
     DECLARATIONS,
     Declaration,
@@ -78,7 +79,7 @@ class Part(NamedTuple):
     factors: tuple[int, ...]
     dims: tuple[Dims, ...]
 
-    def axes(self, eqn: Any) -> list[tuple[int, int]]:
+    def axes(self, eqn: Equation) -> list[tuple[int, int]]:
         """For every factor an (operand, axis) along which it runs."""
         found = signature(eqn)
         assert found is not None
@@ -92,7 +93,7 @@ def is_zero_at(value: Value, dims: Dims) -> bool:
 
 
 def parts(
-    eqn: Any, ins: Sequence[Value], dims: Dims, dies: Callable[[Value, int], bool]
+    eqn: Equation, ins: Sequence[Value], dims: Dims, dies: Callable[[Value, int], bool]
 ) -> list[Part] | None:
     """What the result is made of where `dims` of it are at dead positions.
 
@@ -139,7 +140,7 @@ def parts(
     return made
 
 
-def _is_followed(eqn: Any, known: Declaration) -> bool:
+def _is_followed(eqn: Equation, known: Declaration) -> bool:
     """Is it an equation whose dead values come from those of its operands?"""
     name = eqn.primitive.name
     if len(eqn.outvars) != 1 or name in _REFUSED:
@@ -152,7 +153,7 @@ def _is_followed(eqn: Any, known: Declaration) -> bool:
 
 
 def is_even(
-    scope: Scope, var: Any, value: Value, dims: Dims, *, signed: bool = False
+    scope: Scope, var: Atom, value: Value, dims: Dims, *, signed: bool = False
 ) -> bool:
     """Is the value the same wherever these dimensions are at dead positions?
 
@@ -178,7 +179,7 @@ def is_even(
     return found
 
 
-def _is_even(scope: Scope, var: Any, value: Value, dims: Dims, signed: bool) -> bool:
+def _is_even(scope: Scope, var: Atom, value: Value, dims: Dims, signed: bool) -> bool:
     above = made_by(scope, var)
     if above is not None:
         return is_even(*above, dims, signed=signed)
@@ -194,13 +195,13 @@ def _is_even(scope: Scope, var: Any, value: Value, dims: Dims, signed: bool) -> 
     return are_even(scope, step.eqn, step.ins, found, signed=signed)
 
 
-def _loses_signs(eqn: Any) -> bool:
+def _loses_signs(eqn: Equation) -> bool:
     return all(sign == "lost" for sign in signs_of_zeros(eqn))
 
 
 def are_even(
     scope: Scope,
-    eqn: Any,
+    eqn: Equation,
     ins: Sequence[Value],
     found: list[Part] | None,
     *,
@@ -225,7 +226,7 @@ def are_even(
     )
 
 
-def completes(scope: Scope, eqn: Any, *ins: Value) -> bool:
+def completes(scope: Scope, eqn: Equation, *ins: Value) -> bool:
     """Can `narrow` complete this reduction with what is at the dead positions?"""
     return are_even(scope, eqn, ins, parts(eqn, ins, NOWHERE, may_die))
 
@@ -235,7 +236,7 @@ def may_die(value: Value, d: int) -> bool:
     return not isinstance(value.axes[d], int)
 
 
-def made_by(scope: Scope, var: Any) -> tuple[Scope, Any, Value] | None:
+def made_by(scope: Scope, var: Atom) -> tuple[Scope, Any, Value] | None:
     """The same array on the other side of the border of an inlined call, if any."""
     if var in scope.bound and scope.outer is not None:
         return scope.outer, *scope.bound[var]
@@ -246,7 +247,7 @@ def made_by(scope: Scope, var: Any) -> tuple[Scope, Any, Value] | None:
     return inner.scope, inner.jaxpr.outvars[k], inner.outs[k]
 
 
-def _is_whole(scope: Scope, var: Any) -> bool:
+def _is_whole(scope: Scope, var: Atom) -> bool:
     """Is data computed by equations of its own, whole?"""
     if isinstance(var, Literal):
         return True
@@ -256,7 +257,7 @@ def _is_whole(scope: Scope, var: Any) -> bool:
     return var not in scope.made or not scope.made[var][0].subs
 
 
-def _is_placed(var: Any) -> bool:
+def _is_placed(var: Atom) -> bool:
     """Does the type of an array say where on a mesh its parts are?"""
     aval = var.aval
     spec = getattr(getattr(aval, "sharding", None), "spec", ())

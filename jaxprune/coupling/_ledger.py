@@ -24,6 +24,7 @@ from jaxprune.coupling._labels import (
     with_flags,
 )
 from jaxprune.coupling._reasons import text_of
+from jaxprune.program._types import Equation
 
 
 class Cause(NamedTuple):
@@ -39,8 +40,8 @@ class Cause(NamedTuple):
 
     kind: str
     text: str
-    eqn: Any = None
-    calls: tuple[Any, ...] = ()
+    eqn: Equation | None = None
+    calls: tuple[Equation, ...] = ()
 
 
 class Ledger:
@@ -58,7 +59,7 @@ class Ledger:
         self.ordered: list[Units] = []
         self.completed: list[tuple[Axis, int]] = []
         self.reasons: dict[int, Cause] = {ALIVE: Cause("alive", text_of("alive"))}
-        self.calls: list[Any] = []  # the equations being walked, outermost first
+        self.calls: list[Equation] = []  # the equations being walked, outermost first
         self._reason_of: dict[tuple[str | int, ...], int] = {}
         self._factors: dict[Any, tuple[Units, list[tuple[Column, ...]]]] = {}
 
@@ -99,7 +100,7 @@ class Ledger:
             return self.reason("size_one")
         return (Column(self.fresh(n), zero),)
 
-    def reason(self, kind: str, eqn: Any = None, **details: str) -> int:
+    def reason(self, kind: str, eqn: Equation | None = None, **details: str) -> int:
         """The unit that stands for a reason; doubles as a frozen `Axis`.
 
         Args:
@@ -172,7 +173,7 @@ class Ledger:
         self,
         axis: Axis,
         kind: str,
-        eqn: Any,
+        eqn: Equation,
         completes: Callable[[], bool] | None = None,
         **details: str,
     ) -> None:
@@ -192,7 +193,7 @@ class Ledger:
         a: Axis,
         b: Axis,
         kind: str,
-        eqn: Any,
+        eqn: Equation,
         completes: Callable[[], bool] | None = None,
     ) -> None:
         """A sum over products of `a` and `b`: exact if one of them is 0 when dead."""

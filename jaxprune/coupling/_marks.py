@@ -21,9 +21,10 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from jaxprune.coupling._labels import Axis, Value
+from jaxprune.coupling._labels import Axis, Column, Value
 from jaxprune.coupling._ledger import Ledger
 from jaxprune.coupling._solution import Solution
+from jaxprune.program._types import Equation
 
 Place: TypeAlias = tuple[int, int, int]  # number of an input, axis, group
 Sources: TypeAlias = Sequence[tuple[int, int]]  # (operand, axis)
@@ -90,7 +91,7 @@ class Places:
             self._seen[key] = (axis, self._find(axis))
         return self._seen[key][1]
 
-    def _find(self, axis: Any) -> dict[int, np.ndarray | None]:
+    def _find(self, axis: tuple[Column, ...]) -> dict[int, np.ndarray | None]:
         found: dict[int, np.ndarray | None] = {}
         for column in axis:
             for atoms in self._solution.atoms(column.units):
@@ -127,7 +128,7 @@ class Marking:
         self.places = places
         self.proposed: set[Place] = set()
         self.refused: dict[int, int] = {}
-        self.eqn: Any = None
+        self.eqn: Equation | None = None
         self._ledger, self._proposing = ledger, proposing
 
     def refuse(self, group: int, kind: str, **details: str) -> None:

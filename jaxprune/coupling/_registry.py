@@ -11,6 +11,9 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+from jaxprune.core._types import ApplyFn
+from jaxprune.program._types import Equation
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Rule:
@@ -30,7 +33,7 @@ class Rule:
     narrow: Callable[..., Any] | None = None
     resize: Callable[..., dict[str, Any] | None] | None = None
     inline: bool = False
-    whole: Callable[[Any], int] = lambda eqn: 0
+    whole: Callable[[Equation], int] = lambda eqn: 0
 
 
 RULES: dict[str, Rule] = {}
@@ -42,7 +45,7 @@ def register_label(
     narrow: Callable[..., Any] | None = None,
     resize: Callable[..., dict[str, Any] | None] | None = None,
     inline: bool = False,
-    whole: Callable[[Any], int] = lambda eqn: 0,
+    whole: Callable[[Equation], int] = lambda eqn: 0,
 ) -> None:
     """Registers a rule for the named primitives; see `Rule`."""
     rule = Rule(label, narrow, resize, inline, whole)
@@ -52,7 +55,7 @@ def register_label(
 def rule(*names: str, **halves: Any):
     """Decorator: registers a labelling function for the named primitives."""
 
-    def register(label: Callable[..., Any]) -> Callable[..., Any]:
+    def register(label: Callable[..., Any]) -> ApplyFn:
         register_label(label, *names, **halves)
         return label
 

@@ -6,7 +6,7 @@ place where it fails. See `jaxprune.coupling._marks` for what the marks mean.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from jaxprune.coupling._merging import mark as mark_step
 from jaxprune.coupling._solution import Solution
 from jaxprune.coupling._walk import Step, Walked
 from jaxprune.program._interpret import interpret
+from jaxprune.program._types import Atom, Equation
 
 
 class Roles(NamedTuple):
@@ -101,7 +102,7 @@ def _run(marking: Marking, walked: Walked, states: Sequence[State]) -> list[Stat
     """Marks the results of a program whose inputs have these marks."""
     _check(marking, walked.ins, states)
 
-    def step(number: int, eqn: Any, operands: list[State]) -> Sequence[State]:
+    def step(number: int, eqn: Equation, operands: list[State]) -> Sequence[State]:
         here = walked.steps[number]
         if all(value.data for value in here.outs):
             return list(map(marking.constant, here.outs))
@@ -112,7 +113,7 @@ def _run(marking: Marking, walked: Walked, states: Sequence[State]) -> list[Stat
         marking.eqn = before
         return results
 
-    def constant(var: Any) -> State:
+    def constant(var: Atom) -> State:
         return State(tuple({} for _ in getattr(var.aval, "shape", ())))
 
     outs = interpret(walked.jaxpr, states, step, constant, walked.eqns)

@@ -2,8 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -11,6 +10,7 @@ import numpy as np
 from jaxprune.core._groups import Groups
 from jaxprune.core._leaves import leaf_names
 from jaxprune.core._names import listed, matching, nearest, patterns
+from jaxprune.core._types import ApplyFn, PyTree
 from jaxprune.coupling._balance import Balance, balance_groups
 from jaxprune.coupling._branches import find_branches
 from jaxprune.coupling._collect import collect_groups, find_groups
@@ -26,15 +26,15 @@ from jaxprune.program._jaxprs import Program, is_array, trace_program
 
 @collector_paused()
 def trace(
-    apply_fn: Callable[..., Any],
-    variables: Any,
-    *args: Any,
+    apply_fn: ApplyFn,
+    variables: PyTree,
+    *args: PyTree,
     pin: str | Sequence[str] = (),
     unpin: str | Sequence[str] = (),
     balanced: str | Sequence[str] = (),
     writers: str | Sequence[str] = (),
     roles: bool = False,
-    **kwargs: Any,
+    **kwargs: PyTree,
 ) -> Groups:
     """Finds which parameter axes must be cut together.
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from jax.extend.core import Literal
 
+from jaxprune.core._types import PyTree
 from jaxprune.coupling import _data as data
 from jaxprune.coupling import rules
 from jaxprune.coupling._dead import Scope, completes
@@ -17,6 +18,7 @@ from jaxprune.coupling._writers import Labelled, Writers
 from jaxprune.coupling.rules._shuffle import join_shuffles
 from jaxprune.program._interpret import interpret
 from jaxprune.program._jaxprs import Program, input_name, live_equations, opened
+from jaxprune.program._types import Atom, Equation, Jaxpr
 
 assert rules  # importing the package fills the registry
 
@@ -31,7 +33,7 @@ class Step(NamedTuple):
         subs: the walked inner programs (scan body, branches, ...), in rule order.
     """
 
-    eqn: Any
+    eqn: Equation
     ins: tuple[Value, ...]
     outs: tuple[Value, ...]
     subs: tuple["Walked", ...] = ()
@@ -45,7 +47,7 @@ class Walked(NamedTuple):
         writers: of a whole program: those with units of their own, if any may.
     """
 
-    jaxpr: Any
+    jaxpr: Jaxpr
     consts: list[Any]
     ins: list[Value]
     outs: list[Value]
@@ -54,7 +56,7 @@ class Walked(NamedTuple):
     writers: Writers | None = None
 
     @property
-    def eqns(self) -> list[Any]:
+    def eqns(self) -> list[PyTree]:
         """The equations of the steps."""
         return [step.eqn for step in self.steps]
 
@@ -71,7 +73,7 @@ class Walk:
         self._scope: Scope | None = None
 
     def run(
-        self, jaxpr: Any, ins: list[Value], used: list[bool] | None = None
+        self, jaxpr: Jaxpr, ins: list[Value], used: list[bool] | None = None
     ) -> Walked:
         """Walks a jaxpr (closed or open) whose inputs carry the labels `ins`."""
         jaxpr, consts = opened(jaxpr)
@@ -84,7 +86,7 @@ class Walk:
         if writers is not None and calls:
             writers.enter_inner(calls[-1], jaxpr.invars)
 
-        def step(number: int, eqn: Any, values: list[Value]) -> tuple[Value, ...]:
+        def step(number: int, eqn: Equation, values: list[Value]) -> tuple[Value, ...]:
             self._subs = []
             calls.append(eqn)
             labelled = self._label(eqn, values)
@@ -95,7 +97,7 @@ class Walk:
                 writers.leave(eqn)
             return labelled.outs
 
-        def constant(var: Any) -> Value:
+        def constant(var: Atom) -> Value:
             if isinstance(var, Literal):
                 return data.literal(var)
             return known.get(var) or unused(var)
@@ -104,7 +106,7 @@ class Walk:
         self._subs, self._scope = outer, around
         return Walked(jaxpr, consts, list(ins), outs, steps, scope)
 
-    def _inner_scope(self, jaxpr: Any, ins: list[Value]) -> Scope:
+    def _inner_scope(self, jaxpr: Jaxpr, ins: list[Value]) -> Scope:
         """The scope of a program that the current equation, if any, holds."""
         eqn = self.ledger.calls[-1] if self.ledger.calls else None
         if eqn is None or not RULES[eqn.primitive.name].inline:
@@ -112,19 +114,19 @@ class Walk:
         around = zip(eqn.invars, ins, strict=True)
         return Scope(self._scope, zip(jaxpr.invars, around, strict=True))
 
-    def completes(self, eqn: Any, *values: Value) -> bool:
+    def completes(self, eqn: Equation, *values: Value) -> bool:
         """Can a reduction be completed with what is at the dead positions?"""
         return self._scope is not None and completes(self._scope, eqn, *values)
 
     def enter(
-        self, jaxpr: Any, ins: list[Value], used: list[bool] | None = None
+        self, jaxpr: Jaxpr, ins: list[Value], used: list[bool] | None = None
     ) -> list[Value]:
         """Walks an inner program of the current equation; returns its outputs."""
         sub = self.run(jaxpr, ins, used)
         self._subs.append(sub)
         return sub.outs
 
-    def enter_branch(self, jaxpr: Any, ins: list[Value]) -> list[Value]:
+    def enter_branch(self, jaxpr: Jaxpr, ins: list[Value]) -> list[Value]:
         """Like `enter`, for outputs that must agree with those of other programs."""
         outs = self.enter(jaxpr, ins)
         outs[:] = map(self.view, outs)
@@ -144,7 +146,7 @@ class Walk:
                 self.ledger.ordered.append(axis[0].units)
         return value._replace(axes=axes)
 
-    def unknown(self, eqn: Any, *values: Value) -> list[Value]:
+    def unknown(self, eqn: Equation, *values: Value) -> list[Value]:
         """Pins everything an equation touches: what is not understood is not cut."""
         name = eqn.primitive.name
         if name in REFUSED:
@@ -153,7 +155,7 @@ class Walk:
             why = self.ledger.reason("no_rule", eqn, name=name)
         return self.frozen(eqn, why, *values)
 
-    def frozen(self, eqn: Any, why: int, *values: Value) -> list[Value]:
+    def frozen(self, eqn: Equation, why: int, *values: Value) -> list[Value]:
         """Pins all axes of the operands and results of an equation."""
         for value in values:
             for axis in value.axes:
@@ -161,7 +163,7 @@ class Walk:
         shapes = [getattr(v.aval, "shape", ()) for v in eqn.outvars]
         return [Value(shape, (why,) * len(shape)) for shape in shapes]
 
-    def _label(self, eqn: Any, values: list[Value]) -> Step:
+    def _label(self, eqn: Equation, values: list[Value]) -> Step:
         """The equation on these operands: what it sees of them, and its results."""
         known = [value.data for value in values]
         if False not in known:
@@ -248,7 +250,7 @@ def _walk_program(
 _MOST_WALKS = 2
 
 
-def unused(var: Any) -> Value:
+def unused(var: Atom) -> Value:
     """A result that nothing needs."""
     shape = getattr(var.aval, "shape", ())
     return Value(shape, (0,) * len(shape))

@@ -21,6 +21,7 @@ from jaxprune.coupling._labels import Axis, Column, Units, same_units
 from jaxprune.coupling._ledger import Ledger
 from jaxprune.program._interpret import LOOPS
 from jaxprune.program._jaxprs import scan_counts
+from jaxprune.program._types import Atom, Equation
 
 SUMS = frozenset("add sub add_any".split())
 
@@ -60,11 +61,11 @@ class Writers:
 
     # -- what depends on an input: a bias is added too, but is no writer
 
-    def enter(self, invars: Sequence[Any], fed: Sequence[bool]) -> None:
+    def enter(self, invars: Sequence[Atom], fed: Sequence[bool]) -> None:
         """The inputs of a program, and which depend on an input of the function."""
         self._fed.update(zip(invars, fed, strict=True))
 
-    def enter_inner(self, eqn: Any, invars: Sequence[Any]) -> None:
+    def enter_inner(self, eqn: Equation, invars: Sequence[Atom]) -> None:
         """The inputs of a program that an equation holds: its last operands."""
         fed = [self.is_fed(var) for var in eqn.invars[len(eqn.invars) - len(invars) :]]
         fed = [True] * (len(invars) - len(fed)) + fed
@@ -78,28 +79,28 @@ class Writers:
         block, blocks = self._ledger.block, self._ledger.blocks
         return {block(blocks[key]): written for key, written in self.found.items()}
 
-    def _carried(self, eqn: Any) -> tuple[int, int]:
+    def _carried(self, eqn: Equation) -> tuple[int, int]:
         if eqn.primitive.name == "scan":
             return scan_counts(eqn.params)
         first = eqn.params["body_nconsts"]
         return first, len(eqn.outvars)
 
-    def leave(self, eqn: Any) -> None:
+    def leave(self, eqn: Equation) -> None:
         """The results of an equation."""
         fed = any(map(self.is_fed, eqn.invars))
         self._fed.update(dict.fromkeys(eqn.outvars, fed))
 
-    def is_fed(self, var: Any) -> bool:
+    def is_fed(self, var: Atom) -> bool:
         """Does this variable depend on an input that is no parameter?"""
         return not isinstance(var, Literal) and self._fed.get(var, False)
 
     # -- sums
 
-    def sums(self, eqn: Any) -> bool:
+    def sums(self, eqn: Equation) -> bool:
         """Is this a sum of two values that depend on inputs?"""
         return eqn.primitive.name in SUMS and all(map(self.is_fed, eqn.invars))
 
-    def join(self, eqn: Any, a: Axis, b: Axis) -> Axis | None:
+    def join(self, eqn: Equation, a: Axis, b: Axis) -> Axis | None:
         """The labels of a sum along an axis; None where both are to be tied."""
         if isinstance(a, int) and isinstance(b, int):
             return None
@@ -123,7 +124,7 @@ class Writers:
         self._write(block, writer, stream, (eqn, 0 if first >= 0 else 1))
         return stream
 
-    def _free_block(self, eqn: Any, axis: Axis) -> int:
+    def _free_block(self, eqn: Equation, axis: Axis) -> int:
         """The block of a writer that may have units of its own; -1 if it is none."""
         if isinstance(axis, int) or len(axis) != 1:
             return -1
@@ -158,17 +159,17 @@ class Labelled:
     A writer has those of its stream and its own, and a sum those that both sides have.
     """
 
-    def enter_inner(self, eqn: Any, invars: Sequence[Any]) -> None:
+    def enter_inner(self, eqn: Equation, invars: Sequence[Atom]) -> None:
         """Nothing has to be known of inputs."""
 
-    def leave(self, eqn: Any) -> None:
+    def leave(self, eqn: Equation) -> None:
         """Nothing has to be known of results."""
 
-    def sums(self, eqn: Any) -> bool:
+    def sums(self, eqn: Equation) -> bool:
         """Is this a sum?"""
         return eqn.primitive.name in SUMS
 
-    def join(self, eqn: Any, a: Axis, b: Axis) -> Axis | None:
+    def join(self, eqn: Equation, a: Axis, b: Axis) -> Axis | None:
         """See `Writers.join`."""
         if isinstance(a, int) or isinstance(b, int):
             return a if isinstance(a, int) else b

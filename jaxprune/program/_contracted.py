@@ -4,9 +4,10 @@ Where a product reads a parameter, it sums over some of its axes: the inputs of 
 N:M patterns run along them, second moments of activations belong to them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from jaxprune.core._types import ApplyFn, PyTree
 from jaxprune.program._interpret import (
     HOLDERS,
     Passage,
@@ -15,6 +16,7 @@ from jaxprune.program._interpret import (
     through,
 )
 from jaxprune.program._jaxprs import opened, trace_program, variable_path
+from jaxprune.program._types import Atom, Equation, Jaxpr
 from jaxprune.program.primitives import declaration
 
 Origins = frozenset[tuple[int, int]]  # (number of an input, its axis)
@@ -33,7 +35,7 @@ class _Axes(NamedTuple):
 
 
 def contracted_axes(
-    apply_fn: Callable[..., Any], variables: Any, *args: Any, **kwargs: Any
+    apply_fn: ApplyFn, variables: PyTree, *args: PyTree, **kwargs: PyTree
 ) -> dict[str, tuple[int, ...]]:
     """The axes of every parameter that the products of a function sum over.
 
@@ -82,21 +84,21 @@ def contracted_axes_of(program: Any, chosen: Sequence[bool]) -> list[tuple[int, 
     return [tuple([d for k, d in order if k == own]) for own in range(len(ins))]
 
 
-def _run(jaxpr: Any, ins: Sequence[_Axes], found: dict[Any, bool]) -> list[_Axes]:
+def _run(jaxpr: Jaxpr, ins: Sequence[_Axes], found: dict[Any, bool]) -> list[_Axes]:
     jaxpr, _ = opened(jaxpr)
 
-    def step(number: int, eqn: Any, operands: list[_Axes]) -> list[_Axes]:
+    def step(number: int, eqn: Equation, operands: list[_Axes]) -> list[_Axes]:
         if eqn.primitive.name in HOLDERS:
             return through(eqn, operands, _passage(eqn, found))
         return _equation(eqn, operands, found)
 
-    def constant(var: Any) -> _Axes:
+    def constant(var: Atom) -> _Axes:
         return _Axes((frozenset(),) * len(getattr(var.aval, "shape", ())))
 
     return interpret(jaxpr, ins, step, constant)
 
 
-def _passage(eqn: Any, found: dict[Any, bool]) -> Passage[_Axes]:
+def _passage(eqn: Equation, found: dict[Any, bool]) -> Passage[_Axes]:
     programs = inner_jaxprs(eqn)
     return Passage(
         run=lambda k, ins: _run(programs[k], ins, found),
@@ -117,7 +119,9 @@ def _join(a: _Axes, b: _Axes) -> _Axes:
     return _Axes(tuple([x | y for x, y in pairs]))
 
 
-def _equation(eqn: Any, operands: list[_Axes], found: dict[Any, bool]) -> list[_Axes]:
+def _equation(
+    eqn: Equation, operands: list[_Axes], found: dict[Any, bool]
+) -> list[_Axes]:
     known = declaration(eqn)
     free = any(value.free for value in operands)
     signature = None if known is None else known.signature(eqn, lambda operand: None)

@@ -7,6 +7,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from jax.extend.core import Literal
 
 from jaxprune.program._jaxprs import scan_counts
+from jaxprune.program._types import Atom, Equation, Jaxpr
 
 T = TypeVar("T")
 
@@ -21,11 +22,11 @@ HOLDERS = PLAIN | LOOPS | {"cond"}
 
 
 def interpret(
-    jaxpr: Any,
+    jaxpr: Jaxpr,
     ins: Sequence[T],
     step: Callable[[int, Any, list[T]], Iterable[T]],
     constant: Callable[[Any], T],
-    equations: Sequence[Any] | None = None,
+    equations: Sequence[Equation] | None = None,
 ) -> list[T]:
     """Carries a value of any kind for every variable through a program.
 
@@ -38,7 +39,7 @@ def interpret(
     """
     env: dict[Any, T] = dict(zip(jaxpr.invars, ins, strict=True))
 
-    def read(var: Any) -> T:
+    def read(var: Atom) -> T:
         return constant(var) if isinstance(var, Literal) or var not in env else env[var]
 
     for number, eqn in enumerate(jaxpr.eqns if equations is None else equations):
@@ -47,7 +48,7 @@ def interpret(
     return [read(var) for var in jaxpr.outvars]
 
 
-def inner_jaxprs(eqn: Any) -> list[Any]:
+def inner_jaxprs(eqn: Equation) -> list[Any]:
     """The programs of a call, loop or branch, as `through` numbers them.
 
     A loop with a condition holds its body first.
@@ -87,7 +88,7 @@ class Passage(NamedTuple, Generic[T]):
     deciding: Callable[[T], Any] = _same
 
 
-def through(eqn: Any, operands: Sequence[T], passage: Passage[T]) -> list[T]:
+def through(eqn: Equation, operands: Sequence[T], passage: Passage[T]) -> list[T]:
     """The results of an equation of `HOLDERS`."""
     name = eqn.primitive.name
     if name == "scan":
@@ -99,7 +100,7 @@ def through(eqn: Any, operands: Sequence[T], passage: Passage[T]) -> list[T]:
     return list(passage.run(0, list(operands)))
 
 
-def _scan(eqn: Any, operands: list[T], passage: Passage[T]) -> list[T]:
+def _scan(eqn: Equation, operands: list[T], passage: Passage[T]) -> list[T]:
     n_consts, n_carry = scan_counts(eqn.params)
     consts, init = operands[:n_consts], operands[n_consts : n_consts + n_carry]
     slices = list(map(passage.unstacked, operands[n_consts + n_carry :]))
@@ -114,7 +115,7 @@ def _scan(eqn: Any, operands: list[T], passage: Passage[T]) -> list[T]:
     return [*carry, *map(passage.stacked, made)]
 
 
-def _while(eqn: Any, operands: list[T], passage: Passage[T]) -> list[T]:
+def _while(eqn: Equation, operands: list[T], passage: Passage[T]) -> list[T]:
     n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     consts, init = operands[n_cond : n_cond + n_body], operands[n_cond + n_body :]
 
@@ -139,7 +140,7 @@ def _fixed_point(
         carry = after
 
 
-def _cond(eqn: Any, operands: list[T], passage: Passage[T]) -> list[T]:
+def _cond(eqn: Equation, operands: list[T], passage: Passage[T]) -> list[T]:
     index, *rest = operands
     passage.deciding(index)
     branches = range(len(eqn.params["branches"]))

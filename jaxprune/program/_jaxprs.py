@@ -9,7 +9,7 @@ import functools
 import itertools
 import pathlib
 import weakref
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -19,9 +19,11 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.sharding import NamedSharding
 
 from jaxprune.core._leaves import keystr, leaf_names
+from jaxprune.core._types import ApplyFn, PyTree
+from jaxprune.program._types import Atom, Equation, Jaxpr
 
 
-def opened(jaxpr: Any) -> tuple[Any, list[Any]]:
+def opened(jaxpr: Jaxpr | ClosedJaxpr) -> tuple[Any, list[Any]]:
     """A jaxpr, closed or not, as (jaxpr with eqns, constants)."""
     return getattr(jaxpr, "jaxpr", jaxpr), list(getattr(jaxpr, "consts", ()))
 
@@ -29,9 +31,9 @@ def opened(jaxpr: Any) -> tuple[Any, list[Any]]:
 def closed(
     like: Any,
     consts: Sequence[tuple[Any, Any]],
-    invars: Sequence[Any],
-    outvars: Sequence[Any],
-    eqns: Sequence[Any],
+    invars: Sequence[Atom],
+    outvars: Sequence[Atom],
+    eqns: Sequence[Equation],
     effects: Set[Any],
 ) -> Any:
     """A closed jaxpr with the names of `like`, from constants (variable, value) on."""
@@ -47,11 +49,11 @@ def closed(
 
 
 @jax.jit
-def _one_to_two(x: Any) -> Any:
+def _one_to_two(x: jax.Array) -> Any:
     return x, x
 
 
-def call(jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
+def call(jaxpr: Any, operands: Sequence[PyTree]) -> list[PyTree]:
     """Runs a closed jaxpr as one call of jit, without tracing it again."""
     if getattr(jax.config, "jax_disable_jit"):  # noqa: B009
         return jaxpr_as_fun(jaxpr)(*operands)
@@ -66,7 +68,7 @@ def call(jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
     return bind(eqn, *operands, **changed, jaxpr=jaxpr, name=name)
 
 
-def scan_counts(params: Any) -> tuple[int, int]:
+def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
     """(number of constants, number of carries) of a scan equation."""
     if "num_consts" in params:
         return params["num_consts"], params["num_carry"]
@@ -74,7 +76,7 @@ def scan_counts(params: Any) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
-def bind(eqn: Any, *operands: Any, **changed: Any) -> list[Any]:
+def bind(eqn: Equation, *operands: jax.Array, **changed: Any) -> list[PyTree]:
     """Runs one equation, with these parameters changed; always a list of results."""
     with eqn.ctx.manager:
         params = eqn.primitive.get_bind_params(eqn.params | changed)
@@ -121,7 +123,7 @@ class Program:
         return id(self.closed), tuple(self.paths), tuple(self.out_paths), self.out_tree
 
 
-def is_array(leaf: Any) -> bool:
+def is_array(leaf: PyTree) -> bool:
     """Is this leaf traced? Everything else (bools, strings, numbers) is static."""
     return isinstance(leaf, (jax.ShapeDtypeStruct, np.ndarray, np.generic, jax.Array))
 
@@ -140,7 +142,7 @@ def input_name(path: str) -> str:
 
 
 def _jitted(
-    fn: Callable[..., Any], tree: Any, static: Sequence[Any]
+    fn: ApplyFn, tree: PyTree, static: Sequence[Any]
 ) -> tuple[Any, dict[Any, Any]]:
     """`fn` of its array leaves alone, jitted, and what is remembered of its programs.
 
@@ -176,7 +178,7 @@ _MOST = 4
 
 
 def _jit_flat(
-    refer: Callable[[], Any], fn: Any, tree: Any, static: Sequence[Any]
+    refer: Callable[[], Any], fn: Any, tree: PyTree, static: Sequence[Any]
 ) -> Any:
     def flat(*arrays: Any) -> Any:
         rest = iter(arrays)
@@ -191,7 +193,7 @@ def _jit_flat(
 _ARRAY = object()
 
 
-def trace_program(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Program:
+def trace_program(fn: ApplyFn, *args: PyTree, **kwargs: PyTree) -> Program:
     """Traces `fn` from arrays or shapes; leaves that are no arrays are static."""
     flat, tree = jax.tree.flatten((args, kwargs))
     static = [_ARRAY if is_array(leaf) else leaf for leaf in flat]
@@ -215,7 +217,9 @@ def trace_program(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Program:
     )
 
 
-def abstract(leaf: Any, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeStruct:
+def abstract(
+    leaf: PyTree, shape: tuple[int, ...] | None = None
+) -> jax.ShapeDtypeStruct:
     """What is known of an array before it is there, at its own or another shape.
 
     Keeps what decides how JAX types a program: dtype, weak type and, inside
@@ -234,7 +238,7 @@ def abstract(leaf: Any, shape: tuple[int, ...] | None = None) -> jax.ShapeDtypeS
     return jax.ShapeDtypeStruct(shape, aval.dtype, **options)
 
 
-def live_equations(jaxpr: Any, used: list[bool] | None = None) -> list[Any]:
+def live_equations(jaxpr: Jaxpr, used: list[bool] | None = None) -> Sequence[Equation]:
     """The equations that the used outputs (all, unless told) need, in order."""
     outs = jaxpr.outvars
     if used is None and len(jaxpr.eqns) == 1 and outs == jaxpr.eqns[0].outvars:
@@ -251,7 +255,7 @@ def live_equations(jaxpr: Any, used: list[bool] | None = None) -> list[Any]:
 _LIBRARIES = ("jax", "jaxlib", "flax", "haiku", "equinox", "jaxprune", "functools.py")
 
 
-def source_line(eqn: Any) -> str:
+def source_line(eqn: Equation) -> str:
     """``file.py:12 (function)`` of the user's line behind an equation, or ""."""
     traceback = getattr(getattr(eqn, "source_info", None), "traceback", None)
     frames = getattr(traceback, "frames", None) or []

@@ -4,13 +4,15 @@ from typing import Any
 
 from jaxprune.coupling._labels import Value
 from jaxprune.coupling._registry import rule
+from jaxprune.coupling._types import Liveness, Step, Walk
 from jaxprune.coupling.rules._control import meet
 from jaxprune.coupling.rules._elementwise import doubt_poles
 from jaxprune.coupling.rules._factors import by_factors
+from jaxprune.program._types import Equation
 
 
 @rule("cholesky", "triangular_solve", "tridiagonal_solve")
-def _of_regular(walk: Any, eqn: Any, *values: Value) -> Any:
+def _of_regular(walk: Walk, eqn: Equation, *values: Value) -> Any:
     """A matrix that is 0 has no factor and no solution."""
     unit = eqn.params.get("unit_diagonal", False)  # its diagonal counts as 1
     for value in values[:0] if unit else values[:-1] or values:
@@ -18,11 +20,11 @@ def _of_regular(walk: Any, eqn: Any, *values: Value) -> Any:
     return by_factors(walk, eqn, *values)
 
 
-def _constants(eqn: Any) -> int:
+def _constants(eqn: Equation) -> int:
     return sum(eqn.params["const_lengths"])
 
 
-def _resize_solve(kept: Any, step: Any) -> dict[str, Any]:
+def _resize_solve(kept: Liveness, step: Step) -> dict[str, Any]:
     programs = step.eqn.params["jaxprs"]
     given = iter(step.subs)
     changed = [p if p is None else kept.program(next(given)) for p in programs]
@@ -30,7 +32,7 @@ def _resize_solve(kept: Any, step: Any) -> dict[str, Any]:
 
 
 @rule("custom_linear_solve", resize=_resize_solve, whole=_constants)
-def _solve(walk: Any, eqn: Any, *values: Value) -> list[Value]:
+def _solve(walk: Walk, eqn: Equation, *values: Value) -> list[Value]:
     """The solution is what the solver makes; all programs agree on its labels."""
     # Its programs take the right-hand sides as they are cut, be they data or not.
     right = [Value(v.shape, v.axes, v.is_zero) for v in values[_constants(eqn) :]]

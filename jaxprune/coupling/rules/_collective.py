@@ -12,24 +12,26 @@ import numpy as np
 
 from jaxprune.coupling._labels import Axis, Value, take
 from jaxprune.coupling._registry import rule
+from jaxprune.coupling._types import Walk
 from jaxprune.coupling.rules._elementwise import elementwise
 from jaxprune.coupling.rules._reduction import reduced
+from jaxprune.program._types import Equation
 
 
 @rule("psum", "psum2", "psum_invariant", "unreduced_psum")
-def _psum(walk: Any, eqn: Any, *values: Value) -> list[Value]:
+def _psum(walk: Walk, eqn: Equation, *values: Value) -> list[Value]:
     return [_over_dimensions(walk, eqn, v, "sum", keeps_zero=True) for v in values]
 
 
 @rule("pmax", "pmin", "unreduced_pmax", "unreduced_pmin")
-def _extreme(walk: Any, eqn: Any, *values: Value) -> list[Value]:
+def _extreme(walk: Walk, eqn: Equation, *values: Value) -> list[Value]:
     name = "a maximum" if "pmax" in eqn.primitive.name else "a minimum"
     options = {"keeps_zero": False, "name": name}
     return [_over_dimensions(walk, eqn, v, "reduction", **options) for v in values]
 
 
 def _over_dimensions(
-    walk: Any, eqn: Any, value: Value, kind: str, **options: Any
+    walk: Walk, eqn: Equation, value: Value, kind: str, **options: Any
 ) -> Value:
     """Reduces the dimensions that are named by numbers."""
     numbers = [d for d in eqn.params["axes"] if isinstance(d, int)]
@@ -48,7 +50,7 @@ def _with_axis(value: Value, shape: tuple[int, ...], d: int, axis: Axis) -> Valu
 
 
 @rule("all_gather", "all_gather_invariant", "all_gather_reduced")
-def _all_gather(walk: Any, eqn: Any, *values: Value) -> list[Value]:
+def _all_gather(walk: Walk, eqn: Equation, *values: Value) -> list[Value]:
     p, outs = eqn.params, []
     d, copies = p["all_gather_dimension"], p["axis_size"]
     for value, var in zip(values, eqn.outvars, strict=True):
@@ -64,7 +66,7 @@ def _tiled(size: int, copies: int) -> np.ndarray:
 
 
 @rule("reduce_scatter", "unreduced_reduce_scatter")
-def _reduce_scatter(walk: Any, eqn: Any, value: Value) -> Value:
+def _reduce_scatter(walk: Walk, eqn: Equation, value: Value) -> Value:
     d = eqn.params["scatter_dimension"]
     why = walk.ledger.reason("distributed", eqn)
     walk.ledger.freeze(value.axes[d], why)
@@ -76,7 +78,7 @@ def _reduce_scatter(walk: Any, eqn: Any, value: Value) -> Value:
 
 
 @rule("all_to_all")
-def _all_to_all(walk: Any, eqn: Any, value: Value) -> Value:
+def _all_to_all(walk: Walk, eqn: Equation, value: Value) -> Value:
     p = eqn.params
     split, joined = p["split_axis"], p["concat_axis"]
     why = walk.ledger.reason("distributed", eqn)

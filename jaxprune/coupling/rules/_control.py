@@ -10,8 +10,10 @@ import jax
 from jax import lax
 from jax.extend.core import DropVar
 
+from jaxprune.core._types import PyTree
 from jaxprune.coupling._labels import Axis, Value, both, flags_on, with_flags
 from jaxprune.coupling._registry import rule
+from jaxprune.coupling._types import Liveness, Narrowed, Step, Walk
 from jaxprune.program._interpret import (
     CALLS,
     REMATS,
@@ -20,35 +22,36 @@ from jaxprune.program._interpret import (
     through,
 )
 from jaxprune.program._jaxprs import abstract, scan_counts
+from jaxprune.program._types import Equation
 
 # --- calls ---------------------------------------------------------------------------
 
 
-def _all_operands(eqn: Any) -> int:
+def _all_operands(eqn: Equation) -> int:
     return len(eqn.invars)
 
 
-def _used(eqn: Any) -> list[bool]:
+def _used(eqn: Equation) -> list[bool]:
     return [not isinstance(v, DropVar) for v in eqn.outvars]
 
 
 @rule(*CALLS, inline=True, whole=_all_operands)
-def _call(walk: Any, eqn: Any, *values: Value) -> list[Value]:
+def _call(walk: Walk, eqn: Equation, *values: Value) -> list[Value]:
     return walk.enter(inner_jaxprs(eqn)[0], list(values), _used(eqn))
 
 
 @rule("call_hi_primitive", inline=True, whole=_all_operands)
-def _high(walk: Any, eqn: Any, *values: Value) -> list[Value]:
+def _high(walk: Walk, eqn: Equation, *values: Value) -> list[Value]:
     """A primitive of JAX that is itself a program (`jnp.digitize`, from 0.12 on)."""
     avals = [abstract(var.aval) for var in eqn.invars]
     expand = functools.partial(eqn.primitive.to_lojax, **eqn.params)
     return walk.enter(jax.make_jaxpr(expand)(*avals), list(values), _used(eqn))
 
 
-def _narrow_remat(kept: Any, step: Any, *operands: Any) -> Any:
+def _narrow_remat(kept: Liveness, step: Step, *operands: jax.Array) -> Narrowed:
     p = step.eqn.params
 
-    def body(*args: Any) -> Any:
+    def body(*args: PyTree) -> Any:
         return kept.replay(step.subs[0], args)
 
     options = {"prevent_cse": p["prevent_cse"], "policy": p["policy"]}
@@ -58,7 +61,7 @@ def _narrow_remat(kept: Any, step: Any, *operands: Any) -> Any:
 # --- loops and branches --------------------------------------------------------------
 
 
-def meet(walk: Any, a: Value, b: Value) -> Value:
+def meet(walk: Walk, a: Value, b: Value) -> Value:
     """Ties two values that stand for one; 0 only where both are."""
     axes = []
     for x, y in zip(a.axes, b.axes, strict=True):
@@ -74,7 +77,7 @@ def _weaker(x: Axis, y: Axis) -> Axis:
     return with_flags(x, list(map(both, flags, flags_on(x, y))))
 
 
-def _flags(values: list[Value]) -> list[Any]:
+def _flags(values: list[Value]) -> list[PyTree]:
     """What a loop can still lose: the zero flags and which axes are live."""
     return [
         (
@@ -85,9 +88,10 @@ def _flags(values: list[Value]) -> list[Any]:
     ]
 
 
-def _pass_through(walk: Any, eqn: Any, *values: Value) -> list[Value]:
+def _pass_through(walk: Walk, eqn: Equation, *values: Value) -> list[Value]:
     """Labels through the inner programs of an equation."""
-    programs, length = inner_jaxprs(eqn), eqn.params.get("length")
+    programs = inner_jaxprs(eqn)
+    length: Any = eqn.params.get("length")  # only a scan has one, and stacks
     why = walk.ledger.reason("scan", eqn)
 
     def run(number: int, ins: list[Value]) -> list[Value]:
@@ -116,12 +120,12 @@ def _pass_through(walk: Any, eqn: Any, *values: Value) -> list[Value]:
     )
 
 
-def _narrow_scan(kept: Any, step: Any, *operands: Any) -> Any:
+def _narrow_scan(kept: Liveness, step: Step, *operands: jax.Array) -> Narrowed:
     p = step.eqn.params
     n_consts, n_carry = scan_counts(p)
     consts, init = operands[:n_consts], operands[n_consts : n_consts + n_carry]
 
-    def body(carry: Any, xs: Any) -> Any:
+    def body(carry: PyTree, xs: PyTree) -> Any:
         outs = kept.replay(step.subs[0], [*consts, *carry, *xs])
         return outs[:n_carry], outs[n_carry:]
 
@@ -131,7 +135,7 @@ def _narrow_scan(kept: Any, step: Any, *operands: Any) -> Any:
     return [*carry, *ys]
 
 
-def _scan_constants(eqn: Any) -> int:
+def _scan_constants(eqn: Equation) -> int:
     return scan_counts(eqn.params)[0]
 
 
@@ -139,28 +143,30 @@ rule(*REMATS, narrow=_narrow_remat, whole=_all_operands)(_pass_through)
 rule("scan", narrow=_narrow_scan, whole=_scan_constants)(_pass_through)
 
 
-def _narrow_while(kept: Any, step: Any, *operands: Any) -> Any:
+def _narrow_while(kept: Liveness, step: Step, *operands: jax.Array) -> Narrowed:
     p = step.eqn.params
     n_cond, n_body = p["cond_nconsts"], p["body_nconsts"]
     cond_consts, body_consts = operands[:n_cond], operands[n_cond : n_cond + n_body]
 
-    def cond(carry: Any) -> Any:
+    def cond(carry: PyTree) -> Any:
         return kept.replay(step.subs[1], [*cond_consts, *carry])[0]
 
-    def body(carry: Any) -> Any:
+    def body(carry: PyTree) -> Any:
         return kept.replay(step.subs[0], [*body_consts, *carry])
 
     return lax.while_loop(cond, body, list(operands[n_cond + n_body :]))
 
 
-def _loop_constants(eqn: Any) -> int:
+def _loop_constants(eqn: Equation) -> int:
     return eqn.params["cond_nconsts"] + eqn.params["body_nconsts"]
 
 
 rule("while", narrow=_narrow_while, whole=_loop_constants)(_pass_through)
 
 
-def _narrow_cond(kept: Any, step: Any, index: Any, *operands: Any) -> Any:
+def _narrow_cond(
+    kept: Liveness, step: Step, index: jax.Array, *operands: jax.Array
+) -> Narrowed:
     branches = [lambda *args, sub=sub: kept.replay(sub, args) for sub in step.subs]
     return lax.switch(index, branches, *operands)
 

@@ -7,7 +7,7 @@ which he does: a rule may ask which they are, and may fail for others.
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,16 +15,19 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr
 from jax.extend.linear_util import wrap_init
 
+from jaxprune.core._types import PyTree
 from jaxprune.coupling._labels import Value
 from jaxprune.coupling._registry import rule
+from jaxprune.coupling._types import Liveness, Narrowed, Step, Walk
 from jaxprune.program._jaxprs import abstract, bind, opened, source_line
+from jaxprune.program._types import Aval, Equation
 
 
-def _all_operands(eqn: Any) -> int:
+def _all_operands(eqn: Equation) -> int:
     return len(eqn.invars)
 
 
-def _resize_custom_jvp(kept: Any, step: Any) -> dict[str, Any]:
+def _resize_custom_jvp(kept: Liveness, step: Step) -> dict[str, Any]:
     p = step.eqn.params
     ins = step.ins[p["num_consts"] :]
     slopes = [Value(value.shape, value.axes, data=value.data) for value in ins]
@@ -46,18 +49,18 @@ def _resize_custom_jvp(kept: Any, step: Any) -> dict[str, Any]:
 
 
 @rule("custom_jvp_call", resize=_resize_custom_jvp, whole=_all_operands)
-def _custom_jvp(walk: Any, eqn: Any, *values: Value) -> list[Value]:
+def _custom_jvp(walk: Walk, eqn: Equation, *values: Value) -> list[Value]:
     return walk.enter_branch(eqn.params["call_jaxpr"], list(values))
 
 
-def _narrow_custom_vjp(kept: Any, step: Any, *operands: Any) -> Any:
+def _narrow_custom_vjp(kept: Liveness, step: Step, *operands: jax.Array) -> Narrowed:
     @jax.custom_vjp
-    def call(*args: Any) -> Any:
+    def call(*args: PyTree) -> Any:
         return kept.replay(step.subs[0], args)
 
     passes: dict[Any, _Forward] = {}  # structure of the residuals -> what made them
 
-    def forward(*args: Any) -> Any:
+    def forward(*args: PyTree) -> Any:
         moving = [k for k, arg in enumerate(args) if arg.perturbed]
         moving = [k for k in moving if _has_slope(args[k].value)]
         run = _Forward(kept, step, moving)
@@ -65,7 +68,7 @@ def _narrow_custom_vjp(kept: Any, step: Any, *operands: Any) -> Any:
         passes[jax.tree.structure(residuals)] = run
         return outs, residuals
 
-    def backward(residuals: Any, cotangents: Any) -> Any:
+    def backward(residuals: PyTree, cotangents: PyTree) -> Any:
         run = passes[jax.tree.structure(residuals)]
         slopes = run.backward(residuals, cotangents)
         return tuple([slopes.get(k) for k in range(len(operands))])
@@ -75,11 +78,11 @@ def _narrow_custom_vjp(kept: Any, step: Any, *operands: Any) -> Any:
 
 
 @rule("custom_vjp_call", narrow=_narrow_custom_vjp, whole=_all_operands)
-def _custom_vjp(walk: Any, eqn: Any, *values: Value) -> list[Value]:
+def _custom_vjp(walk: Walk, eqn: Equation, *values: Value) -> list[Value]:
     return walk.enter_branch(eqn.params["call_jaxpr"], list(values))
 
 
-def _has_slope(x: Any) -> bool:
+def _has_slope(x: jax.Array | Aval) -> bool:
     """Is the derivative with respect to this array more than a formal zero?"""
     return jnp.issubdtype(x.dtype, jnp.inexact)
 
@@ -91,14 +94,14 @@ class _Forward:
         narrowed: ``operands -> (results, pull-back)``.
     """
 
-    def __init__(self, kept: Any, step: Any, moving: Sequence[int]) -> None:
+    def __init__(self, kept: Liveness, step: Step, moving: Sequence[int]) -> None:
         self.kept, self.step, self.moving = kept, step, moving
         avals = [abstract(var.aval) for var in step.eqn.invars]
         given = list(map(kept.given, step.ins))
         self.narrowed = kept.narrow_call(self._forward, avals, given)
         _check_closed_over(self.narrowed.program.closed.consts, step)
 
-    def _forward(self, *primals: Any) -> Any:
+    def _forward(self, *primals: PyTree) -> PyTree:
         """At full size."""
 
         def of_moving(moved: dict[int, Any]) -> Any:
@@ -107,12 +110,12 @@ class _Forward:
 
         return jax.vjp(of_moving, {k: primals[k] for k in self.moving})
 
-    def backward(self, residuals: Any, cotangents: Sequence[Any]) -> dict[int, Any]:
+    def backward(self, residuals: PyTree, cotangents: Sequence[Any]) -> dict[int, Any]:
         """The slopes of the moving operands, by number."""
         outs = [var.aval for var in self.step.eqn.outvars]
         reals = [k for k, aval in enumerate(outs) if _has_slope(aval)]
 
-        def full(pull: Any, cts: Any) -> Any:
+        def full(pull: Any, cts: PyTree) -> Any:
             every: list[Any] = [np.zeros(v.shape, jax.dtypes.float0) for v in outs]
             for k, ct in zip(reals, cts, strict=True):
                 every[k] = ct
@@ -131,7 +134,9 @@ class _Forward:
             for k, slope in slopes.items()
         }
 
-    def _like_operand(self, slope: Any, operand: Value, kept: Any, value: Value) -> Any:
+    def _like_operand(
+        self, slope: PyTree, operand: Value, kept: Liveness, value: Value
+    ) -> Any:
         """The slope at the size of the operand: data is whole, also where it is cut."""
         if not operand.data:
             return slope
@@ -144,7 +149,7 @@ class _Forward:
         return slope
 
 
-def _check_closed_over(consts: Sequence[Any], step: Any) -> None:
+def _check_closed_over(consts: Sequence[Any], step: Step) -> None:
     """Raises if a derivative reads what the traced function computed outside of it.
 
     A derivative is Python code that runs when somebody differentiates. By then the
@@ -165,9 +170,9 @@ def _check_closed_over(consts: Sequence[Any], step: Any) -> None:
             )
 
 
-def _instantiated(ct: Any) -> Any:
+def _instantiated(ct: PyTree) -> Any:
     """The array behind a cotangent that may be a symbolic zero."""
     if isinstance(ct, jax.custom_derivatives.SymbolicZero):
-        aval: Any = ct.aval
+        aval = cast(Aval, ct.aval)
         return jnp.zeros(aval.shape, aval.dtype)
     return ct

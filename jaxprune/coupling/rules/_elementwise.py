@@ -6,8 +6,9 @@ only in whether the result is 0 where the operands are.
 
 from collections.abc import Callable, Sequence
 from functools import reduce
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import Literal
@@ -25,8 +26,10 @@ from jaxprune.coupling._labels import (
     with_zero,
 )
 from jaxprune.coupling._registry import register_label
-from jaxprune.coupling._writers import SUMS
+from jaxprune.coupling._types import Liveness, Narrowed, Step, Walk
+from jaxprune.coupling._writers import SUMS, Writers
 from jaxprune.program._jaxprs import bind
+from jaxprune.program._types import Equation
 from jaxprune.program.primitives import DECLARATIONS
 
 Combine: TypeAlias = Callable[[Zero, Zero], Zero]  # folded over more operands
@@ -41,7 +44,7 @@ def elementwise(zero: str) -> Callable[..., Value]:
     """
     combine = _COMBINE[zero]
 
-    def label(walk: Any, eqn: Any, *values: Value) -> Value:
+    def label(walk: Walk, eqn: Equation, *values: Value) -> Value:
         shape = eqn.outvars[0].aval.shape
         if len(values) == 1:
             axes = values[0].axes
@@ -60,7 +63,7 @@ def elementwise(zero: str) -> Callable[..., Value]:
 
 
 def _axes_of_two(
-    walk: Any, eqn: Any, x: Value, y: Value, combine: Combine
+    walk: Walk, eqn: Equation, x: Value, y: Value, combine: Combine
 ) -> list[Axis]:
     """The axes of two operands; a scalar or an axis of size 1 is there for all."""
     if x.shape == y.shape:
@@ -92,12 +95,13 @@ def _axes_of_two(
 
 
 def _axes_of_sum(
-    walk: Any, eqn: Any, x: Value, y: Value, combine: Combine
+    walk: Walk, eqn: Equation, x: Value, y: Value, combine: Combine
 ) -> list[Axis]:
     """The axes of a sum of which an operand may have units of its own."""
-    axes = []
+    axes: list[Axis] = []
+    writers = cast(Writers, walk.writers)
     for a, b in zip(x.axes, y.axes, strict=True):
-        stream = walk.writers.join(eqn, a, b)
+        stream = writers.join(eqn, a, b)
         if stream is None:
             axes.append(_pair(walk, a, b, combine))
         elif isinstance(stream, int):
@@ -108,7 +112,7 @@ def _axes_of_sum(
     return axes
 
 
-def _pair(walk: Any, a: Axis, b: Axis, combine: Combine) -> Axis:
+def _pair(walk: Walk, a: Axis, b: Axis, combine: Combine) -> Axis:
     """Ties two axes of the same size."""
     if a is b and combine in _IDEMPOTENT:
         return a
@@ -124,14 +128,14 @@ def _pair(walk: Any, a: Axis, b: Axis, combine: Combine) -> Axis:
     return with_flags(chosen, list(flags))
 
 
-def _spread(walk: Any, eqn: Any, axis: Axis) -> None:
+def _spread(walk: Walk, eqn: Equation, axis: Axis) -> None:
     """An axis of size 1 is spread over a longer one: it cannot go."""
     if not isinstance(axis, int):
         walk.ledger.freeze(axis, walk.ledger.reason("broadcast", eqn))
 
 
 def join_axes(
-    walk: Any, eqn: Any, values: Sequence[Value], d: int, n: int, combine: Combine
+    walk: Walk, eqn: Equation, values: Sequence[Value], d: int, n: int, combine: Combine
 ) -> Axis:
     """Ties the axes `d`, of size `n`, of several operands, some of them scalars."""
     here: dict[int, Axis] = {}
@@ -151,7 +155,7 @@ def join_axes(
     return with_flags(chosen, [reduce(combine, flags) for flags in columns])
 
 
-def _tie_all(walk: Any, axes: list[Axis]) -> Axis:
+def _tie_all(walk: Walk, axes: list[Axis]) -> Axis:
     """Ties the axes of several operands; returns the one with the most columns."""
     chosen = first = axes[0]
     for axis in axes[1:]:
@@ -191,7 +195,7 @@ for _name, _known in DECLARATIONS.items():
         register_label(elementwise(_known.zero), _name)
 
 
-def doubt_poles(walk: Any, eqn: Any, value: Value) -> None:
+def doubt_poles(walk: Walk, eqn: Equation, value: Value) -> None:
     """The masked program computes 1 / 0 or log 0 here, and nan * 0 is not 0."""
     for axis in value.axes:
         for units, zero in () if isinstance(axis, int) else axis:
@@ -203,24 +207,24 @@ def doubt_poles(walk: Any, eqn: Any, value: Value) -> None:
                 walk.ledger.doubt(units, walk.ledger.reason(what, eqn))
 
 
-def _with_pole(walk: Any, eqn: Any, value: Value) -> Value:
+def _with_pole(walk: Walk, eqn: Equation, value: Value) -> Value:
     doubt_poles(walk, eqn, value)
     return elementwise("never")(walk, eqn, value)
 
 
-def _divide(walk: Any, eqn: Any, x: Value, y: Value) -> Value:
+def _divide(walk: Walk, eqn: Equation, x: Value, y: Value) -> Value:
     if eqn.outvars[0].aval.dtype.kind not in "iu":
         doubt_poles(walk, eqn, y)
     return elementwise("quotient")(walk, eqn, x, y)
 
 
-def _integer_pow(walk: Any, eqn: Any, value: Value) -> Value:
+def _integer_pow(walk: Walk, eqn: Equation, value: Value) -> Value:
     if eqn.params["y"] < 0:
         return _with_pole(walk, eqn, value)
     return elementwise("first" if eqn.params["y"] else "never")(walk, eqn, value)
 
 
-def _pow(walk: Any, eqn: Any, x: Value, y: Value) -> Value:
+def _pow(walk: Walk, eqn: Equation, x: Value, y: Value) -> Value:
     exponent = eqn.invars[1]
     known = isinstance(exponent, Literal)
     positive = known and np.all(np.asarray(exponent.val) > 0)
@@ -229,7 +233,7 @@ def _pow(walk: Any, eqn: Any, x: Value, y: Value) -> Value:
     return elementwise("first" if positive else "never")(walk, eqn, x, y)
 
 
-def _select_n(walk: Any, eqn: Any, which: Value, *cases: Value) -> Value:
+def _select_n(walk: Walk, eqn: Equation, which: Value, *cases: Value) -> Value:
     # 0 is picked from either side only if all cases are 0; the choice may be scalar.
     kinds = elementwise("all")
     marked = Value(which.shape, tuple([with_zero(a, True) for a in which.axes]), True)
@@ -237,7 +241,7 @@ def _select_n(walk: Any, eqn: Any, which: Value, *cases: Value) -> Value:
     return Value(shape, axes, all(case.is_zero for case in cases))
 
 
-def _extreme(walk: Any, eqn: Any, x: Value, y: Value) -> Value:
+def _extreme(walk: Walk, eqn: Equation, x: Value, y: Value) -> Value:
     # max(0, c) = 0 if c <= 0, min(0, c) = 0 if c >= 0: such a limit counts as a 0.
     is_limit = _at_most_0 if eqn.primitive.name == "max" else _at_least_0
     x, y = [
@@ -256,23 +260,23 @@ def _at_least_0(value: Value) -> bool:
     return number is not None and bool(number >= 0)
 
 
-def _clamp(walk: Any, eqn: Any, low: Value, x: Value, high: Value) -> Value:
+def _clamp(walk: Walk, eqn: Equation, low: Value, x: Value, high: Value) -> Value:
     keeps = _at_most_0(low) and _at_least_0(high)
     return elementwise("first" if keeps else "never")(walk, eqn, x, low, high)
 
 
-def _polynomial(walk: Any, eqn: Any, value: Value, *coefficients: Value) -> Value:
+def _polynomial(walk: Walk, eqn: Equation, value: Value, *coefficients: Value) -> Value:
     kind = "first" if coefficients[0].is_zero else "never"
     return elementwise(kind)(walk, eqn, value, *coefficients)
 
 
-def _bitcast(walk: Any, eqn: Any, value: Value) -> Value:
+def _bitcast(walk: Walk, eqn: Equation, value: Value) -> Value:
     if eqn.outvars[0].aval.shape != value.shape:
         return walk.unknown(eqn, value)[0]
     return elementwise("never")(walk, eqn, value)  # -0.0 has a bit
 
 
-def _convert(walk: Any, eqn: Any, value: Value) -> Value:
+def _convert(walk: Walk, eqn: Equation, value: Value) -> Value:
     return Value(value.shape, value.axes, value.is_zero)
 
 
@@ -293,7 +297,7 @@ register_label(_convert, "copy")
 register_label(_convert, "copy_p")
 
 
-def _same_positions(kept: Any, step: Any) -> dict[str, Any] | None:
+def _same_positions(kept: Liveness, step: Step) -> dict[str, Any] | None:
     """Nothing changes unless an operand lacks positions that the sum has."""
     out = step.outs[0]
     for value in step.ins:
@@ -302,9 +306,10 @@ def _same_positions(kept: Any, step: Any) -> dict[str, Any] | None:
     return {}
 
 
-def _narrow_sum(kept: Any, step: Any, *operands: Any) -> Any:
+def _narrow_sum(kept: Liveness, step: Step, *operands: jax.Array) -> Narrowed:
     """A sum into the positions of the result; what has none left adds nothing."""
-    out, whole = step.outs[0], []
+    out: Value = step.outs[0]
+    whole: list[Any] = []
     for x, value in zip(operands, step.ins, strict=True):
         if value.shape == out.shape and 0 in x.shape and kept.size(out):
             whole.append(None)
@@ -316,7 +321,7 @@ def _narrow_sum(kept: Any, step: Any, *operands: Any) -> Any:
     if x is None and y is None:
         return jnp.zeros(kept.shape(out), step.eqn.outvars[0].aval.dtype)
     if y is None:
-        return x
+        return cast(jax.Array, x)
     if x is None:
         return -y if step.eqn.primitive.name == "sub" else y
     return bind(step.eqn, x, y)

@@ -20,6 +20,8 @@ from jaxprune.coupling._labels import (
     with_flags,
     with_zero,
 )
+from jaxprune.coupling._types import Walk
+from jaxprune.program._types import Equation
 from jaxprune.program.primitives import (
     Declaration,
     Signature,
@@ -55,7 +57,7 @@ class _Plan(NamedTuple):
     bare: bool
 
 
-def by_factors(walk: Any, eqn: Any, *values: Value) -> Any:
+def by_factors(walk: Walk, eqn: Equation, *values: Value) -> Any:
     """Labels of the results of an equation, from its declaration."""
     plan = _planned(eqn, values)
     if plan is None:
@@ -83,7 +85,7 @@ def by_factors(walk: Any, eqn: Any, *values: Value) -> Any:
     return outs if eqn.primitive.multiple_results else outs[0]
 
 
-def _planned(eqn: Any, values: Sequence[Value]) -> _Plan | None:
+def _planned(eqn: Equation, values: Sequence[Value]) -> _Plan | None:
     """The plan of an equation; layers that repeat share one."""
     known = declaration(eqn)
     if known is None:
@@ -114,7 +116,7 @@ _PLANS: dict[Any, _Plan] = {}
 _MOST_PLANS = 4096
 
 
-def _plan(eqn: Any, known: Declaration, constant: Any) -> _Plan | None:
+def _plan(eqn: Equation, known: Declaration, constant: Any) -> _Plan | None:
     signature = known.signature(eqn, constant)
     if signature is None:
         return None
@@ -148,15 +150,15 @@ def _long(signature: Signature, factors: Factors) -> Factors:
 
 
 def _reduce(
-    walk: Any,
-    eqn: Any,
+    walk: Walk,
+    eqn: Equation,
     known: Declaration,
     axes: list[Axis],
     values: Sequence[Value],
 ) -> None:
     ledger, completes = walk.ledger, partial(walk.completes, eqn, *values)
     if known.is_product and len(axes) == 2:
-        ledger.contract(*axes, "contraction", eqn, completes)
+        ledger.contract(axes[0], axes[1], "contraction", eqn, completes)
         return
     for axis in axes:
         if known.reduce == "sum":
@@ -171,7 +173,7 @@ _KINDS = {"max": "a maximum", "min": "a minimum", "prod": "a product"}
 
 
 def _join(
-    walk: Any, plan: _Plan, places: Sequence[Place], axes: Sequence[Axis]
+    walk: Walk, plan: _Plan, places: Sequence[Place], axes: Sequence[Axis]
 ) -> Axis:
     """The labels along a factor, tied; 0 where the declaration says so."""
     zero, deciding = plan.known.zero, plan.signature.deciding
@@ -199,8 +201,8 @@ def _is_zero(plan: _Plan, values: Sequence[Value]) -> bool:
 
 
 def _result(
-    walk: Any,
-    eqn: Any,
+    walk: Walk,
+    eqn: Equation,
     plan: _Plan,
     number: int,
     joined: Mapping[int, Axis],

@@ -6,13 +6,16 @@ is a map of positions. An axis indexed by data cannot be cut.
 
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxprune.coupling._data import concrete
 from jaxprune.coupling._labels import Axis, Value, all_zero, take, with_zero
 from jaxprune.coupling._registry import register_label, rule
+from jaxprune.coupling._types import Liveness, Narrowed, Step, Walk
 from jaxprune.coupling.rules._factors import by_factors
 from jaxprune.coupling.rules._pieces import narrow_take
+from jaxprune.program._types import Equation
 from jaxprune.program.primitives._indexing import (
     batch_axes,
     offsets,
@@ -28,10 +31,12 @@ def _start(value: Value, n: int, size: int) -> int | None:
     return start_of(concrete(value), n, size)
 
 
-def _narrow_dynamic_slice(kept: Any, step: Any, x: Any, *operands: Any) -> Any:
+def _narrow_dynamic_slice(
+    kept: Liveness, step: Step, x: jax.Array, *operands: jax.Array
+) -> Narrowed:
     before, after = step.ins[0], step.outs[0]
     sizes = list(step.eqn.params["slice_sizes"])
-    starts = list(operands)
+    starts: list[Any] = list(operands)
     for d, size in enumerate(sizes):
         alive = kept.positions(after.axes[d])
         if kept.positions(before.axes[d]) is None and alive is None:
@@ -49,9 +54,11 @@ def _narrow_dynamic_slice(kept: Any, step: Any, x: Any, *operands: Any) -> Any:
 register_label(by_factors, "dynamic_slice", narrow=_narrow_dynamic_slice)
 
 
-def _narrow_update(kept: Any, step: Any, x: Any, update: Any, *operands: Any) -> Any:
+def _narrow_update(
+    kept: Liveness, step: Step, x: jax.Array, update: jax.Array, *operands: jax.Array
+) -> Narrowed:
     whole, part = step.ins[0], step.ins[1]
-    starts = list(operands)
+    starts: list[Any] = list(operands)
     for d, (n, size) in enumerate(zip(whole.shape, part.shape, strict=True)):
         alive = kept.positions(whole.axes[d])
         if alive is None:
@@ -63,7 +70,7 @@ def _narrow_update(kept: Any, step: Any, x: Any, update: Any, *operands: Any) ->
 
 @rule("dynamic_update_slice", narrow=_narrow_update)
 def _dynamic_update_slice(
-    walk: Any, eqn: Any, value: Value, update: Value, *starts: Value
+    walk: Walk, eqn: Equation, value: Value, update: Value, *starts: Value
 ) -> Value:
     ledger, axes = walk.ledger, []
     for d, (n, size) in enumerate(zip(value.shape, update.shape, strict=True)):
@@ -90,7 +97,9 @@ def _updated(whole: Axis, part: Axis) -> Axis:
 # --- gather ---------------------------------------------------------------------------
 
 
-def _narrow_gather(kept: Any, step: Any, x: Any, index: Any) -> Any:
+def _narrow_gather(
+    kept: Liveness, step: Step, x: jax.Array, index: jax.Array
+) -> Narrowed:
     take = picked(step.eqn, concrete(step.ins[1]))
     out = step.outs[0]
     before = step.ins[0]
@@ -108,11 +117,11 @@ def _narrow_gather(kept: Any, step: Any, x: Any, index: Any) -> Any:
     return step.eqn.primitive.bind(x, index, **params)
 
 
-def _touched(kept: Any, *values: Value) -> bool:
+def _touched(kept: Liveness, *values: Value) -> bool:
     return any(kept.positions(a) is not None for v in values for a in v.axes)
 
 
-def _move_axis(x: Any, source: int, target: int) -> Any:
+def _move_axis(x: jax.Array, source: int, target: int) -> Any:
     """Moves one axis."""
     order = [d for d in range(x.ndim) if d != source]
     order.insert(target, source)
@@ -120,7 +129,7 @@ def _move_axis(x: Any, source: int, target: int) -> Any:
 
 
 @rule("gather", narrow=_narrow_gather)
-def _gather(walk: Any, eqn: Any, operand: Value, index: Value) -> Value:
+def _gather(walk: Walk, eqn: Equation, operand: Value, index: Value) -> Value:
     ledger, numbers = walk.ledger, eqn.params["dimension_numbers"]
     shape = eqn.outvars[0].aval.shape
     batch = batch_axes(eqn)
@@ -151,7 +160,9 @@ def _gather(walk: Any, eqn: Any, operand: Value, index: Value) -> Value:
     return Value(shape, tuple(axes), operand.is_zero)
 
 
-def _window_axis(walk: Any, eqn: Any, operand: Value, index: Value, d: int) -> Axis:
+def _window_axis(
+    walk: Walk, eqn: Equation, operand: Value, index: Value, d: int
+) -> Axis:
     axis, size = operand.axes[d], eqn.params["slice_sizes"][d]
     if size == operand.shape[d] or isinstance(axis, int):
         return axis

@@ -2,26 +2,28 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from jaxprune.coupling._registry import register_label
+from jaxprune.coupling._types import Liveness, Step
 from jaxprune.coupling.rules._factors import by_factors
 
 
-def _empty(kept: Any, step: Any) -> bool:
+def _empty(kept: Liveness, step: Step) -> bool:
     """Is an operand empty?"""
     return any(0 in kept.shape(value) for value in step.ins[:2])
 
 
-def _sum_over_nothing(kept: Any, step: Any, *operands: Any) -> Any:
+def _sum_over_nothing(kept: Liveness, step: Step, *operands: jax.Array) -> Any:
     return jnp.zeros(kept.shape(step.outs[0]), step.eqn.outvars[0].aval.dtype)
 
 
-def _resize_dot(kept: Any, step: Any) -> dict[str, Any] | None:
+def _resize_dot(kept: Liveness, step: Step) -> dict[str, Any] | None:
     return None if _empty(kept, step) else {}
 
 
-def _resize_conv(kept: Any, step: Any) -> dict[str, Any] | None:
+def _resize_conv(kept: Liveness, step: Step) -> dict[str, Any] | None:
     if _empty(kept, step):
         return None
     numbers = step.eqn.params["dimension_numbers"]

@@ -19,13 +19,15 @@ from jaxprune.coupling._labels import (
     with_zero,
 )
 from jaxprune.coupling._registry import register_label, rule
+from jaxprune.coupling._types import Liveness, Narrowed, Step, Walk
 from jaxprune.coupling.rules._elementwise import join_axes
 from jaxprune.coupling.rules._factors import by_factors
+from jaxprune.program._types import Equation
 from jaxprune.program.primitives._moves import pad_map, spans
 
 
 @rule("concatenate")
-def _concatenate(walk: Any, eqn: Any, *values: Value) -> Value:
+def _concatenate(walk: Walk, eqn: Equation, *values: Value) -> Value:
     shape, d = eqn.outvars[0].aval.shape, eqn.params["dimension"]
     joined = concatenate([v.axes[d] for v in values], [v.shape[d] for v in values])
     axes = tuple(
@@ -35,7 +37,7 @@ def _concatenate(walk: Any, eqn: Any, *values: Value) -> Value:
     return Value(shape, axes, all(v.is_zero for v in values))
 
 
-def _resize_split(kept: Any, step: Any) -> dict[str, Any]:
+def _resize_split(kept: Liveness, step: Step) -> dict[str, Any]:
     d = step.eqn.params["axis"]
     return {"sizes": tuple([kept.shape(out)[d] for out in step.outs])}
 
@@ -43,7 +45,9 @@ def _resize_split(kept: Any, step: Any) -> dict[str, Any]:
 register_label(by_factors, "split", resize=_resize_split)
 
 
-def narrow_take(kept: Any, x: Any, d: int, before: Axis, chosen: np.ndarray) -> Any:
+def narrow_take(
+    kept: Liveness, x: jax.Array, d: int, before: Axis, chosen: np.ndarray
+) -> Any:
     """``take(original, chosen, d)`` when `x` holds only the living positions.
 
     `chosen` are positions of the original axis, all living. A run of neighbours (or
@@ -54,7 +58,7 @@ def narrow_take(kept: Any, x: Any, d: int, before: Axis, chosen: np.ndarray) -> 
     return kept.take(x, where, d)
 
 
-def _narrow_slice(kept: Any, step: Any, x: Any) -> Any:
+def _narrow_slice(kept: Liveness, step: Step, x: jax.Array) -> Narrowed:
     before, after = step.ins[0], step.outs[0]
     for d, span in enumerate(spans(step.eqn)):
         chosen = np.arange(before.shape[d])[span]
@@ -68,7 +72,7 @@ def _narrow_slice(kept: Any, step: Any, x: Any) -> Any:
 register_label(by_factors, "slice", narrow=_narrow_slice)
 
 
-def _narrow_pad(kept: Any, step: Any, x: Any, fill: Any) -> Any:
+def _narrow_pad(kept: Liveness, step: Step, x: jax.Array, fill: jax.Array) -> Narrowed:
     before, after = step.ins[0], step.outs[0]
     config = list(step.eqn.params["padding_config"])
     for d, (low, high, interior) in enumerate(config):
@@ -94,7 +98,7 @@ def _narrow_pad(kept: Any, step: Any, x: Any, fill: Any) -> Any:
 
 
 @rule("pad", narrow=_narrow_pad)
-def _pad(walk: Any, eqn: Any, value: Value, fill: Value) -> Value:
+def _pad(walk: Walk, eqn: Equation, value: Value, fill: Value) -> Value:
     config = eqn.params["padding_config"]
     # The padding of one axis runs along all others, whatever is dead there.
     grown = [n > 0 for span in config for n in span]
@@ -109,7 +113,7 @@ def _pad(walk: Any, eqn: Any, value: Value, fill: Value) -> Value:
 
 
 def _padded(
-    walk: Any, axis: Axis, n: int, span: tuple[int, int, int], zero: bool
+    walk: Walk, axis: Axis, n: int, span: tuple[int, int, int], zero: bool
 ) -> Axis:
     if isinstance(axis, int):
         return axis
@@ -128,7 +132,7 @@ def _padded(
 
 
 @rule("stack")
-def _stack(walk: Any, eqn: Any, *values: Value) -> Value:
+def _stack(walk: Walk, eqn: Equation, *values: Value) -> Value:
     d, shape = eqn.params["axis"], values[0].shape
     why = walk.ledger.reason("stacked", eqn)
     axes = [join_axes(walk, eqn, values, k, n, both) for k, n in enumerate(shape)]

@@ -4,13 +4,15 @@ The narrowed program draws at the original size and keeps the living positions, 
 that dropout and noise see the very numbers of the masked program.
 """
 
-from typing import Any
+import jax
 
 from jaxprune.coupling._labels import Value
 from jaxprune.coupling._registry import rule
+from jaxprune.coupling._types import Liveness, Narrowed, Step, Walk
+from jaxprune.program._types import Equation
 
 
-def _narrow_draw(kept: Any, step: Any, *operands: Any) -> Any:
+def _narrow_draw(kept: Liveness, step: Step, *operands: jax.Array) -> Narrowed:
     bits = step.eqn.primitive.bind(*operands, **step.eqn.params)
     many = step.eqn.primitive.multiple_results
     outs = list(bits) if many else [bits]
@@ -19,7 +21,7 @@ def _narrow_draw(kept: Any, step: Any, *operands: Any) -> Any:
 
 
 @rule("random_bits", "random_gamma", "rng_uniform", narrow=_narrow_draw)
-def _draw(walk: Any, eqn: Any, *operands: Value) -> Value:
+def _draw(walk: Walk, eqn: Equation, *operands: Value) -> Value:
     why = walk.ledger.reason("random_operand", eqn)
     for value in operands:
         for axis in value.axes:
@@ -41,5 +43,5 @@ def _draw(walk: Any, eqn: Any, *operands: Value) -> Value:
     "threefry2x32",
     "rng_bit_generator",
 )
-def _keys(walk: Any, eqn: Any, *operands: Value) -> list[Value]:
+def _keys(walk: Walk, eqn: Equation, *operands: Value) -> list[Value]:
     return walk.frozen(eqn, walk.ledger.reason("random_key", eqn), *operands)

@@ -5,6 +5,8 @@ from typing import Any
 
 from jaxprune.coupling._labels import Value, with_zero
 from jaxprune.coupling._registry import rule
+from jaxprune.coupling._types import Walk
+from jaxprune.program._types import Equation
 
 
 def _drop(value: Value, gone: Any) -> tuple[tuple[int, ...], tuple]:
@@ -13,8 +15,8 @@ def _drop(value: Value, gone: Any) -> tuple[tuple[int, ...], tuple]:
 
 
 def reduced(
-    walk: Any,
-    eqn: Any,
+    walk: Walk,
+    eqn: Equation,
     value: Value,
     axes: Any,
     kind: str,
@@ -41,7 +43,7 @@ def reduced(
 
 
 @rule("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")
-def _cumulative(walk: Any, eqn: Any, value: Value) -> Value:
+def _cumulative(walk: Walk, eqn: Equation, value: Value) -> Value:
     d = eqn.params["axis"]
     axis = value.axes[d]
     what = "cumulative"
@@ -60,7 +62,7 @@ def _cumulative(walk: Any, eqn: Any, value: Value) -> Value:
 
 
 @rule("top_k")
-def _top_k(walk: Any, eqn: Any, value: Value, *rest: Value) -> list[Value]:
+def _top_k(walk: Walk, eqn: Equation, value: Value, *rest: Value) -> list[Value]:
     d = eqn.params.get("axis", -1) % len(value.shape)
     why = walk.ledger.reason("top_k", eqn)
     walk.ledger.freeze(value.axes[d], why)

@@ -2,18 +2,24 @@
 
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxprune.coupling._data import concrete
 from jaxprune.coupling._labels import Axis, Value, both, take
+from jaxprune.coupling._ledger import Ledger
 from jaxprune.coupling._registry import rule
+from jaxprune.coupling._types import Liveness, Narrowed, Step, Walk
 from jaxprune.coupling.rules._elementwise import join_axes
 from jaxprune.coupling.rules._indexing import _updated
 from jaxprune.program._jaxprs import bind
+from jaxprune.program._types import Equation
 from jaxprune.program.primitives._indexing import Write, windows, writes
 
 
-def _narrow_scatter(kept: Any, step: Any, x: Any, index: Any, update: Any) -> Any:
+def _narrow_scatter(
+    kept: Liveness, step: Step, x: jax.Array, index: Any, update: jax.Array
+) -> Narrowed:
     written = writes(step.eqn, concrete(step.ins[1]))
     if 0 in update.shape:
         return x
@@ -40,7 +46,9 @@ def _narrow_scatter(kept: Any, step: Any, x: Any, index: Any, update: Any) -> An
     "scatter-max",
     narrow=_narrow_scatter,
 )
-def _scatter(walk: Any, eqn: Any, operand: Value, index: Value, update: Value) -> Value:
+def _scatter(
+    walk: Walk, eqn: Equation, operand: Value, index: Value, update: Value
+) -> Value:
     ledger = walk.ledger
     inside = windows(eqn.params["dimension_numbers"], len(operand.shape))
     indexed = eqn.params["dimension_numbers"].scatter_dims_to_operand_dims
@@ -66,7 +74,9 @@ def _scatter(walk: Any, eqn: Any, operand: Value, index: Value, update: Value) -
     return Value(operand.shape, tuple(axes))
 
 
-def _written(ledger: Any, eqn: Any, axis: Axis, update: Value, write: Write) -> Axis:
+def _written(
+    ledger: Ledger, eqn: Equation, axis: Axis, update: Value, write: Write
+) -> Axis:
     """Labels of an axis that is written to at constant positions."""
     target = take(axis, write.positions)
     if write.axis is None:

@@ -15,28 +15,30 @@ from jaxprune.coupling._labels import (
     merge,
 )
 from jaxprune.coupling._registry import register_label, rule
+from jaxprune.coupling._types import Liveness, Narrowed, Step, Walk
 from jaxprune.coupling.rules._factors import by_factors
+from jaxprune.program._types import Equation
 from jaxprune.program.primitives._moves import order_of_reshape
 from jaxprune.program.primitives._signature import segments
 
 # --- broadcast, iota -----------------------------------------------------------------
 
 
-def _resize_broadcast(kept: Any, step: Any) -> dict[str, Any]:
+def _resize_broadcast(kept: Liveness, step: Step) -> dict[str, Any]:
     return {"shape": kept.shape(step.outs[0])}
 
 
 register_label(by_factors, "broadcast_in_dim", resize=_resize_broadcast)
 
 
-def _resize_iota(kept: Any, step: Any) -> dict[str, Any] | None:
+def _resize_iota(kept: Liveness, step: Step) -> dict[str, Any] | None:
     out = step.outs[0]
     if kept.mask(out.axes[step.eqn.params["dimension"]]) is not None:
         return None  # some numbers are gone
     return {"shape": kept.shape(out)}
 
 
-def _narrow_iota(kept: Any, step: Any) -> Any:
+def _narrow_iota(kept: Liveness, step: Step) -> Narrowed:
     p, out = step.eqn.params, step.outs[0]
     positions = kept.positions(out.axes[p["dimension"]])
     line = jax.numpy.asarray(positions, p["dtype"])
@@ -44,7 +46,7 @@ def _narrow_iota(kept: Any, step: Any) -> Any:
 
 
 @rule("iota", resize=_resize_iota, narrow=_narrow_iota)
-def _iota(walk: Any, eqn: Any, *dynamic: Value) -> Value:
+def _iota(walk: Walk, eqn: Equation, *dynamic: Value) -> Value:
     shape = tuple(eqn.params["shape"])
     return Value(shape, tuple(walk.ledger.fresh_axis(n) for n in shape))
 
@@ -53,7 +55,7 @@ def _iota(walk: Any, eqn: Any, *dynamic: Value) -> Value:
 
 
 def reshape_axes(
-    walk: Any, eqn: Any, value: Value, shape: tuple[int, ...]
+    walk: Walk, eqn: Equation, value: Value, shape: tuple[int, ...]
 ) -> tuple[Axis, ...]:
     """Labels after a row-major reshape."""
     if 0 in shape:  # nothing moves, so nothing is coupled
@@ -82,12 +84,12 @@ def reshape_axes(
     return tuple(axes)
 
 
-def _resize_reshape(kept: Any, step: Any) -> dict[str, Any]:
+def _resize_reshape(kept: Liveness, step: Step) -> dict[str, Any]:
     return {"new_sizes": kept.shape(step.outs[0])}
 
 
 @rule("reshape", resize=_resize_reshape)
-def _reshape(walk: Any, eqn: Any, value: Value, *dynamic: Value) -> Value:
+def _reshape(walk: Walk, eqn: Equation, value: Value, *dynamic: Value) -> Value:
     order = order_of_reshape(eqn)
     value = value._replace(
         shape=tuple([value.shape[d] for d in order]),

@@ -8,14 +8,18 @@ free. Seen as one, they move positions, and any position may go.
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.extend.core import Literal
 
 from jaxprune.coupling._registry import register_label
+from jaxprune.coupling._types import Liveness, Narrowed, Step
 from jaxprune.coupling.rules._factors import by_factors
 from jaxprune.coupling.rules._pieces import narrow_take
+from jaxprune.program._types import Atom, Equation
 from jaxprune.program.primitives._moves import moved_order
 
 
@@ -29,7 +33,7 @@ class _Permute:
         return params
 
     def bind(
-        self, x: Any, *, axis: int, sizes: tuple[int, ...], order: tuple[int, ...]
+        self, x: jax.Array, *, axis: int, sizes: tuple[int, ...], order: tuple[int, ...]
     ) -> Any:
         """Reads one axis as a grid of `sizes`, transposes the grid, and flattens it."""
         split = (*x.shape[:axis], *sizes, *x.shape[axis + 1 :])
@@ -43,8 +47,8 @@ _PERMUTE = _Permute()
 class Permutation:
     """The equation that replaces the three; looks like one of a jaxpr."""
 
-    invars: list[Any]
-    outvars: list[Any]
+    invars: list[Atom]
+    outvars: Sequence[Atom]
     params: dict[str, Any]
     ctx: Any
     source_info: Any
@@ -52,7 +56,7 @@ class Permutation:
     primitive: Any = _PERMUTE
 
 
-def join_shuffles(eqns: list[Any], outvars: list[Any]) -> list[Any]:
+def join_shuffles(eqns: Sequence[Equation], outvars: Sequence[Atom]) -> Sequence[Any]:
     """The equations, with every channel shuffle as one `Permutation`."""
     if len(eqns) < 3:
         return eqns
@@ -72,18 +76,18 @@ def join_shuffles(eqns: list[Any], outvars: list[Any]) -> list[Any]:
     return [eqn for eqn in replaced if eqn is not None]
 
 
-def _is_move(eqn: Any) -> bool:
+def _is_move(eqn: Equation) -> bool:
     """A transpose, or a reshape that is not also one."""
     return _is(eqn, "transpose") or (
         _is(eqn, "reshape") and eqn.params.get("dimensions") is None
     )
 
 
-def _is(eqn: Any, name: str) -> bool:
+def _is(eqn: Equation, name: str) -> bool:
     return eqn.primitive.name == name
 
 
-def _before(moves: dict[Any, Any], eqn: Any, name: str) -> Any | None:
+def _before(moves: dict[Any, Any], eqn: Equation, name: str) -> Any | None:
     """The equation that makes the operand of `eqn`, if it is of this kind."""
     operand = eqn.invars[0]
     found = None if isinstance(operand, Literal) else moves.get(operand)
@@ -123,7 +127,7 @@ def _around(ndim: int, axis: int, order: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def _read_elsewhere(
-    inner: tuple[Any, ...], eqns: list[Any], outvars: list[Any]
+    inner: tuple[Any, ...], eqns: Sequence[Equation], outvars: Sequence[Atom]
 ) -> bool:
     """Does anything but the next of the three read these results?"""
     own = {id(eqn.outvars[0]) for eqn in inner}
@@ -131,13 +135,14 @@ def _read_elsewhere(
     return sum(use in own for use in uses) > len(inner)
 
 
-def _narrow_permute(kept: Any, step: Any, x: Any) -> Any:
+def _narrow_permute(kept: Liveness, step: Step, x: jax.Array) -> Narrowed:
     params = step.eqn.params
     d, sizes = params["axis"], params["sizes"]
     before, after = step.ins[0].axes[d], step.outs[0].axes[d]
     grid = np.ones(sizes, bool)
-    if kept.mask(before) is not None:
-        grid = kept.mask(before).reshape(sizes)
+    alive = kept.mask(before)
+    if alive is not None:
+        grid = alive.reshape(sizes)
     every = range(len(sizes))
     lines = [grid.any(axis=tuple(k for k in every if k != line)) for line in every]
     if (grid == functools.reduce(np.logical_and.outer, lines)).all():  # still a grid

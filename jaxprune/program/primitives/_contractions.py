@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from jaxprune.program._types import Equation
 from jaxprune.program.primitives._declaration import declare
 from jaxprune.program.primitives._signature import (
     Builder,
@@ -15,11 +16,11 @@ from jaxprune.program.primitives._signature import (
 
 
 @declare("dot_general", combine="multiply", reduce="sum", zero="any")
-def _dot_general(eqn: Any, constant: Constants) -> Signature:
+def _dot_general(eqn: Equation, constant: Constants) -> Signature:
     return _products(eqn, eqn.params["dimension_numbers"])
 
 
-def _products(eqn: Any, numbers: Any, whole: tuple[int, ...] = ()) -> Signature:
+def _products(eqn: Equation, numbers: Any, whole: tuple[int, ...] = ()) -> Signature:
     """Batch factors, summed factors, and the free ones of both operands.
 
     Args:
@@ -51,7 +52,7 @@ def _products(eqn: Any, numbers: Any, whole: tuple[int, ...] = ()) -> Signature:
     pinned="ragged",
     made="ragged",
 )
-def _ragged_dot(eqn: Any, constant: Constants) -> Signature:
+def _ragged_dot(eqn: Equation, constant: Constants) -> Signature:
     """Rows in groups of unequal sizes, a matrix for each: experts without padding.
 
     With a ragged contraction each group sums its own part of the axis, and the result
@@ -82,7 +83,7 @@ def _ragged_dot(eqn: Any, constant: Constants) -> Signature:
     pinned="window",
     made="space",
 )
-def _convolution(eqn: Any, constant: Constants) -> Signature:
+def _convolution(eqn: Equation, constant: Constants) -> Signature:
     """Channels in groups; a window that slides over space.
 
     The positions of a transposed convolution are those of its input, each of which

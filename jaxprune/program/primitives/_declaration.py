@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
 
+from jaxprune.program._types import Equation
 from jaxprune.program.primitives._signature import (
     Constants,
     Signature,
@@ -51,8 +52,8 @@ class Declaration:
         made: why such axes of results do, likewise.
     """
 
-    signature: Callable[[Any, Constants], Signature | None]
-    combine: Combine | Callable[[Any], Combine] = "apply"
+    signature: Callable[[Equation, Constants], Signature | None]
+    combine: Combine | Callable[[Equation], Combine] = "apply"
     reduce: Reduce = "count"
     zero: Zero = "never"
     elementwise: bool = False
@@ -60,7 +61,7 @@ class Declaration:
     pinned: str = "mixed"
     made: str = "mixed"
 
-    def combines(self, eqn: Any) -> Combine:
+    def combines(self, eqn: Equation) -> Combine:
         """How the operands of this equation make a result."""
         return self.combine(eqn) if callable(self.combine) else self.combine
 
@@ -81,7 +82,7 @@ def declare(*names: str, **known: Any) -> Callable[[Any], Any]:
         **known: the other attributes of `Declaration`.
     """
 
-    def register(signature: Callable[[Any, Constants], Signature | None]) -> Any:
+    def register(signature: Callable[[Equation, Constants], Signature | None]) -> Any:
         declaration = Declaration(signature, **known)
         DECLARATIONS.update(dict.fromkeys(names, declaration))
         return signature
@@ -89,12 +90,12 @@ def declare(*names: str, **known: Any) -> Callable[[Any], Any]:
     return register
 
 
-def declaration(eqn: Any) -> Declaration | None:
+def declaration(eqn: Equation) -> Declaration | None:
     """What is known of the primitive of an equation, if anything."""
     return DECLARATIONS.get(eqn.primitive.name)
 
 
-def signature(eqn: Any, constant: Constants = no_constants) -> Signature | None:
+def signature(eqn: Equation, constant: Constants = no_constants) -> Signature | None:
     """What indexes the axes of an equation; None if that is not known.
 
     Args:

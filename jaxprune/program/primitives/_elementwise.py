@@ -4,6 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jaxprune.program._types import Equation
 from jaxprune.program.primitives._declaration import (
     DECLARATIONS,
     Combine,
@@ -20,7 +21,7 @@ from jaxprune.program.primitives._signature import (
 
 
 def alike(
-    eqn: Any, constant: Constants, deciding: frozenset[int] = frozenset()
+    eqn: Equation, constant: Constants, deciding: frozenset[int] = frozenset()
 ) -> Signature:
     """Every axis of the result is an index; operands have size 1 where they lack it."""
     del constant
@@ -37,7 +38,7 @@ def alike(
 def _between_numbers(kind: Combine) -> Any:
     """Linear on floating-point and complex numbers; rounding and wrapping are not."""
 
-    def combine(eqn: Any) -> Combine:
+    def combine(eqn: Equation) -> Combine:
         types = [v.aval.dtype for v in (*eqn.invars, *eqn.outvars)]
         real = all(jnp.issubdtype(dtype, jnp.inexact) for dtype in types)
         return kind if real else "apply"
@@ -107,18 +108,18 @@ for _name in ("convert_element_type", "copy", "copy_p"):
 
 
 @declare("bitcast_convert_type", elementwise=True)
-def _bitcast(eqn: Any, constant: Constants) -> Signature | None:
+def _bitcast(eqn: Equation, constant: Constants) -> Signature | None:
     (before,), (after,) = shapes_of(eqn)
     return alike(eqn, constant) if before == after else None
 
 
 @declare("select_n", combine="add", zero="all", elementwise=True)
-def _select_n(eqn: Any, constant: Constants) -> Signature:
+def _select_n(eqn: Equation, constant: Constants) -> Signature:
     return alike(eqn, constant, deciding=frozenset([0]))
 
 
 @declare("optimization_barrier", "device_put", combine="add", moves=True)
-def _as_they_are(eqn: Any, constant: Constants) -> Signature:
+def _as_they_are(eqn: Equation, constant: Constants) -> Signature:
     build = Builder()
     axes = tuple([tuple(build.axes(shape)) for shape in shapes_of(eqn)[0]])
     feeds = tuple([(k,) for k in range(len(axes))])

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.lax import GatherScatterMode
 
+from jaxprune.program._types import Equation
 from jaxprune.program.primitives._declaration import declare
 from jaxprune.program.primitives._signature import (
     Builder,
@@ -40,7 +41,7 @@ _STARTS = "dynamic_slice"
     pinned=_STARTS,
     made=_STARTS,
 )
-def _dynamic_slice(eqn: Any, constant: Constants) -> Signature:
+def _dynamic_slice(eqn: Equation, constant: Constants) -> Signature:
     ins, [out] = shapes_of(eqn)
     axes: list[Factors] = [(d,) for d in range(len(out))]
     taken = {}
@@ -56,7 +57,7 @@ def _dynamic_slice(eqn: Any, constant: Constants) -> Signature:
 
 
 @declare("dynamic_update_slice", combine="add", moves=True)
-def _update(eqn: Any, constant: Constants) -> Signature:
+def _update(eqn: Equation, constant: Constants) -> Signature:
     (whole, part, *starts), _ = shapes_of(eqn)
     axes: list[Factors] = [(d,) for d in range(len(whole))]
     own, at = list(axes), {}
@@ -95,13 +96,13 @@ def offsets(numbers: Any, ndim: int) -> list[int]:
     return [d for d in range(ndim) if d not in gone]
 
 
-def batch_axes(eqn: Any) -> list[int]:
+def batch_axes(eqn: Equation) -> list[int]:
     """The axes of the result of a gather that run along its indices."""
     inside = eqn.params["dimension_numbers"].offset_dims
     return [k for k in range(len(shape_of(eqn.outvars[0]))) if k not in inside]
 
 
-def picked(eqn: Any, index: np.ndarray | None) -> Picked | None:
+def picked(eqn: Equation, index: np.ndarray | None) -> Picked | None:
     """What a gather takes, when it takes constant positions of one axis."""
     numbers, shape = eqn.params["dimension_numbers"], shape_of(eqn.invars[0])
     if len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
@@ -117,13 +118,13 @@ def picked(eqn: Any, index: np.ndarray | None) -> Picked | None:
     return Picked(int(d), positions, batch[0]) if inside.all() else None
 
 
-def _gather_combine(eqn: Any) -> Any:
+def _gather_combine(eqn: Equation) -> Any:
     # What stands in for positions outside is not summed, unless it is 0 or nan.
     return "add" if eqn.params.get("fill_value") is None else "apply"
 
 
 @declare("gather", combine=_gather_combine)
-def _gather(eqn: Any, constant: Constants) -> Signature:
+def _gather(eqn: Equation, constant: Constants) -> Signature:
     numbers, ([operand, index], [out]) = (
         eqn.params["dimension_numbers"],
         shapes_of(eqn),
@@ -173,7 +174,7 @@ def windows(numbers: Any, ndim: int) -> dict[int, int]:
     return dict(zip(stay, numbers.update_window_dims, strict=True))
 
 
-def writes(eqn: Any, index: np.ndarray | None) -> dict[int, Write]:
+def writes(eqn: Equation, index: np.ndarray | None) -> dict[int, Write]:
     """The axes on which a scatter writes to constant positions.
 
     Either one block at a constant place, or one axis at a list of constants, as in
@@ -204,7 +205,7 @@ def writes(eqn: Any, index: np.ndarray | None) -> dict[int, Write]:
 @declare("scatter", combine="add", moves=True)
 @declare("scatter-add", "scatter-sub", combine="add")
 @declare("scatter-mul", "scatter-min", "scatter-max")
-def _scatter(eqn: Any, constant: Constants) -> Signature:
+def _scatter(eqn: Equation, constant: Constants) -> Signature:
     operand, index, update = shapes_of(eqn)[0]
     numbers = eqn.params["dimension_numbers"]
     inside, written = windows(numbers, len(operand)), writes(eqn, constant(1))

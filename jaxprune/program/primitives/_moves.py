@@ -1,10 +1,12 @@
 """Primitives that move positions without computing: reshape, slice, pad, stack, ..."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from jaxprune.program._types import Equation
 from jaxprune.program.primitives._declaration import declare
 from jaxprune.program.primitives._signature import (
     Constants,
@@ -18,14 +20,14 @@ from jaxprune.program.primitives._signature import (
 
 
 @declare("broadcast_in_dim", combine="add", zero="all", moves=True, pinned="broadcast")
-def _broadcast(eqn: Any, constant: Constants) -> Signature:
+def _broadcast(eqn: Equation, constant: Constants) -> Signature:
     shape, out = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
     dims = eqn.params["broadcast_dimensions"]
     axes = [(d,) if n == out[d] else () for n, d in zip(shape, dims, strict=True)]
     return _one(eqn, out, axes, [(d,) for d in range(len(out))])
 
 
-def _one(eqn: Any, sizes: Any, axes: Any, out: Any, **more: Any) -> Signature:
+def _one(eqn: Equation, sizes: Any, axes: Any, out: Any, **more: Any) -> Signature:
     """From the first operand to every result; further operands name sizes."""
     rest = unindexed(list(map(shape_of, eqn.invars[1:])))
     deciding = frozenset(range(1, len(eqn.invars)))
@@ -35,7 +37,7 @@ def _one(eqn: Any, sizes: Any, axes: Any, out: Any, **more: Any) -> Signature:
     )
 
 
-def order_of_reshape(eqn: Any) -> tuple[int, ...]:
+def order_of_reshape(eqn: Equation) -> tuple[int, ...]:
     """In which order a reshape reads the axes of its operand.
 
     ``lax.reshape(x, sizes, dimensions)`` transposes first; JAX writes it when it
@@ -46,7 +48,7 @@ def order_of_reshape(eqn: Any) -> tuple[int, ...]:
 
 
 @declare("reshape", combine="add", zero="all", moves=True)
-def _reshape(eqn: Any, constant: Constants) -> Signature | None:
+def _reshape(eqn: Equation, constant: Constants) -> Signature | None:
     shape, after = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
     order = order_of_reshape(eqn)
     before = tuple([shape[d] for d in order])
@@ -61,14 +63,14 @@ def _reshape(eqn: Any, constant: Constants) -> Signature | None:
 
 
 @declare("squeeze", combine="add", zero="all", moves=True, pinned="dropped")
-def _squeeze(eqn: Any, constant: Constants) -> Signature:
+def _squeeze(eqn: Equation, constant: Constants) -> Signature:
     shape, gone = shape_of(eqn.invars[0]), eqn.params["dimensions"]
     axes = [() if d in gone else (d,) for d in range(len(shape))]
     return _one(eqn, shape, axes, [f for d, f in enumerate(axes) if d not in gone])
 
 
 @declare("transpose", combine="add", zero="all", moves=True)
-def _transpose(eqn: Any, constant: Constants) -> Signature:
+def _transpose(eqn: Equation, constant: Constants) -> Signature:
     shape = shape_of(eqn.invars[0])
     axes = [(d,) for d in range(len(shape))]
     return _one(eqn, shape, axes, [axes[d] for d in eqn.params["permutation"]])
@@ -77,7 +79,7 @@ def _transpose(eqn: Any, constant: Constants) -> Signature:
 # --- some positions of an axis --------------------------------------------------------
 
 
-def _moved(eqn: Any, positions: dict[int, np.ndarray]) -> Signature:
+def _moved(eqn: Equation, positions: dict[int, np.ndarray]) -> Signature:
     """Every axis keeps its place; the result holds these positions of some."""
     shape = shape_of(eqn.invars[0])
     axes = [(d,) for d in range(len(shape))]
@@ -85,7 +87,7 @@ def _moved(eqn: Any, positions: dict[int, np.ndarray]) -> Signature:
     return _one(eqn, shape, axes, axes, taken=taken)
 
 
-def spans(eqn: Any) -> list[slice]:
+def spans(eqn: Equation) -> list[slice]:
     """The slice of every axis that a slice equation takes."""
     p = eqn.params
     steps = p["strides"] or (1,) * len(p["start_indices"])
@@ -94,37 +96,37 @@ def spans(eqn: Any) -> list[slice]:
 
 
 @declare("slice", combine="add", zero="all", moves=True)
-def _slice(eqn: Any, constant: Constants) -> Signature:
+def _slice(eqn: Equation, constant: Constants) -> Signature:
     pairs = enumerate(zip(shape_of(eqn.invars[0]), spans(eqn), strict=True))
     cut = {d: np.arange(n)[s] for d, (n, s) in pairs if s != slice(0, n, 1)}
     return _moved(eqn, cut)
 
 
 @declare("rev", combine="add", zero="all", moves=True)
-def _rev(eqn: Any, constant: Constants) -> Signature:
+def _rev(eqn: Equation, constant: Constants) -> Signature:
     shape = shape_of(eqn.invars[0])
     return _moved(eqn, {d: np.arange(shape[d])[::-1] for d in eqn.params["dimensions"]})
 
 
 @declare("tile", combine="add", zero="all", moves=True)
-def _tile(eqn: Any, constant: Constants) -> Signature:
+def _tile(eqn: Equation, constant: Constants) -> Signature:
     pairs = enumerate(zip(shape_of(eqn.invars[0]), eqn.params["reps"], strict=True))
     return _moved(eqn, {d: np.tile(np.arange(n), r) for d, (n, r) in pairs if r != 1})
 
 
 @declare("permute", combine="add", zero="all", moves=True)
-def _permute(eqn: Any, constant: Constants) -> Signature:
+def _permute(eqn: Equation, constant: Constants) -> Signature:
     return _moved(eqn, {eqn.params["axis"]: moved_order(eqn.params)})
 
 
-def moved_order(params: Any) -> np.ndarray:
+def moved_order(params: Mapping[str, Any]) -> np.ndarray:
     """For every position of a permuted axis, the position it comes from."""
     places = np.arange(math.prod(params["sizes"])).reshape(params["sizes"])
     return places.transpose(params["order"]).ravel()
 
 
 @declare("pad", combine="add", zero="all", moves=True)
-def _pad(eqn: Any, constant: Constants) -> Signature:
+def _pad(eqn: Equation, constant: Constants) -> Signature:
     """The first operand, and around it the second, which is one number."""
     shape, config = shape_of(eqn.invars[0]), eqn.params["padding_config"]
     pairs = enumerate(zip(shape, config, strict=True))
@@ -149,7 +151,7 @@ def ranges(sizes: Any) -> list[slice]:
 
 
 @declare("split", combine="add", zero="all", moves=True)
-def _split(eqn: Any, constant: Constants) -> Signature:
+def _split(eqn: Equation, constant: Constants) -> Signature:
     d, found = eqn.params["axis"], _moved(eqn, {})
     line = np.arange(found.sizes[d])
     parts = enumerate(ranges(eqn.params["sizes"]))
@@ -157,7 +159,7 @@ def _split(eqn: Any, constant: Constants) -> Signature:
 
 
 @declare("unstack", combine="add", zero="all", moves=True, pinned="unstacked")
-def _unstack(eqn: Any, constant: Constants) -> Signature:
+def _unstack(eqn: Equation, constant: Constants) -> Signature:
     shape, gone = shape_of(eqn.invars[0]), eqn.params["axis"]
     axes = [(d,) for d in range(len(shape))]
     out = [f for d, f in enumerate(axes) if d != gone]
@@ -169,7 +171,7 @@ def _unstack(eqn: Any, constant: Constants) -> Signature:
 
 
 @declare("concatenate", combine="add", zero="all", moves=True)
-def _concatenate(eqn: Any, constant: Constants) -> Signature:
+def _concatenate(eqn: Equation, constant: Constants) -> Signature:
     ins, [out] = shapes_of(eqn)
     d, index = eqn.params["dimension"], tuple([(k,) for k in range(len(out))])
     parts = enumerate(ranges([shape[d] for shape in ins]))
@@ -178,7 +180,7 @@ def _concatenate(eqn: Any, constant: Constants) -> Signature:
 
 
 @declare("stack", combine="add", zero="all", moves=True)
-def _stack(eqn: Any, constant: Constants) -> Signature:
+def _stack(eqn: Equation, constant: Constants) -> Signature:
     ins, [out] = shapes_of(eqn)
     new, index = eqn.params["axis"], tuple([(k,) for k in range(len(out))])
     own = index[:new] + index[new + 1 :]

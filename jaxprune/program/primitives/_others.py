@@ -1,7 +1,6 @@
 """Random numbers, constants, and linear algebra under batch dimensions."""
 
-from typing import Any
-
+from jaxprune.program._types import Equation
 from jaxprune.program.primitives._declaration import declare
 from jaxprune.program.primitives._signature import (
     Builder,
@@ -14,7 +13,7 @@ from jaxprune.program.primitives._signature import (
 
 
 @declare("iota", "random_bits", "random_gamma", "rng_uniform", combine="draw")
-def _draw(eqn: Any, constant: Constants) -> Signature:
+def _draw(eqn: Equation, constant: Constants) -> Signature:
     ins, outs = shapes_of(eqn)
     build = Builder()
     axes = tuple([tuple(build.axes(shape)) for shape in outs])
@@ -24,7 +23,7 @@ def _draw(eqn: Any, constant: Constants) -> Signature:
 
 @declare("random_seed", "random_split", "random_fold_in", "random_wrap", combine="draw")
 @declare("random_unwrap", "random_clone", "threefry2x32", "rng_bit_generator")
-def _keys(eqn: Any, constant: Constants) -> Signature:
+def _keys(eqn: Equation, constant: Constants) -> Signature:
     ins, outs = shapes_of(eqn)
     deciding = frozenset(range(len(ins)))
     return Signature((), unindexed(ins), unindexed(outs), deciding=deciding)
@@ -41,7 +40,7 @@ _ALGEBRA = "algebra"
     pinned=_ALGEBRA,
     made=_ALGEBRA,
 )
-def _matrices(eqn: Any, constant: Constants) -> Signature:
+def _matrices(eqn: Equation, constant: Constants) -> Signature:
     """Matrices, and vectors beside them, under batch dimensions that all share."""
     return _batched(eqn, 2)
 
@@ -49,11 +48,11 @@ def _matrices(eqn: Any, constant: Constants) -> Signature:
 @declare(
     "tridiagonal_solve", "lu_pivots_to_permutation", pinned=_ALGEBRA, made=_ALGEBRA
 )
-def _vectors(eqn: Any, constant: Constants) -> Signature:
+def _vectors(eqn: Equation, constant: Constants) -> Signature:
     return _batched(eqn, 1)
 
 
-def _batched(eqn: Any, own: int) -> Signature:
+def _batched(eqn: Equation, own: int) -> Signature:
     """All but the last `own` axes of the first operand are a batch."""
     ins, outs = shapes_of(eqn)
     batch = ins[0][: len(ins[0]) - own]

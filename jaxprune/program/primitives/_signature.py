@@ -9,9 +9,11 @@ are ``(group, channel)``, and a reshape only regroups factors.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
+
+from jaxprune.program._types import Atom, Equation
 
 Factors: TypeAlias = tuple[int, ...]  # of one axis
 Shape: TypeAlias = tuple[int, ...]
@@ -136,12 +138,12 @@ class Builder:
         return [(self.new(n),) for n in shape]
 
 
-def shape_of(var: Any) -> Shape:
+def shape_of(var: Atom) -> Shape:
     """The shape of a variable; () for what has none."""
     return tuple(getattr(var.aval, "shape", ()))
 
 
-def shapes_of(eqn: Any) -> tuple[list[Shape], list[Shape]]:
+def shapes_of(eqn: Equation) -> tuple[list[Shape], list[Shape]]:
     """The shapes of all operands and all results."""
     return [shape_of(v) for v in eqn.invars], [shape_of(v) for v in eqn.outvars]
 

@@ -11,6 +11,8 @@ from typing import Any, Literal, TypeAlias
 import jax.numpy as jnp
 from jax.extend.core import Literal as Number
 
+from jaxprune.program._types import Atom, Equation
+
 # "lost": f(-0) and f(+0) are the same to the bit; "kept": they differ at most in the
 # sign of a 0; "read": they may be any two numbers, as far as is known.
 Sign: TypeAlias = Literal["lost", "kept", "read"]
@@ -45,7 +47,7 @@ _SHIFTS: Mapping[str, Callable[[Any], Any]] = {
 }
 
 
-def signs_of_zeros(eqn: Any) -> Sequence[Sign]:
+def signs_of_zeros(eqn: Equation) -> Sequence[Sign]:
     """What an equation makes of the sign of a 0, for each operand.
 
     Example:
@@ -60,7 +62,7 @@ def signs_of_zeros(eqn: Any) -> Sequence[Sign]:
     return [sign if _has_two_zeros(var) else "lost" for var in eqn.invars]
 
 
-def _sign(eqn: Any) -> Sign:
+def _sign(eqn: Equation) -> Sign:
     name = eqn.primitive.name
     if _is_complex(eqn):
         return "kept" if name in _LINEAR else "read"
@@ -77,12 +79,12 @@ def _sign(eqn: Any) -> Sign:
     return "kept" if name in _KEPT else "read"
 
 
-def _is_complex(eqn: Any) -> bool:
+def _is_complex(eqn: Equation) -> bool:
     return any(
         jnp.issubdtype(var.aval.dtype, jnp.complexfloating)
         for var in (*eqn.invars, *eqn.outvars)
     )
 
 
-def _has_two_zeros(var: Any) -> bool:
+def _has_two_zeros(var: Atom) -> bool:
     return jnp.issubdtype(var.aval.dtype, jnp.inexact)
