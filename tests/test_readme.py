@@ -21,6 +21,8 @@ def test_python_blocks_run(tmp_path, monkeypatch):
             exec(compile(block, str(README), "exec"), namespace)
     # What the training snippet is for; chance is 0.1.
     assert namespace["accuracy"] > 0.85
+    assert len(namespace["accuracies"]) == 3
+    assert min(namespace["accuracies"]) > 0.6
 
 
 def test_continuous_integration_runs_the_readme_command():

@@ -453,3 +453,26 @@ def test_a_slimmable_network_with_zero_padding_is_its_pruned_networks():
 def test_streams_need_writers():
     with pytest.raises(ValueError, match="keep names no writer of a stream"):
         search.fused(GROUPS, {HIDDEN: np.ones(8, bool)})
+
+
+def test_an_export_holds_all_widths_over_one_set_of_weights(net, tmp_path):
+    apply_fn, variables, x, groups = net
+    slim = jaxprune.slimmable(
+        apply_fn,
+        variables,
+        nested_keeps(groups, 5, 2),
+        groups=groups,
+        private="batch_stats/*",
+    )
+    jaxprune.io.save_widths(tmp_path, slim, slim.variables, x, facts={"epochs": 3})
+    again = jaxprune.io.load_widths(tmp_path)
+    assert len(again) == 2 and again.facts == {"epochs": 3}
+    assert jax.tree.map(np.shape, again.variables) == jax.tree.map(
+        np.shape, slim.variables
+    )
+    for i in range(2):
+        assert_same(again[i](again.variables, x[:3]), slim[i](slim.variables, x[:3]))
+    with np.load(next(tmp_path.glob("parameters*"))) as stored:
+        assert len(stored.files) == len(jax.tree.leaves(slim.variables))
+    with pytest.raises(ValueError, match="holds no slimmable network: widths.json"):
+        jaxprune.io.load_widths(tmp_path / "nothing")
