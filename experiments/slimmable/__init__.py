@@ -1,0 +1,1 @@
+"""Slimmable Pruned Networks against slimmable and individually trained networks."""
