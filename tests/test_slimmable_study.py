@@ -25,7 +25,10 @@ class Tiny(study.Bench):
 def test_widths_of_pruning_cost_no_more_than_equal_shares_and_nest():
     bench = Tiny()
     rng = np.random.default_rng(0)
-    scores = {n: rng.uniform(size=g.size) for n, g in bench.groups.items()}
+    scores = {  # the first layer matters more
+        name: k + rng.uniform(size=bench.groups[name].size)
+        for k, name in enumerate(reversed(list(bench.groups)))
+    }
     like = search.uniform(bench.groups, study.SHARES)
     found = study.pruned_counts(bench, [(bench.groups, scores, None)] * 2, like)
     assert len(found) == len(study.SHARES)
@@ -33,7 +36,6 @@ def test_widths_of_pruning_cost_no_more_than_equal_shares_and_nest():
         assert bench.cost.value(own) <= bench.cost.value(theirs)
     for i in range(2):
         assert all(found[i + 1][name] <= found[i][name] for name in scores)
-    # Random scores leave other counts than equal shares do.
     assert found[2] != like[2]
 
 
