@@ -7,7 +7,16 @@ import jax
 import pytest
 
 import jaxprune
-from benchmarks import coupling, decoders, house, machine, nets, nnx_nets, tables
+from benchmarks import (
+    coupling,
+    decoders,
+    house,
+    machine,
+    nets,
+    nnx_nets,
+    slimmable,
+    tables,
+)
 from benchmarks.machine import Seconds
 from benchmarks.torch_process import TorchPruning
 
@@ -133,3 +142,12 @@ def other(): return _two
     assert (found.function, found.nesting) == ((2, 4, 4), 2)
     assert (found.documented, found.private) == (0.5, 0.5)
     assert (found.comments, found.any_per_kilo) == (1 / 11, 2000 / 11)
+
+
+def test_the_benchmark_of_widths_compares_what_is_equal():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        found = slimmable.measure(4, 8, 1, (4, "M", 8))
+    assert set(found["against built by hand"]) == {"1.0", "0.75", "0.5"}
+    assert found["FLOPs ratio"]["1.0"] == 1.0 < found["FLOPs ratio"]["0.5"]
+    assert found["joint step"]["against the sum"] > 0
+    assert found["buckets"]["speed-up"] > 0

@@ -19,7 +19,7 @@ Papers     Kuratsu and Nakamura, Slimmable Pruned Neural Networks, 2022,
            https://arxiv.org/abs/1812.08928
 
 Fashion-MNIST at half its resolution, the first 8000 images to train on, the first 2000
-test images to judge by; nothing is tuned. Every arm trains `epochs` in all. SP-Net takes
+test images to judge by; nothing is tuned. Every arm trains `epochs` in all. SP-Net has
 half of them for the bases and half for joint fine-tuning, which starts from the widest
 base; the other arms train jointly, or each width alone, all the time. Bases train with
 the L1 penalty of scales. A width of SP-Net has at most the multiply-adds of that of
