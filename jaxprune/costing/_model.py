@@ -144,8 +144,7 @@ def cost_model(
         named = k < len(paths)
         frozen = Value(shape, (ALIVE,) * len(shape))
         ins.append(units.label(paths[k], shape) if named else frozen)
-    writers = Labelled() if any(g.stream for g in groups.values()) else None
-    walked = Walk(ledger, writers).run(program.closed, ins)
+    walked = Walk(ledger, Labelled()).run(program.closed, ins)
     lengths = Lengths(units, solve(ledger))
     tally = Tally(lengths, [len(own) for own in units.units])
     count = tally.program(walked)

@@ -38,6 +38,7 @@ from jaxprune.coupling._labels import Value, same_units
 from jaxprune.coupling._registry import RULES
 from jaxprune.coupling._walk import Step, Walked
 from jaxprune.coupling._writers import SUMS
+from jaxprune.program._jaxprs import scan_counts
 from jaxprune.program._types import Atom
 from jaxprune.program.primitives import declaration
 from jaxprune.program.primitives import signature as signature_of
@@ -64,13 +65,12 @@ class Spent(NamedTuple):
         return plus(*self.products.values())
 
 
-def _together(counts: Sequence[Spent], repeats: int = 1) -> Spent:
+def _together(counts: Sequence[Spent], often: Sum = ONE) -> Spent:
     """All of them, several times."""
     products: dict[Key, list[Sum]] = {}
     for count in counts:
         for inputs, multiply_adds in count.products.items():
             products.setdefault(inputs, []).append(multiply_adds)
-    often = constant(repeats)
     return Spent(
         times(often, plus(*(count.total_bytes for count in counts))),
         _undominated(frozenset().union(*(count.largest for count in counts))),
@@ -112,15 +112,23 @@ class Tally:
         if products:
             return own._replace(products=products)
         if name == "permute":  # a reshape, a transpose and a reshape
-            return _together([own], 3)
+            return _together([own], constant(3))
         return self._inside(step, own) if step.subs else own
 
     def _inside(self, step: Step, own: Spent) -> Spent:
         found = [self.program(sub) for sub in step.subs]
         if step.eqn.primitive.name == "cond":
             return self._most_expensive(found)
-        inside = _together(found, repeats(step.eqn))
+        inside = _together(found, self._repeats(step))
         return inside._replace(largest=inside.largest | own.largest)
+
+    def _repeats(self, step: Step) -> Sum:
+        """How often what is inside runs: a scan as often as it has layers."""
+        if step.eqn.primitive.name == "scan":
+            sliced = step.ins[sum(scan_counts(step.eqn.params)) :]
+            if sliced:
+                return self.lengths.of(sliced[0].axes[0], sliced[0].shape[0])
+        return constant(repeats(step.eqn))
 
     def _most_expensive(self, branches: Sequence[Spent]) -> Spent:
         """The branch that costs most at full size, for every cost."""

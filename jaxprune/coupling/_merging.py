@@ -154,11 +154,16 @@ def _passage(marking: Marking, run: Run, step: Step) -> Passage[State]:
         _refuse_summed(marking, state)
         return State(tuple(dict.fromkeys(m, EQUAL) for m in state.axes), True)
 
+    def unstacked(state: State) -> State:
+        for g in state.axes[0]:
+            marking.refuse(g, "stacked_layers")
+        return state._replace(axes=state.axes[1:])
+
     return Passage(
         run=lambda k, ins: run(step.subs[k], ins),
         join=marking.joined,
         carried=carried,
-        unstacked=lambda state: state._replace(axes=state.axes[1:]),
+        unstacked=unstacked,
         stacked=lambda state: state._replace(axes=({}, *state.axes)),
         deciding=lambda state: _refuse_summed(marking, state),
     )

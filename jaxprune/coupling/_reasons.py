@@ -26,6 +26,8 @@ TEXTS: Mapping[str, str] = MappingProxyType(
         "unstacked": "this axis is unstacked",
         "broadcast": "an axis of size 1 is broadcast against it",
         "scan": "a scan iterates over this axis",
+        "no_identity": "a scan iterates over it, and a layer of zeros is no identity",
+        "stacked_layers": "the units are layers of a scan",
         "ragged": "group sizes of a ragged product are computed at run time",
         "fourier": "a Fourier transform runs along this axis",
         "window": "spatial axis of a convolution kernel",

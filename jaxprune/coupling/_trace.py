@@ -33,6 +33,7 @@ def trace(
     unpin: str | Sequence[str] = (),
     balanced: str | Sequence[str] = (),
     writers: str | Sequence[str] = (),
+    layers: bool = False,
     roles: bool = False,
     **kwargs: PyTree,
 ) -> Groups:
@@ -69,6 +70,11 @@ def trace(
             zero padding match of Kuratsu and Nakamura, `Slimmable Pruned Neural
             Networks <https://arxiv.org/abs/2212.03415>`_, 2022. Masks of such groups
             mean the same to `narrow` whatever was traced.
+        layers: the layers that a scan iterates over (`flax.linen.scan`, stacked NNX
+            modules, `haiku.layer_stack`) are units too: cutting one takes it out of the
+            stacked parameters and shortens the scan. Where a layer of zeros is not the
+            identity, as a residual block is, the axis stays pinned. Masks of such
+            groups mean the same to `narrow` whatever was traced.
         roles: also find which members make the units and which read them, and whether
             equal units can be merged (`Member.role`, `Group.obstacle`); it is proven
             on the program, in about half the time again.
@@ -99,7 +105,8 @@ def trace(
     arrays = list(itertools.compress(names, map(is_array, leaves)))
     freed = _freed(patterns("writers", writers), arrays, shapes)
     places = [(k, d) for own in freed.values() for k, d in own]
-    ledger, walked = walk_program(program, len(arrays), free=places)
+    stacked = [(k, 0) for k, name in enumerate(arrays) if layers and shapes[name]]
+    ledger, walked = walk_program(program, len(arrays), free=places, layers=stacked)
     known = dict(zip(arrays, walked.ins, strict=False))
     _check_writers(ledger, walked, freed)
     labels = _pin(ledger, known, patterns("pin", pin))

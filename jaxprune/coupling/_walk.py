@@ -187,19 +187,22 @@ def walk_program(
     known: Mapping[int, Value] = MappingProxyType({}),
     zero: Mapping[int, Sequence[bool]] = MappingProxyType({}),
     free: Collection[tuple[int, int]] = (),
+    layers: Collection[tuple[int, int]] = (),
 ) -> tuple[Ledger, Walked]:
     """Walks a program whose first `count` inputs may be cut anywhere, others nowhere.
 
     Inputs that are data of an outer program are `known`, by their number; `zero` says
     of which axes of an input the dead positions hold 0: of all, if it is not named. The
     writers that end on an axis of `free`, as (number of an input, axis), have units of
-    their own (see `jaxprune.coupling._writers`).
+    their own (see `jaxprune.coupling._writers`); stacked layers on the axes of `layers`
+    may go one by one (see `jaxprune.coupling._layers`).
 
     A program is walked once, however often it is asked for (by `trace`, by `narrow`);
     the ledger is the caller's own.
     """
-    if known or free or not program.lasting or not all(map(all, zero.values())):
-        return _walk_program(program, count, known, zero, free)
+    plain = program.lasting and all(map(all, zero.values()))
+    if known or free or layers or not plain:
+        return _walk_program(program, count, known, zero, free, layers)
     # By the rules too: what was registered since makes it another walk. And with the
     # jaxpr, so that no other can have its id.
     key = id(program.closed), count, tuple(program.paths), tuple(RULES.items())
@@ -218,6 +221,7 @@ def _walk_program(
     known: Mapping[int, Value],
     zero: Mapping[int, Sequence[bool]],
     free: Collection[tuple[int, int]] = (),
+    layers: Collection[tuple[int, int]] = (),
 ) -> tuple[Ledger, Walked]:
     ledger = Ledger()
     ledger.reason("pinned")  # of several reasons the first is told
@@ -238,9 +242,10 @@ def _walk_program(
             axes = (why,) * len(shape)
         ins.append(Value(shape, axes))
     writers = None
-    if free:
+    if free or layers:
         leaves = [axis for value in ins for axis in value.axes]
-        writers = Writers(ledger, leaves, [ins[k].axes[d] for k, d in free])
+        own, stacked = ([ins[k].axes[d] for k, d in some] for some in (free, layers))
+        writers = Writers(ledger, leaves, own, stacked)
         invars = program.jaxpr.invars
         writers.enter(invars, [k >= count for k in range(len(invars))])
     walked = Walk(ledger, writers).run(program.closed, ins)

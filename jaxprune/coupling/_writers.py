@@ -48,13 +48,18 @@ class Writers:
     """
 
     def __init__(
-        self, ledger: Ledger, leaves: Sequence[Axis], free: Sequence[Axis]
+        self,
+        ledger: Ledger,
+        leaves: Sequence[Axis],
+        free: Sequence[Axis],
+        layers: Sequence[Axis] = (),
     ) -> None:
         self.found: dict[int, Written] = {}
         self.places: dict[int, tuple[Any, int]] = {}
         self.refused: dict[int, int] = {}
         self._ledger = ledger
         self._free = [axis[0].units for axis in free if not isinstance(axis, int)]
+        self._layers = {id(a[0].units) for a in layers if not isinstance(a, int)}
         self._leaves = {id(a[0].units) for a in leaves if not isinstance(a, int)}
         self._sums: dict[tuple[int, int], Axis] = {}
         self._fed: dict[Any, bool] = {}
@@ -93,6 +98,10 @@ class Writers:
     def is_fed(self, var: Atom) -> bool:
         """Does this variable depend on an input that is no parameter?"""
         return not isinstance(var, Literal) and self._fed.get(var, False)
+
+    def is_layered(self, axis: Axis) -> bool:
+        """Is it the axis of stacked layers that may go one by one?"""
+        return not isinstance(axis, int) and id(axis[0].units) in self._layers
 
     # -- sums
 
@@ -158,6 +167,10 @@ class Labelled:
 
     A writer has those of its stream and its own, and a sum those that both sides have.
     """
+
+    def is_layered(self, axis: Axis) -> bool:
+        """Is it the axis of stacked layers that may go? The groups say so."""
+        return not isinstance(axis, int)
 
     def enter_inner(self, eqn: Equation, invars: Sequence[Atom]) -> None:
         """Nothing has to be known of inputs."""

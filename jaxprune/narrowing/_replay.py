@@ -264,9 +264,9 @@ def restrict(
     try:
         alive_units = decide(ledger, solution, walked, names, masks)
     except ValueError as disagreement:
-        # Perhaps writers of a stream lose units that the stream keeps.
+        # Perhaps writers of a stream lose units that the stream keeps, or scans layers.
         free = narrower(solution, walked, masks)
-        ledger, walked = walk_program(program, len(given), known, zero, free)
+        ledger, walked = walk_program(program, len(given), known, zero, free, free)
         alive_units = _with_writers(ledger, walked, names, masks, disagreement)
     return Restricted(program, walked, Kept(alive_units, counts_removed))
 

@@ -4,6 +4,7 @@ Those with derivatives of their own are in `jaxprune.coupling.rules._custom`.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,7 +12,16 @@ from jax import lax
 from jax.extend.core import DropVar
 
 from jaxprune.core._types import PyTree
-from jaxprune.coupling._labels import Axis, Value, both, flags_on, with_flags
+from jaxprune.coupling._labels import (
+    Axis,
+    Value,
+    all_zero,
+    both,
+    flags_on,
+    with_flags,
+    with_zero,
+)
+from jaxprune.coupling._layers import zeros_of_idle_step
 from jaxprune.coupling._registry import rule
 from jaxprune.coupling._types import Liveness, Narrowed, Step, Walk
 from jaxprune.program._interpret import (
@@ -92,7 +102,8 @@ def _pass_through(walk: Walk, eqn: Equation, *values: Value) -> list[Value]:
     """Labels through the inner programs of an equation."""
     programs = inner_jaxprs(eqn)
     length: Any = eqn.params.get("length")  # only a scan has one, and stacks
-    why = walk.ledger.reason("scan", eqn)
+    layers, zeros = _layers(walk, eqn, values)
+    stacks = iter(zeros)
 
     def run(number: int, ins: list[Value]) -> list[Value]:
         if number == 0:
@@ -100,11 +111,13 @@ def _pass_through(walk: Walk, eqn: Equation, *values: Value) -> list[Value]:
         return walk.enter_branch(programs[number], ins)
 
     def unstacked(value: Value) -> Value:
-        walk.ledger.freeze(value.axes[0], why)
+        if isinstance(layers, int):
+            walk.ledger.freeze(value.axes[0], layers)
         return Value(value.shape[1:], value.axes[1:], value.is_zero)
 
     def stacked(value: Value) -> Value:
-        return Value((length, *value.shape), (why, *value.axes), value.is_zero)
+        axis = with_zero(layers, next(stacks, False))
+        return Value((length, *value.shape), (axis, *value.axes), value.is_zero)
 
     return through(
         eqn,
@@ -120,6 +133,36 @@ def _pass_through(walk: Walk, eqn: Equation, *values: Value) -> list[Value]:
     )
 
 
+def _layers(
+    walk: Walk, eqn: Equation, values: Sequence[Value]
+) -> tuple[Axis, list[bool]]:
+    """The axis of the layers that a scan iterates over, and what is 0 where one is.
+
+    Returns:
+        The labels, or the reason why no layer may go; and for each value that is
+        stacked whether it is 0 where a layer is masked.
+    """
+    writers, none = walk.writers, []
+    if eqn.primitive.name != "scan":
+        return walk.ledger.reason("scan", eqn), none
+    sliced = values[sum(scan_counts(eqn.params)) :]
+    if writers is None or not any(writers.is_layered(v.axes[0]) for v in sliced):
+        return walk.ledger.reason("scan", eqn), none
+    zero = [value.is_zero or _is_cut_to_0(value.axes[0]) for value in sliced]
+    made = zeros_of_idle_step(eqn, zero)
+    if made is None:
+        return walk.ledger.reason("no_identity", eqn), none
+    first, *others = [value.axes[0] for value in sliced]
+    for axis in others:
+        walk.ledger.tie(first, axis)
+        first = axis if isinstance(axis, int) else first
+    return first, made
+
+
+def _is_cut_to_0(axis: Axis) -> bool:
+    return not isinstance(axis, int) and all_zero(axis)
+
+
 def _narrow_scan(kept: Liveness, step: Step, *operands: jax.Array) -> Narrowed:
     p = step.eqn.params
     n_consts, n_carry = scan_counts(p)
@@ -130,7 +173,10 @@ def _narrow_scan(kept: Liveness, step: Step, *operands: jax.Array) -> Narrowed:
         return outs[:n_carry], outs[n_carry:]
 
     xs = list(operands[n_consts + n_carry :])
-    options = {"length": p["length"], "reverse": p["reverse"], "unroll": p["unroll"]}
+    sliced = step.ins[n_consts + n_carry :]
+    length = kept.shape(sliced[0])[0] if sliced else p["length"]
+    unroll = p["unroll"] if length == p["length"] else min(p["unroll"], max(length, 1))
+    options = {"length": length, "reverse": p["reverse"], "unroll": unroll}
     carry, ys = lax.scan(body, list(init), xs, **options)
     return [*carry, *ys]
 
