@@ -3,6 +3,7 @@
 from jaxprune.recipes import plans as plans
 from jaxprune.recipes._adapruner import Inherited as Inherited
 from jaxprune.recipes._adapruner import adapruner as adapruner
+from jaxprune.recipes._layerwise import METHODS as METHODS
 from jaxprune.recipes._layerwise import Reconstructed as Reconstructed
 from jaxprune.recipes._layerwise import Searched as Searched
 from jaxprune.recipes._layerwise import reconstruct as reconstruct
@@ -18,6 +19,7 @@ from jaxprune.recipes._rounds import rounds as rounds
 from jaxprune.recipes._sensitivity import Sensitivity as Sensitivity
 from jaxprune.recipes._sensitivity import plot_sensitivity as plot_sensitivity
 from jaxprune.recipes._sensitivity import sensitivity as sensitivity
+from jaxprune.recipes._sipp import sipp as sipp
 from jaxprune.recipes._sparse_gpt import Sparse as Sparse
 from jaxprune.recipes._sparse_gpt import sparse_gpt as sparse_gpt
 from jaxprune.recipes._training import State as State

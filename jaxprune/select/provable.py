@@ -78,7 +78,7 @@ def sample_complexity(
     """
     if not error > 0:
         raise ValueError(f"error must be above 0, got {error}")
-    factor = _factor(delta, outputs, constant)
+    factor = confidence(delta, outputs, constant)
     return max(1, math.ceil((6 + 2 * error) * total * factor / error**2))
 
 
@@ -107,11 +107,17 @@ def error_bound(
         >>> round(error_bound(11.2, 3184, **settings), 4)
         0.4999
     """
-    a = total * _factor(delta, outputs, constant)
+    a = total * confidence(delta, outputs, constant)
     return (a + math.sqrt(a * a + 6 * a * draws)) / draws
 
 
-def _factor(delta: float, outputs: int, constant: float) -> float:
+def confidence(delta: float, outputs: int = 1, constant: float = 3.0) -> float:
+    """What a probability of failure costs: K log(4 outputs / delta).
+
+    Example:
+        >>> round(confidence(0.05, 320, 1.0), 2)
+        10.15
+    """
     if not 0 < delta < 1:
         raise ValueError(f"delta must be a probability between 0 and 1, got {delta}")
     return constant * math.log(4 * outputs / delta)

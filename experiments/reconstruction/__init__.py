@@ -1,0 +1,1 @@
+"""What data says: provable pruning, compensation, LASSO and ThiNet at equal FLOPs."""
