@@ -89,7 +89,7 @@ def test_sensitivities_go_with_permutations_and_ignore_scales_of_outputs():
 def test_of_a_bank_every_expert_counts_and_of_what_meets_no_parameter_nothing_is_known():
     def bank(params, x):
         hidden = jax.nn.relu(jnp.einsum("bd,edf->ebf", x, params["up"]))
-        return jnp.einsum("ebf,efd->bd", hidden, params["down"])
+        return jnp.einsum("ebf,efd->ebd", hidden, params["down"])
 
     params, x = {"up": normal(2, 3, 4), "down": normal(2, 4, 3)}, normal(5, 3)
     groups = jaxprune.trace(bank, params, x)
