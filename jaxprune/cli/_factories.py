@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxprune.cli._words import UsageError, known
-from jaxprune.core import PyTree, named_leaves
+from jaxprune.core import named_leaves
+from jaxprune.core._types import ApplyFn, PyTree
 from jaxprune.program._jaxprs import trace_program
 
 
@@ -24,9 +25,9 @@ class Model(NamedTuple):
         loss_fn: ``(variables, batch) -> scalar``, or None.
     """
 
-    apply_fn: Callable[..., Any]
+    apply_fn: ApplyFn
     variables: PyTree
-    args: tuple[Any, ...]
+    args: tuple[PyTree, ...]
     batches: Any = None
     loss_fn: Any = None
 
@@ -88,7 +89,7 @@ def _called(factory: Callable[[], Any], spec: str) -> Any:
         raise UsageError(f"{spec} raised {_said(error)}") from error
 
 
-def _check_call(spec: str, apply_fn: Any, variables: PyTree, args: Any) -> None:
+def _check_call(spec: str, apply_fn: Any, variables: PyTree, args: PyTree) -> None:
     """Raises unless the function can be called as the factory says."""
     try:
         trace_program(apply_fn, variables, *args)

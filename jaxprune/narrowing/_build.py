@@ -7,14 +7,15 @@ context. Where parameters are not enough, the `narrow` half of the rule is trace
 its equations are copied in.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
 from jax.extend.core import JaxprEqn, Literal, Var
 
+from jaxprune.core._types import ApplyFn
 from jaxprune.coupling._dead import REDUCTIONS
 from jaxprune.coupling._labels import Value
 from jaxprune.coupling._registry import RULES
@@ -23,9 +24,13 @@ from jaxprune.narrowing._dead import complete
 from jaxprune.narrowing._means import by_own_count
 from jaxprune.program._interpret import interpret
 from jaxprune.program._jaxprs import abstract, bind, closed, opened
+from jaxprune.program._types import Atom, Equation
+
+if TYPE_CHECKING:
+    from jaxprune.narrowing._replay import Kept
 
 
-def build(kept: Any, walked: Walked) -> Any:
+def build(kept: "Kept", walked: Walked) -> Any:
     """A closed jaxpr that computes `walked` on operands without dead positions.
 
     Args:
@@ -57,9 +62,9 @@ class _Emitter:
             may be read by nothing?
     """
 
-    def __init__(self, kept: Any) -> None:
+    def __init__(self, kept: "Kept") -> None:
         self.kept = kept
-        self.eqns: list[Any] = []
+        self.eqns: list[Equation] = []
         self.consts: dict[Any, Any] = {}
         self.effects: set[Any] = set()
         self.envs: dict[int, dict[Any, Any]] = {}
@@ -68,7 +73,7 @@ class _Emitter:
         self._types: dict[Any, Any] = {}  # (id of the full type, shape) -> type
         self._variables: dict[int, Any] = {}  # id of a constant -> its variable
 
-    def resized(self, var: Any, shape: tuple[int, ...]) -> Any:
+    def resized(self, var: Atom, shape: tuple[int, ...]) -> Any:
         """A new variable like `var`, of this shape."""
         aval = var.aval
         if shape != getattr(aval, "shape", shape):
@@ -76,7 +81,8 @@ class _Emitter:
             if key not in self._types:
                 self._types[key] = aval.update(shape=shape)
             aval = self._types[key]
-        return type(var)(aval)
+        made: Any = type(var)
+        return made(aval)
 
     def constant(self, array: Any, aval: Any) -> Any:
         """The variable that holds an array of this type."""
@@ -86,7 +92,7 @@ class _Emitter:
             self.consts[var] = array
         return var
 
-    def write(self, walked: Walked, operands: Sequence[Any]) -> list[Any]:
+    def write(self, walked: Walked, operands: Sequence[Atom]) -> list[Atom]:
         """Writes all steps of a program; returns its results, None if not computed."""
         arrays = dict(zip(walked.jaxpr.constvars, walked.consts, strict=True))
         env = self.envs[id(walked.scope)] = dict(
@@ -95,7 +101,7 @@ class _Emitter:
         for var, array in arrays.items():
             env[var] = self.constant(array, var.aval)
 
-        def step(number: int, eqn: Any, operands: list[Any]) -> list[Any]:
+        def step(number: int, eqn: Equation, operands: list[Atom]) -> list[Atom]:
             here = walked.steps[number]
             for k, value in enumerate(here.ins):
                 if value.data:
@@ -108,7 +114,7 @@ class _Emitter:
             env.update(zip(eqn.outvars, results, strict=True))
             return results
 
-        def constant(var: Any) -> Any:
+        def constant(var: Atom) -> Any:
             if isinstance(var, Literal) or var not in arrays:
                 return var if isinstance(var, Literal) else None
             return self.constant(arrays[var], var.aval)
@@ -124,7 +130,7 @@ class _Emitter:
         reduces = step.eqn.primitive.name in REDUCTIONS
         return reduces and self.kept.counts_removed and self.kept.touches(*step.ins)
 
-    def drop_unread(self, outs: Sequence[Any]) -> None:
+    def drop_unread(self, outs: Sequence[Atom]) -> None:
         """Drops the equations whose results nothing reads, and constants likewise."""
         read = {var for var in outs if not isinstance(var, Literal)}
         left = []
@@ -135,7 +141,7 @@ class _Emitter:
         self.eqns = left[::-1]
         self.consts = {var: x for var, x in self.consts.items() if var in read}
 
-    def _cut(self, operand: Any, value: Value) -> Any:
+    def _cut(self, operand: Atom, value: Value) -> Any:
         """Data at the positions that one use keeps."""
         if not self.kept.touches(value):
             return operand
@@ -147,7 +153,7 @@ class _Emitter:
             cut = self.kept.cut(array, value)
         return self.constant(cut, jax.typeof(cut))
 
-    def _step(self, step: Step, operands: list[Any]) -> list[Any]:
+    def _step(self, step: Step, operands: list[Atom]) -> list[Atom]:
         """Writes a step; returns its results."""
         eqn, kept = step.eqn, self.kept
         shapes = [kept.shape(value) for value in step.outs]
@@ -179,14 +185,18 @@ class _Emitter:
         return outs
 
     def copied(
-        self, eqn: Any, operands: list[Any], shapes: list[Any], params: Any
-    ) -> list[Any]:
+        self,
+        eqn: Equation,
+        operands: list[Atom],
+        shapes: list[tuple[int, ...]],
+        params: Any,
+    ) -> list[Atom]:
         """The same equation on these operands, for results of these shapes."""
         outs = list(map(self.resized, eqn.outvars, shapes))
         self.eqns.append(eqn.replace(invars=operands, outvars=outs, params=params))
         return outs
 
-    def traced(self, fn: Callable[..., Any], operands: list[Any]) -> list[Any]:
+    def traced(self, fn: ApplyFn, operands: list[Atom]) -> list[Atom]:
         """The equations of a function of these operands."""
         known = list(map(self._known, operands))
         free = [operand for operand in operands if self._known(operand) is None]
@@ -207,8 +217,9 @@ class _Emitter:
             env.update(zip(eqn.outvars, outs, strict=True))
             self.eqns.append(eqn.replace(invars=invars, outvars=outs))
         self.effects |= jaxpr.effects
-        return [v if isinstance(v, Literal) else env[v] for v in jaxpr.outvars]
+        results = [v if isinstance(v, Literal) else env[v] for v in jaxpr.outvars]
+        return cast(list[Atom], results)
 
-    def _known(self, operand: Any) -> Any:
+    def _known(self, operand: Atom) -> Any:
         """The value of an operand, if it has one already."""
         return operand.val if isinstance(operand, Literal) else self.consts.get(operand)

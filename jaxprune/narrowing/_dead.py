@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -25,12 +26,13 @@ from jaxprune.coupling._dead import (
     parts,
 )
 from jaxprune.coupling._labels import Value
+from jaxprune.program._types import Atom
 
 _FOLDS = {"reduce_max": lax.max, "reduce_min": lax.min}
 _SIZES = {"broadcast_in_dim": "shape", "reshape": "new_sizes"}  # parameters of a shape
 
 
-def complete(emitter: Any, scope: Scope, step: Any, results: list[Any]) -> list[Any]:
+def complete(emitter: Any, scope: Scope, step: Any, results: list[Any]) -> list[Atom]:
     """The results of a reduction as they are in the masked program.
 
     Args:
@@ -47,7 +49,7 @@ def complete(emitter: Any, scope: Scope, step: Any, results: list[Any]) -> list[
     return [_joined(emitter, scope, step, NOWHERE, found, results[0])]
 
 
-def _dead(emitter: Any, scope: Scope, var: Any, value: Value, dims: Dims) -> Any:
+def _dead(emitter: Any, scope: Scope, var: Atom, value: Value, dims: Dims) -> Any:
     """The variable of a value where these dimensions are at dead positions.
 
     It has size 1 along them. What lives is there already: it was written before.
@@ -84,14 +86,14 @@ def _write_call(emitter: Any, scope: Scope, step: Any) -> None:
     emitter.write(step.subs[0], operands)
 
 
-def _dead_data(emitter: Any, scope: Scope, var: Any, value: Value, dims: Dims) -> Any:
+def _dead_data(emitter: Any, scope: Scope, var: Atom, value: Value, dims: Dims) -> Any:
     """Data that is constant along these dimensions, cut along the others."""
     if isinstance(var, Literal):
         return var
     axes = [0 if d in dims else axis for d, axis in enumerate(value.axes)]
     rest = value._replace(axes=tuple(axes))
 
-    def cut(x: Any) -> list[Any]:
+    def cut(x: jax.Array) -> list[Atom]:
         for d in dims:
             x = lax.slice_in_dim(x, 0, 1, axis=d)
         return [emitter.kept.cut(x, rest)]

@@ -3,17 +3,19 @@
 import math
 from typing import Any
 
+import jax
 import numpy as np
 from jax import lax
 
 from jaxprune.coupling._data import concrete
 from jaxprune.coupling._dead import MOVES, Scope, made_by
 from jaxprune.coupling._walk import Step
+from jaxprune.program._types import Atom
 
 
 def by_own_count(
-    emitter: Any, scope: Scope, step: Step, operands: list[Any]
-) -> list[Any]:
+    emitter: Any, scope: Scope, step: Step, operands: list[Atom]
+) -> list[Atom]:
     """The operands of a division, of which the second counts what is kept.
 
     A sum over N positions that is divided by N, or by N - 1, is a mean or a variance.
@@ -38,13 +40,13 @@ def by_own_count(
     if not 0 < gone < every or number not in (every, every - 1):
         return operands
 
-    def shrunk(x: Any) -> Any:
+    def shrunk(x: jax.Array) -> Any:
         return lax.sub(x, np.asarray(gone).astype(x.dtype))
 
     return [total, *emitter.traced(shrunk, [count])]
 
 
-def _sum_behind(scope: Scope, var: Any) -> Step | None:
+def _sum_behind(scope: Scope, var: Atom) -> Step | None:
     """The sum that is this value, in another shape perhaps."""
     while True:
         above = made_by(scope, var)

@@ -1,7 +1,7 @@
 """`narrow`: any JAX function, as if it had been written for the smaller shapes."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -10,7 +10,8 @@ from jax.core import Tracer
 
 from jaxprune.core._leaves import leaf_names
 from jaxprune.core._names import listed
-from jaxprune.core._positions import axis_keep
+from jaxprune.core._positions import BoolArray, axis_keep
+from jaxprune.core._types import ApplyFn, PyTree, PyTreeDef
 from jaxprune.coupling._trace import twin_of
 from jaxprune.narrowing._decide import SILENT, Alive, untraced
 from jaxprune.narrowing._replay import Part, Restricted, restrict
@@ -19,11 +20,11 @@ from jaxprune.program._jaxprs import Program, abstract, is_array, trace_program
 
 
 def narrow(
-    apply_fn: Callable[..., Any],
-    masks: Any,
+    apply_fn: ApplyFn,
+    masks: PyTree,
     *,
     statistics: Literal["masked", "kept"] = "masked",
-) -> Callable[..., Any]:
+) -> ApplyFn:
     """Transforms a function of full-size variables into one of sliced variables.
 
     The contract::
@@ -88,7 +89,7 @@ def narrow(
 
     @functools.wraps(apply_fn)
     @collector_paused()
-    def small_apply(variables: Any, *args: Any, **kwargs: Any) -> Any:
+    def small_apply(variables: PyTree, *args: PyTree, **kwargs: PyTree) -> Any:
         full, alive = _full_shapes(variables, flat, treedef)
         program = trace_program(apply_fn, full, *args, **kwargs)
         ready = restricted.get(program)
@@ -121,7 +122,7 @@ def _check_new_values(ready: Restricted, names: Sequence[str]) -> None:
             )
 
 
-def _concrete(name: str, mask: Any) -> np.ndarray:
+def _concrete(name: str, mask: BoolArray) -> np.ndarray:
     if isinstance(mask, Tracer):
         raise TypeError(
             f"masks[{name!r}] is a tracer, but narrow changes shapes and needs to know "
@@ -134,7 +135,7 @@ def _concrete(name: str, mask: Any) -> np.ndarray:
 
 
 def _full_shapes(
-    variables: Any, masks: Sequence[tuple[str, np.ndarray]], treedef: Any
+    variables: PyTree, masks: Sequence[tuple[str, np.ndarray]], treedef: PyTreeDef
 ) -> tuple[Any, list[list[Alive]]]:
     """The variables at their original shapes, and which positions of each live."""
     leaves, tree = jax.tree.flatten(variables)
@@ -157,7 +158,7 @@ def _full_shapes(
     return jax.tree.unflatten(tree, full), alive
 
 
-def _other_tree(variables: Any, masked: Sequence[str]) -> str:
+def _other_tree(variables: PyTree, masked: Sequence[str]) -> str:
     """Why these variables are not those that the masks were made for."""
     given = leaf_names(variables, jax.tree.structure(variables))
     collection = masked[0].partition("/")[0] if masked else ""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -12,6 +12,7 @@ from jax import lax
 from jax.core import Tracer
 from jax.extend.core import jaxpr_as_fun
 
+from jaxprune.core._types import ApplyFn, PyTree
 from jaxprune.coupling._labels import Axis, Column, Value, all_zero
 from jaxprune.coupling._ledger import Ledger
 from jaxprune.coupling._solve import solve
@@ -19,6 +20,7 @@ from jaxprune.coupling._walk import Step, Walked, walk_program
 from jaxprune.narrowing._build import build
 from jaxprune.narrowing._decide import Alive, decide, narrower, refused_writer
 from jaxprune.program._jaxprs import Program, abstract, call, trace_program
+from jaxprune.program._types import Atom, Jaxpr
 
 
 class Part(NamedTuple):
@@ -91,7 +93,7 @@ class Kept:
             found = self._shapes[key] = value.axes, tuple(sizes)
         return found[1]
 
-    def cut(self, x: Any, value: Value) -> Any:
+    def cut(self, x: jax.Array, value: Value) -> jax.Array:
         """Drops the dead positions of an array of full size."""
         for d, axis in enumerate(value.axes):
             positions = self.positions(axis)
@@ -103,7 +105,7 @@ class Kept:
                 x = take_positions(x, positions, d)
         return x
 
-    def take(self, x: Any, positions: np.ndarray, d: int) -> Any:
+    def take(self, x: jax.Array, positions: np.ndarray, d: int) -> jax.Array:
         """``x`` at these positions of axis `d`; a slice wherever that does it."""
         return take_positions(x, positions, d)
 
@@ -115,7 +117,7 @@ class Kept:
         """How many entries a value has when dead positions are gone."""
         return math.prod(self.shape(value))
 
-    def spread(self, x: Any, value: Value, out: Value) -> Any:
+    def spread(self, x: jax.Array, value: Value, out: Value) -> Any:
         """`x` at the positions that `out` keeps: 0 where `value` is dead there."""
         for d, (axis, whole) in enumerate(zip(value.axes, out.axes, strict=True)):
             own, every = self.mask(axis), self.mask(whole)
@@ -148,11 +150,11 @@ class Kept:
             found = self._programs[id(walked)] = walked, build(self, walked)
         return found[1]
 
-    def replay(self, walked: Walked, args: Sequence[Any]) -> list[Any]:
+    def replay(self, walked: Walked, args: Sequence[Any]) -> list[Atom]:
         """Evaluates what remains of a program, one equation after another."""
         return jaxpr_as_fun(self.program(walked))(*args)
 
-    def narrow_jaxpr(self, jaxpr: Any, given: Sequence[Given]) -> Any:
+    def narrow_jaxpr(self, jaxpr: Jaxpr, given: Sequence[Given]) -> Any:
         """What remains of a closed jaxpr of whose inputs this is `given`."""
         paths = [f"input {k}" for k in range(len(given))]
         program = Program(jaxpr, paths, [], None)
@@ -160,14 +162,14 @@ class Kept:
         return run.kept.program(run.walked)
 
     def narrow_call(
-        self, fn: Callable[..., Any], avals: Any, given: Sequence[Given]
+        self, fn: ApplyFn, avals: Any, given: Sequence[Given]
     ) -> "Restricted":
         """`fn(*avals)`, traced at full size, for inputs of which this is `given`."""
         program = trace_program(fn, *avals)
         return restrict(program, given, counts_removed=self.counts_removed)
 
 
-def spread_positions(x: Any, places: np.ndarray, d: int, size: int) -> Any:
+def spread_positions(x: jax.Array, places: np.ndarray, d: int, size: int) -> Any:
     """An axis of `size` with `x` at these places, 0 elsewhere; padding does mostly."""
     steps = np.unique(np.diff(places))
     zero = np.zeros((), x.dtype)
@@ -182,7 +184,7 @@ def spread_positions(x: Any, places: np.ndarray, d: int, size: int) -> Any:
     return jnp.take(x, source, axis=d, mode="fill", fill_value=0)
 
 
-def take_positions(x: Any, positions: np.ndarray, d: int) -> Any:
+def take_positions(x: jax.Array, positions: np.ndarray, d: int) -> jax.Array:
     """``x`` at some positions of axis `d`; a slice where they are evenly spaced."""
     steps = np.unique(np.diff(positions))
     if len(positions) == 0:
@@ -205,11 +207,11 @@ class Restricted:
     walked: Walked
     kept: Kept
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: PyTree, **kwargs: PyTree) -> Any:
         """Runs on arguments of the structure that was traced."""
         return self.flat(jax.tree.leaves((args, kwargs)))
 
-    def flat(self, arrays: Sequence[Any]) -> Any:
+    def flat(self, arrays: Sequence[jax.Array]) -> PyTree:
         """Runs on the array leaves of the arguments."""
         pairs = zip(arrays, self.walked.ins, strict=True)
         operands = [self._operand(x, value) for x, value in pairs]
@@ -219,7 +221,7 @@ class Restricted:
             outs = self.kept.replay(self.walked, operands)
         return jax.tree.unflatten(self.program.out_tree, outs)
 
-    def _operand(self, x: Any, value: Value) -> Any:
+    def _operand(self, x: jax.Array, value: Value) -> jax.Array:
         if 0 in x.shape:  # its other axes follow whatever they are coupled to
             return jnp.zeros(self.kept.shape(value), x.dtype)
         return x if isinstance(x, jax.Array) else jnp.asarray(x)

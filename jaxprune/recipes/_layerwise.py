@@ -14,8 +14,9 @@ import numpy as np
 from jaxprune.core._groups import Groups
 from jaxprune.core._leaves import named_leaves
 from jaxprune.core._limits import fraction
-from jaxprune.core._masks import PyTree, apply_masks, expand_masks
+from jaxprune.core._masks import apply_masks, expand_masks
 from jaxprune.core._names import nearest
+from jaxprune.core._types import ApplyFn, PyTree
 from jaxprune.program._jaxprs import trace_program
 from jaxprune.statistics._contractions import Contraction, contractions
 from jaxprune.statistics._moments import Sums, peeked
@@ -59,7 +60,7 @@ class Reconstructed(NamedTuple):
 
 def reconstruct(
     groups: Groups,
-    apply_fn: Callable[..., Any],
+    apply_fn: ApplyFn,
     variables: PyTree,
     batches: Batches,
     *,
@@ -158,7 +159,7 @@ class Searched(NamedTuple):
 
 def search_with_compensation(
     groups: Groups,
-    apply_fn: Callable[..., Any],
+    apply_fn: ApplyFn,
     variables: PyTree,
     batches: Batches,
     evaluate: Callable[[PyTree], Any],
@@ -239,7 +240,7 @@ class _Work:
     def __init__(
         self,
         groups: Groups,
-        apply_fn: Callable[..., Any],
+        apply_fn: ApplyFn,
         variables: PyTree,
         batches: Batches,
         progress: bool | None,

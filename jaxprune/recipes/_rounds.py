@@ -120,7 +120,7 @@ class Rounds:
         """
         report_rounds(path, [self, *more], title, metric, latency, progress)
 
-    def choose(self, drop: float, among: Callable[..., Any] | None = None) -> int:
+    def choose(self, drop: float, among: ApplyFn | None = None) -> int:
         """The number of the last round whose metric is good enough.
 
         Args:

@@ -16,7 +16,7 @@ import numpy as np
 
 from jaxprune.core._groups import Groups
 from jaxprune.core._leaves import named_leaves
-from jaxprune.core._masks import PyTree
+from jaxprune.core._types import PyTree
 from jaxprune.program._jaxprs import trace_program
 from jaxprune.scores._activations import ApplyFn
 from jaxprune.statistics._contractions import Contraction, contractions

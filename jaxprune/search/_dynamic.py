@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.core._masks import PyTree
+from jaxprune.core._types import PyTree
 from jaxprune.search._slimmable import Slimmable
 from jaxprune.training.distillation import label_loss, soft_cross_entropy
 
@@ -155,7 +155,7 @@ def run_by_width(
     """
     runs = [jax.jit(run) for run in slim]
 
-    def run(variables: PyTree, inputs: Any, widths: Any) -> jax.Array:
+    def run(variables: PyTree, inputs: PyTree, widths: Any) -> jax.Array:
         chosen, inputs = np.asarray(widths), np.asarray(inputs)
         if chosen.shape != inputs.shape[:1] or not len(chosen):
             raise ValueError(

@@ -157,7 +157,7 @@ def joint_state(
 def calibrate(
     slim: Slimmable,
     variables: PyTree,
-    batches: Iterable[Any],
+    batches: Iterable[PyTree],
     *,
     collection: str = "batch_stats",
     **kwargs: PyTree,

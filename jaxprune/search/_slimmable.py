@@ -64,7 +64,7 @@ class Slimmable:
     def __len__(self) -> int:
         return len(self._widths)
 
-    def __getitem__(self, i: int) -> Callable[..., Any]:
+    def __getitem__(self, i: int) -> ApplyFn:
         return self._widths[self._number(i)].run
 
     def __iter__(self) -> Iterator[Callable[..., Any]]:
@@ -124,7 +124,7 @@ class Slimmable:
             **kwargs: of the function; what is no array is static.
         """
 
-        def branch(run: Callable[..., Any]) -> Callable[..., Any]:
+        def branch(run: Callable[..., Any]) -> ApplyFn:
             return lambda variables, args: run(variables, *args, **kwargs)
 
         number = jnp.asarray(i, jnp.int32)
@@ -145,7 +145,7 @@ class Slimmable:
         """
         refuse_traced("compile", args=args)
 
-        def compiled(run: Callable[..., Any]) -> Callable[..., Any]:
+        def compiled(run: Callable[..., Any]) -> ApplyFn:
             def call(variables: PyTree, *args: PyTree) -> Any:
                 return run(variables, *args, **kwargs)
 

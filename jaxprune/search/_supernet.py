@@ -9,7 +9,8 @@ import numpy as np
 
 from jaxprune.core._groups import Groups
 from jaxprune.core._limits import selected
-from jaxprune.core._masks import PyTree, apply_masks, expand_masks
+from jaxprune.core._masks import apply_masks, expand_masks
+from jaxprune.core._types import ApplyFn, PyTree
 from jaxprune.costing import Cost
 from jaxprune.search._counts import Counts
 from jaxprune.select._units import to_sizes
@@ -60,7 +61,7 @@ def masked_error(
     groups: Groups,
     loss_fn: Callable[[PyTree, Any], jax.Array],
     variables: PyTree,
-    batch: Any,
+    batch: PyTree,
 ) -> Callable[[Mapping[str, int]], float]:
     """The loss of a network at any widths, on one batch; compiled once for all.
 
@@ -86,7 +87,7 @@ def masked_error(
     """
 
     @jax.jit
-    def loss(counts: Mapping[str, Any], variables: PyTree, batch: Any) -> jax.Array:
+    def loss(counts: Mapping[str, Any], variables: PyTree, batch: PyTree) -> jax.Array:
         return loss_fn(apply_masks(variables, side_masks(groups, counts)), batch)
 
     def error(counts: Mapping[str, int]) -> float:
@@ -97,14 +98,14 @@ def masked_error(
 
 
 def evaluator(
-    apply_fn: Callable[..., Any],
+    apply_fn: ApplyFn,
     groups: Groups,
     variables: PyTree,
     measure: Callable[[PyTree], Any],
     *,
-    batches: Iterable[Any] | None = None,
+    batches: Iterable[PyTree] | None = None,
     scores: Mapping[str, Any] | None = None,
-    **kwargs: Any,
+    **kwargs: PyTree,
 ) -> Callable[[Mapping[str, int]], float]:
     """How good a network is at given widths, its BatchNorm statistics measured anew.
 

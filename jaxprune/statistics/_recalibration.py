@@ -21,7 +21,7 @@ Moments = Literal["average", "pooled"]
 def recalibrate(
     apply_fn: ApplyFn,
     variables: PyTree,
-    batches: Iterable[Any],
+    batches: Iterable[PyTree],
     *,
     collection: str = "batch_stats",
     moments: Moments = "average",
@@ -133,7 +133,7 @@ def recalibrate(
 _PROGRAMS: dict[tuple[int, Any], Callable[..., Any]] = {}
 
 
-def _program(apply_fn: ApplyFn) -> Callable[..., Any]:
+def _program(apply_fn: ApplyFn) -> ApplyFn:
     """`_updated_from` for this function, compiled; forgotten when the function is.
 
     As a static argument the function would live as long as JAX's cache, and with it

@@ -120,7 +120,11 @@ def unslice_params(small: PyTree, masks: PyTree) -> PyTree:
 
 
 def slice_opt_state(
-    tx: Any, opt_state: PyTree, masks: PyTree, *, mixed: bool = False
+    tx: optax.GradientTransformation,
+    opt_state: PyTree,
+    masks: PyTree,
+    *,
+    mixed: bool = False,
 ) -> PyTree:
     """Slices every copy of the parameters inside an optimiser state.
 

@@ -23,7 +23,7 @@ from jaxprune.statistics.taps._units import UnitSite, unit_sites
 Observe = Callable[[jax.Array], jax.Array]
 
 
-def gate(apply_fn: ApplyFn, groups: Groups) -> Callable[..., Any]:
+def gate(apply_fn: ApplyFn, groups: Groups) -> ApplyFn:
     """Transforms a function into one with a gate on every unit.
 
     A gate multiplies its unit where the program sums over it, so a gate of 0 is a

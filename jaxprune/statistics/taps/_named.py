@@ -101,7 +101,7 @@ def read(
     return reading
 
 
-def modify(apply_fn: ApplyFn, edits: Mapping[str, Edit]) -> Callable[..., Any]:
+def modify(apply_fn: ApplyFn, edits: Mapping[str, Edit]) -> ApplyFn:
     """Transforms a function into one with other activations inside.
 
     Args:
