@@ -57,7 +57,7 @@ def test_an_ordinary_model_is_copied_without_tracing(name, monkeypatch):
     def refuse(*_):
         raise AssertionError("traced")
 
-    monkeypatch.setattr(build_module._Emitter, "_traced", refuse)
+    monkeypatch.setattr(build_module._Emitter, "traced", refuse)
     built = MODELS[name].build()
     args = built.inputs(2, 0)
     _, small, narrowed = cut(built.apply_fn, built.variables, *args)
