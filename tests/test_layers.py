@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from contract import difference, quick_jit, total
 from flax import nnx
@@ -55,7 +56,7 @@ def test_layers_go_one_by_one(turn):
     fn, loose = net(turn), 400.0 if turn is normed else 1.0
     groups = jaxprune.trace(fn, PARAMS, X, layers=True)
     layers = groups["up:0"]
-    assert (layers.size, layers.exact) == (5, True)
+    assert (layers.size, layers.exact, layers.ordered) == (5, True, True)
     members = {(m.path, m.axis) for m in layers.members}
     assert members == {("up", 0), ("bias", 0), ("down", 0)}
     hidden = next(name for name in groups if name != "up:0")
@@ -130,7 +131,7 @@ def test_layers_are_units_on_request_only():
     groups = jaxprune.trace(net(residual), PARAMS, X)
     assert "up:0" not in groups
     with_roles = jaxprune.trace(net(residual), PARAMS, X, layers=True, roles=True)
-    assert "layers of a scan" in str(with_roles["up:0"].obstacle)
+    assert "pruned but not permuted" in str(with_roles["up:0"].obstacle)
 
 
 class LinenBlock(nn.Module):
@@ -217,3 +218,34 @@ def test_stacked_decoders(build):
     got = quick_jit(jaxprune.narrow(fn, masks))(small, SEQUENCE)
     expected = quick_jit(fn)(jaxprune.apply_masks(params, masks), SEQUENCE)
     assert difference(got, expected) < 2e-5
+
+
+def test_plans_and_optimiser_states_know_layers_writers_and_branches():
+    """And what is left after a cut is a network that can be cut again."""
+    shapes = {"stem": (4, 4), "a": (4, 5), "b": (5, 4)}
+    params = {**PARAMS, **weights(**shapes)}
+
+    def fn(p, x):
+        h = x @ p["stem"]
+        return net(residual)(p, h + jnp.tanh(h @ p["a"]) @ p["b"])
+
+    groups = jaxprune.trace(fn, params, X, writers="b:1", layers=True)
+    assert dict(groups.branches) == {"a": ("a:1", "b:1")}
+    keep = {"up:0": np.arange(5) < 3, "b:1": np.array([1, 0, 1, 0], bool)}
+    key = jax.random.key(0)
+    proof = jaxprune.plans.verify(
+        fn, params, X, keep=keep, key=key, writers=["b:1"], layers=True
+    )
+    assert proof.narrowed < 1e-5
+    assert not proof.permuted  # both have their places
+    masks = jaxprune.expand_masks(groups, keep)
+    small = jaxprune.slice_params(params, masks)
+    tx = optax.adam(1e-3)
+    state = jaxprune.slice_opt_state(tx, tx.init(params), masks)
+    assert jax.tree.map(jnp.shape, state[0].mu) == jax.tree.map(jnp.shape, small)
+    narrowed = jaxprune.narrow(fn, masks)
+    again = jaxprune.trace(narrowed, small, X, layers=True)
+    assert (again["up:0"].size, again["up:0"].exact) == (3, True)
+    masks = jaxprune.expand_masks(again, {"up:0": np.arange(3) > 0})
+    got = jaxprune.narrow(narrowed, masks)(jaxprune.slice_params(small, masks), X)
+    assert difference(got, narrowed(jaxprune.apply_masks(small, masks), X)) < 1e-5

@@ -155,7 +155,7 @@ def _passage(marking: Marking, run: Run, step: Step) -> Passage[State]:
         return State(tuple(dict.fromkeys(m, EQUAL) for m in state.axes), True)
 
     def unstacked(state: State) -> State:
-        for g in state.axes[0]:
+        for g in state.axes[0]:  # ordered, too: one is applied after the other
             marking.refuse(g, "stacked_layers")
         return state._replace(axes=state.axes[1:])
 

@@ -214,6 +214,8 @@ def verify(
     key: jax.Array,
     tolerance: float = 2e-5,
     balanced: Sequence[str] = (),
+    writers: Sequence[str] = (),
+    layers: bool = False,
     **kwargs: PyTree,
 ) -> Proof:
     """Proves a plan on random numbers before it is committed.
@@ -231,6 +233,8 @@ def verify(
         key: random key, consumed.
         tolerance: largest relative difference allowed.
         balanced: the groups that the plan cuts block by block, see `trace`.
+        writers: those that the plan cuts where their stream stays, see `trace`.
+        layers: does the plan cut layers of scans? See `trace`.
         **kwargs: further example arguments.
 
     Returns:
@@ -251,7 +255,8 @@ def verify(
         >>> proof.narrowed < 1e-6, proof.permuted["w1:1"] < 1e-6
         (True, True)
     """
-    groups = trace(apply_fn, variables, *args, balanced=balanced, **kwargs)
+    options = {"balanced": balanced, "writers": writers, "layers": layers}
+    groups = trace(apply_fn, variables, *args, **options, **kwargs)
     masks = expand_masks(groups, keep)
     key, variables_key, order_key = jax.random.split(key, 3)
     variables = _random_like(variables, variables_key)

@@ -156,6 +156,8 @@ def _layers(
     for axis in others:
         walk.ledger.tie(first, axis)
         first = axis if isinstance(axis, int) else first
+    if not isinstance(first, int):  # one is applied after the other
+        walk.ledger.ordered.append(first[0].units)
     return first, made
 
 
