@@ -25,6 +25,9 @@ class Classes:
         self.changed = False
         self._ties = list(ledger.ties)
         self.merge()
+        # Reasons are numbered as they are met, so that the least is the first. `.at`,
+        # because units of one class repeat an index, and plain indexing would keep
+        # the last of them.
         reasons = np.array(list(ledger.reasons), np.int32)
         np.minimum.at(self.why, self.of[reasons], reasons)
         np.minimum.at(self.why, *self._flat(ledger.freezes))
@@ -58,12 +61,15 @@ class Classes:
             return
         pairs = [np.broadcast_arrays(a, b) for a, b in self._ties]
         self._ties.clear()
+        # All ties at once, between classes and not units: connected components are
+        # linear in the ties, where one union after another would be a loop in Python.
         a, b = (self.of[np.concatenate(side)] for side in zip(*pairs, strict=True))
         size = len(self.why)
         graph = coo_matrix((np.ones(len(a), bool), (a, b)), (size, size))
         count, merged = connected_components(graph, directed=False)
         for units in pieces(self.of):
             units[:] = merged[units]
+        # A merged class is frozen if any of its parts is: NEVER is above all reasons.
         before, self.why = self.why, np.full(count, NEVER)
         np.minimum.at(self.why, merged, before)
 
