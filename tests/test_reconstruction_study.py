@@ -1,5 +1,7 @@
 """The study of repairs from data, at toy size, and what is committed of it."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -28,3 +30,20 @@ def test_methods_meet_the_same_budget_and_are_recorded(bench):
     widths = bench.even(0.3 * bench.cost.full)
     shares = [n / bench.groups[name].size for name, n in widths.items()]
     assert np.ptp(shares) < 0.1
+
+
+def test_the_committed_run_has_its_seeds_and_says_where_it_is_from():
+    found = json.loads(study.RESULT.read_text())
+    seeds = found["settings"]["seeds"]
+    assert seeds == study.SEEDS and found["machine"]["versions"]["jax"]
+    for net in study.RUN:
+        for budget, method in [(b, m) for b in study.BUDGETS for m in study.METHODS]:
+            rows = [
+                found["records"][f"{net}/seed{s}/{budget}/{method}"]
+                for s in range(seeds)
+            ]
+            assert all(0.9 * budget < row["cost"] <= budget for row in rows)
+            mean = np.mean([row["at once"] for row in rows])
+            assert found["summary"][f"{net}/{budget}/{method}"]["at once"] == round(
+                float(mean), 4
+            )

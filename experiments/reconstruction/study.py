@@ -45,7 +45,7 @@ from jaxprune.select import provable
 
 RESULT = Path(__file__).with_suffix(".json")
 FOLDER = Path("runs", "budget-nets")
-RUN = ("lenet_fashion", "vgg_digits")
+RUN = ("lenet_fashion", "lenet300")
 SEEDS, BUDGETS, CALIBRATION = 5, (0.5, 0.3), 512
 METHODS = (
     "random",

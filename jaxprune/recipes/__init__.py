@@ -10,6 +10,7 @@ from jaxprune.recipes._layerwise import reconstruct as reconstruct
 from jaxprune.recipes._layerwise import (
     search_with_compensation as search_with_compensation,
 )
+from jaxprune.recipes._prunability import prunability as prunability
 from jaxprune.recipes._prune import prune as prune
 from jaxprune.recipes._pruned import Pruned as Pruned
 from jaxprune.recipes._pruned import load as load
