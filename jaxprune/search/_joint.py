@@ -121,6 +121,9 @@ def joint_step(
             chosen = jax.random.randint(drawn, (middle,), 1, len(slim) - 1)
             numbers = [len(slim) - 1, *chosen]
         for i in numbers:
+            # One width after the other: where programs are scheduled for memory, one
+            # width at a time has its activations there.
+            grads, held = jax.lax.optimization_barrier((grads, held))
             # Gradients at the parameters before the step, statistics one by one.
             own, held, loss = train.narrower(i, held, batch, teacher)
             grads = jax.tree.map(jnp.add, grads, own)
