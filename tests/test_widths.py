@@ -70,6 +70,10 @@ def test_a_step_follows_the_gradient_of_the_sum_over_widths(alpha):
     # A bias before BatchNorm has the gradient 0, to rounding.
     assert_same(state.variables["params"], expected, floor=0.1)
     np.testing.assert_allclose(losses.sum(), value, rtol=1e-5)
+    # The state owns its arrays, so that it may be donated.
+    donated = jax.jit(step, donate_argnums=0)
+    donated(search.joint_state(slim, TX, None), (X, Y))
+    assert_same(slim[0](slim.variables, X), NET.apply(VARIABLES, X))
     # Every width has moved its own statistics.
     means = state.variables["batch_stats"]["BatchNorm_0"]["mean"]
     assert [mean.size for mean in means] == [8, 4, 2]

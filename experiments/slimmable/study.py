@@ -131,7 +131,6 @@ class Bench:
 
         run = jax.jit(epoch, donate_argnums=0)
         state = search.joint_state(slim, tx, jax.random.key(seed))
-        state = jax.tree.map(jnp.copy, state)
         rng = np.random.default_rng(seed)
         for _ in range(epochs):
             order = rng.permutation(len(images))[: steps * BATCH]

@@ -153,7 +153,8 @@ def joint_state(
             "joint training differentiates the collection 'params', which the "
             "variables do not have; wrap them: {'params': ...}"
         )
-    variables = jax.tree.map(jnp.asarray, dict(slim.variables))
+    # Copies: donating the state must not delete slim.variables.
+    variables = jax.tree.map(jnp.array, dict(slim.variables))
     return JointState(variables, tx.init(variables["params"]), key)
 
 
