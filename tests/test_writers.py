@@ -297,3 +297,14 @@ def test_scales_of_a_stream_are_no_writers():
     groups = jaxprune.trace(normed, params, X, writers="*")
     streams = {name: group.stream for name, group in groups.items() if group.stream}
     assert streams == {"stem:1#2": "stem:1", "down1:1": "stem:1"}
+
+
+def test_an_output_keeps_one_of_its_writers_and_its_shape():
+    def fn(p, x):
+        return x @ p["up"] + jnp.tanh(x @ p["w"])
+
+    params = weights(up=(4, 5), w=(4, 5))
+    groups = jaxprune.trace(fn, params, X, writers="*")
+    assert {n: g.stream for n, g in groups.items()} == {"w:1": "pinned"}
+    for kept in (3, 0):
+        both_equal(fn, params, groups, {"w:1": np.arange(5) < kept}, X)

@@ -61,7 +61,7 @@ def _name(
     layers, every = _layers(groups, own), _layers(groups, groups)
     shared = _common(layers)
     short = len(shared) <= len(_common(every)) and len(every) > len(layers)
-    name = "/".join(layers[0] if short else shared)
+    name = "/".join(layers[0] if short else shared) or own[0].rpartition(":")[0]
     count = 1 + sum(other.partition("#")[0] == name for other in taken)
     return name if count == 1 else f"{name}#{count}"
 

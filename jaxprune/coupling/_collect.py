@@ -246,8 +246,8 @@ def _with_streams(
     for own, stream in written:
         around = [] if isinstance(stream, int) else names(stream[0].units)
         for name in names(own):
-            above = [other for other in around if other != name]
-            streams.setdefault(name, above[0] if above else "pinned")
+            if name not in around:  # else something else ties it to the stream
+                streams.setdefault(name, around[0] if around else "pinned")
     obstacle = Reason("writer", text_of("writer"))
     return {
         name: dataclasses.replace(

@@ -119,6 +119,8 @@ def trace(
         )
         _pin_labels(ledger, known, groups, labels)
     solution = solve(ledger)
+    if walked.writers is not None and walked.writers.keep_one(solution):
+        solution = solve(ledger)
     whole = Whole(walked, arrays, twins) if roles else None
     groups = collect_groups(ledger, solution, ordered, shapes, treedef, whole, walked)
     if walked.writers is not None:

@@ -19,6 +19,7 @@ from jax.extend.core import Literal
 
 from jaxprune.coupling._labels import Axis, Column, Units, same_units
 from jaxprune.coupling._ledger import Ledger
+from jaxprune.coupling._solution import NEVER, Solution
 from jaxprune.program._interpret import LOOPS
 from jaxprune.program._jaxprs import scan_counts
 from jaxprune.program._types import Atom, Equation
@@ -102,6 +103,23 @@ class Writers:
     def is_layered(self, axis: Axis) -> bool:
         """Is it the axis of stacked layers that may go one by one?"""
         return not isinstance(axis, int) and id(axis[0].units) in self._layers
+
+    def keep_one(self, solution: Solution) -> bool:
+        """Where a stream cannot be cut, one of two first writers is kept whole.
+
+        If all that writes to an output were cut alike, masks would not say whether the
+        output loses these positions or holds 0 there. Is anything kept by this?
+        """
+        kept = False
+        for (first, _), stream in self._sums.items():
+            units = [] if isinstance(stream, int) else [stream[0].units]
+            for why in [solution.why[solution.classes[each]] for each in units]:
+                held = why != NEVER
+                if held.any():
+                    own = self.found[first].own[held]
+                    self._ledger.freezes.append((own, int(why[held][0])))
+                    kept = True
+        return kept
 
     # -- sums
 

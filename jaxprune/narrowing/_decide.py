@@ -172,6 +172,10 @@ class _Liveness:
         needed[lone[lone != NONE]] = True
         needed[NONE] = False
         rows = rows[:, ~needed[rows].any(axis=0)]
+        # Of a writer and its stream the writer: an output may have the stream's shape.
+        own = self._own() & dead
+        needed[rows[own[rows]]] = True
+        rows = rows[:, ~own[rows].any(axis=0)]
         exact = dead.copy()
         exact[:-1] &= self.solution.doubt == NEVER
         some = exact[rows]
@@ -179,6 +183,15 @@ class _Liveness:
         left = rows[:, ~some.any(axis=0)]
         needed[left[dead[left]]] = True
         self.alive = ~needed
+
+    def _own(self) -> np.ndarray:
+        """Bool ``[classes + 1]``: the units of writers that their stream lacks."""
+        own = np.zeros(len(self.alive), bool)
+        writers = self.walked.writers
+        for written in writers.found.values() if writers is not None else ():
+            own[self.solution.classes[written.own]] = True
+        own[NONE] = False
+        return own
 
     def wrong(self) -> tuple[int, np.ndarray] | None:
         """An axis whose mask is not what its units say, and where it is not."""
