@@ -14,6 +14,7 @@ from benchmarks import (
     machine,
     nets,
     nnx_nets,
+    reconstruction,
     slimmable,
     tables,
 )
@@ -151,3 +152,17 @@ def test_the_benchmark_of_widths_compares_what_is_equal():
     assert found["FLOPs ratio"]["1.0"] == 1.0 < found["FLOPs ratio"]["0.5"]
     assert found["joint step"]["against the sum"]["cpu"] > 0
     assert found["buckets"]["speed-up"]["wall"] > 0
+
+
+def test_layers_are_counted_as_often_as_they_occur():
+    rows = {
+        "one": {"times": 3, **reconstruction.convolution(4, 9, 5)},
+        "two": {"times": 1, **reconstruction.convolution(6, 1, 2)},
+    }
+    found = reconstruction.totals(rows)
+    assert set(found) == {"rank", "fit"}
+    expected = 3 * rows["one"]["rank"] + rows["two"]["rank"]
+    assert found["rank"] == round(expected, 1)
+    assert set(reconstruction.surgeon(8, 4)) == {"half", "2:4"}
+    matrices = sum(reconstruction.CONVOLUTIONS.values())
+    assert matrices == 52  # with the stem, which reads the image, a ResNet-50 has 53

@@ -54,6 +54,14 @@ def test_the_factor_is_of_the_inverse():
     np.testing.assert_allclose(factor.T @ factor @ SECOND, np.eye(12), atol=1e-7)
 
 
+def test_patterns_are_the_same_whatever_the_block():
+    one, kept = brain_surgeon(SECOND, KERNEL, pattern=(2, 4), block=4)
+    for block in (1, 9, 128):
+        other, also = brain_surgeon(SECOND, KERNEL, pattern=(2, 4), block=block)
+        np.testing.assert_array_equal(kept, also)
+        np.testing.assert_allclose(one, other, rtol=1e-7, atol=1e-12)
+
+
 def test_patterns_run_along_the_inputs_and_lose_less_than_magnitude():
     weights, kept = brain_surgeon(SECOND, KERNEL, pattern=(2, 4))
     assert (kept.reshape(3, 4, 5).sum(1) == 2).all() and not weights[~kept].any()

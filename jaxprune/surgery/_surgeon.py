@@ -61,13 +61,17 @@ def brain_surgeon(
         )
     factor = inverse_factor(second, ridge).astype(kernel.dtype)
     weights, kept = kernel.copy(), np.ones(kernel.shape, bool)
-    step = block if pattern is None else pattern[1]
+    # Patterns are chosen run by run; what they do beyond a block waits for its end.
+    step = block if pattern is None else max(block // pattern[1], 1) * pattern[1]
+    run = step if pattern is None else pattern[1]
     for first in range(0, width, step):
         own = slice(first, min(first + step, width))
-        saliency = np.square(weights[own] / np.diagonal(factor)[own, None])
-        kept[own] = _chosen(saliency, sparsity, pattern)
-        errors = np.zeros_like(saliency)
+        errors = np.zeros_like(weights[own])
         for d in range(own.start, own.stop):
+            if (d - first) % run == 0:
+                rows = slice(d, min(d + run, own.stop))
+                saliency = np.square(weights[rows] / np.diagonal(factor)[rows, None])
+                kept[rows] = _chosen(saliency, sparsity, pattern)
             errors[d - first] = np.where(kept[d], 0, weights[d]) / factor[d, d]
             inside = factor[d, d : own.stop]
             weights[d : own.stop] -= np.outer(inside, errors[d - first])
