@@ -174,7 +174,7 @@ def test_every_module_is_tested():
         "statistics": ["recalibration", "taps", "moments"],
         "costing": ["costs", "cost_model", "latency"],
         "training": ["bridgeout", "sparse_training", "schedules", "centripetal"],
-        "search": ["slimmable", "widths"],
+        "search": ["slimmable", "widths", "try_and_learn"],
         "recipes": ["prune", "plans", "sensitivity"],
         "integrations": ["modules"],
         "io": ["checkpoints", "export", "save_pruned"],

@@ -24,3 +24,7 @@ from jaxprune.recipes._sipp import sipp as sipp
 from jaxprune.recipes._sparse_gpt import Sparse as Sparse
 from jaxprune.recipes._sparse_gpt import sparse_gpt as sparse_gpt
 from jaxprune.recipes._training import State as State
+from jaxprune.recipes._trials import FineTune as FineTune
+from jaxprune.recipes._trials import Learned as Learned
+from jaxprune.recipes._trials import learn_keep as learn_keep
+from jaxprune.recipes._try_and_learn import try_and_learn as try_and_learn

@@ -10,8 +10,9 @@ import jax
 import numpy as np
 import optax
 
-from jaxprune.core._checks import whole_number
+from jaxprune.core._checks import concrete_bools, whole_number
 from jaxprune.core._masks import expand_masks
+from jaxprune.core._names import nearest
 from jaxprune.core._progress import advancing
 from jaxprune.core._types import ApplyFn, PyTree
 from jaxprune.costing import costs
@@ -41,6 +42,7 @@ from jaxprune.recipes._training import (
 from jaxprune.surgery._slicing import slice_params
 
 Schedule = Literal["geometric", "linear"]
+Decide = Callable[[int, PyTree | None, PyTree], Mapping[str, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +152,7 @@ def rounds(
     budget: float | str | Sequence[float | str] | None = None,
     rounds: int | None = None,
     schedule: Schedule = "geometric",
+    decide: Decide | None = None,
     step: Step | None = None,
     loss_fn: Callable[[PyTree, PyTree], PyTree] | None = None,
     evaluate: Callable[[Callable[..., Any], PyTree], Any] | str | None = None,
@@ -185,6 +188,11 @@ def rounds(
         rounds: how many times to cut; not needed if there is a number for each.
         schedule: how to get to the last round: "geometric" leaves the same fraction in
             each, "linear" removes the same amount.
+        decide: in place of `sparsity` and `budget`, ``(round, masks, variables) ->
+            keep``: which units of what is left stay, group -> bool ``[units left]``.
+            The masks, of the original variables, say what is left; None before the
+            first cut. If it has an attribute `settings`, JSON, a run is only resumed
+            with the same.
         step: ``(apply_fn, state, batch) -> state``, jit-able, with a `State`; takes
             the narrowed function. None for gradient descent on `loss_fn`.
         loss_fn: ``(variables, batch) -> loss``, or ``(loss, new)`` with new values of
@@ -232,6 +240,9 @@ def rounds(
         <https://arxiv.org/abs/2003.02389>`_, 2020
     """
     refuse_unknown("rounds", _unknown(options), OPTIONS)
+    if decide is not None:
+        _refuse_both(sparsity, budget)
+        sparsity = 0.0  # what `decide` is asked in place of
     targets = _targets(sparsity, budget, rounds)
     last = dict(zip(("sparsity", "budget"), targets[-1], strict=True))
     options = {**options, **last, "loss_fn": loss_alone(loss_fn), "progress": progress}
@@ -255,6 +266,7 @@ def rounds(
         ),
         shares=_shares(request, problem, len(targets), schedule, sparsity, budget),
         steps=lengths,
+        decide=decide,
         tx=tx,
         data=data,
         step=step,
@@ -302,6 +314,7 @@ class _Plan:
     requests: tuple[Request, ...]
     shares: tuple[float, ...]
     steps: tuple[int, ...]
+    decide: Decide | None
     tx: optax.GradientTransformation
     data: Any
     step: Step | None
@@ -381,7 +394,9 @@ def _cut(plan: _Plan, now: Progress) -> Progress:
     number = now.round - 1
     problem = dataclasses.replace(plan.problem, request=plan.requests[number])
     share, scores = plan.shares[number], now.scores
-    if plan.rescore:
+    if plan.decide is not None:
+        keep = _decided(plan, plan.decide, now)
+    elif plan.rescore:
         keep = decide(problem, now.state.variables, now.keep, share)
     else:
         scores = scores or scores_of(problem, now.state.variables, now.keep)
@@ -397,6 +412,29 @@ def _cut(plan: _Plan, now: Progress) -> Progress:
     small = narrow(problem.apply_fn, masks)
     state = state._replace(variables=recalibrated(problem, small, state.variables))
     return dataclasses.replace(now, state=state, keep=keep, scores=scores, done=0)
+
+
+def _decided(plan: _Plan, decide: Decide, now: Progress) -> dict[str, np.ndarray]:
+    """What the user's own way of deciding leaves, as units of the original."""
+    groups, keep = plan.problem.groups, dict(now.keep)
+    for name, units in decide(
+        now.round, _masks(plan, now), now.state.variables
+    ).items():
+        if name not in groups:
+            raise ValueError(
+                f"decide names the group {name!r}, which does not exist"
+                f"{nearest(name, groups)}"
+            )
+        left = keep.get(name, np.ones(groups[name].size, bool))
+        units = concrete_bools(f"decide's keep[{name}]", units)
+        if units.shape != (left.sum(),):
+            raise ValueError(
+                f"decide returned shape {units.shape} for the group {name}, of which "
+                f"{left.sum()} units are left"
+            )
+        keep[name] = left.copy()
+        keep[name][left] = units
+    return keep
 
 
 def _finish(plan: _Plan, files: Files, now: Progress) -> Progress:
@@ -440,6 +478,12 @@ def _kept(problem: Problem, keep: Mapping[str, np.ndarray]) -> float:
 
 
 # --- what is asked for ---------------------------------------------------------------
+
+
+def _refuse_both(sparsity: Any, budget: Any) -> None:
+    for name, given in (("sparsity", sparsity), ("budget", budget)):
+        if given is not None:
+            raise ValueError(f"{name}={given} and decide= both say what goes: give one")
 
 
 def _targets(sparsity: Any, budget: Any, rounds: int | None) -> list[tuple[Any, Any]]:
@@ -522,7 +566,9 @@ def _left(request: Request, problem: Problem) -> float:
 def _settings(plan: _Plan, schedule: str) -> dict[str, Any]:
     """What has to be the same when a run is resumed, as JSON."""
     first = plan.problem
+    own = plan.decide and getattr(plan.decide, "settings", type(plan.decide).__name__)
     return {
+        **({"decide": own} if own else {}),
         "groups": {name: group.size for name, group in first.groups.items()},
         "targets": [[_text(r.sparsity), _text(r.budget)] for r in plan.requests],
         "shares": list(plan.shares),

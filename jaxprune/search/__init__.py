@@ -1,5 +1,6 @@
 """Widths: networks that run at several, and what finds good ones."""
 
+from jaxprune.search._agents import Agent as Agent
 from jaxprune.search._counts import Counts as Counts
 from jaxprune.search._counts import multi_base as multi_base
 from jaxprune.search._counts import threshold_counts as threshold_counts
@@ -19,6 +20,9 @@ from jaxprune.search._joint import joint_state as joint_state
 from jaxprune.search._joint import joint_step as joint_step
 from jaxprune.search._nesting import fused as fused
 from jaxprune.search._nesting import importance as importance
+from jaxprune.search._reinforce import advantages as advantages
+from jaxprune.search._reinforce import reward as reward
+from jaxprune.search._reinforce import surrogate as surrogate
 from jaxprune.search._sampling import choices as choices
 from jaxprune.search._sampling import complementary as complementary
 from jaxprune.search._sampling import draw_counts as draw_counts
