@@ -181,7 +181,7 @@ def learn_keep(
         candidates=candidates,
         at_once=at_once,
     )
-    start, key = jax.random.split(jax.random.key(0) if key is None else key)
+    start, draws = jax.random.split(jax.random.key(0) if key is None else key)
     if baseline is None:
         plain = jax.jit(lambda v, held: mean_metric(metric_fn, v, held))
         baseline = float(plain(variables, trial.held))
@@ -194,7 +194,7 @@ def learn_keep(
         for number in range(updates):
             seen = fresh_batches(fine_tune, number)
             point = variables, seen, jnp.float32(baseline)
-            state, found = update(state, jax.random.fold_in(key, number), *point)
+            state, found = update(state, jax.random.fold_in(draws, number), *point)
             here = np.asarray(found.rewards)
             rewards.append(here)
             if here.max() > best:
