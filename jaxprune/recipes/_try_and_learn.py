@@ -17,7 +17,6 @@ from jaxprune.core._types import PyTree
 from jaxprune.coupling._trace import trace
 from jaxprune.narrowing._narrow import narrow
 from jaxprune.recipes._rounds import Rounds, rounds
-from jaxprune.search._reinforce import check_drop_bound
 from jaxprune.recipes._trials import (
     FineTune,
     Learned,
@@ -27,6 +26,7 @@ from jaxprune.recipes._trials import (
     measured,
     stacked,
 )
+from jaxprune.search._reinforce import check_drop_bound
 
 Order = Literal["low_to_high", "high_to_low", "sensitivity", "joint"]
 Baseline = Literal["original", "current"]
