@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from experiments.batch_bridgeout import defaults
-from experiments.batch_bridgeout.comparison import CELLS, SEEDS, Cell
+from experiments.batch_bridgeout.comparison import (
+    CELLS,
+    COMPENSATED,
+    SEEDS,
+    TUNED_AT,
+    Cell,
+)
 from experiments.harness.methods import FRACTIONS, area
 from experiments.harness.pages import write_compact
 from jaxprune.display import Interval, interval, new_figure, plot_runs
@@ -95,6 +101,7 @@ def page(results: Results, as_it_comes: Results) -> str:
     ]
     for dataset, net in dict.fromkeys((c.dataset, c.net) for c in complete(results)):
         parts += [f"## {net} on {dataset}", _table(results, dataset, net)]
+    parts += ["## Compensated", _compensated(results)]
     parts += ["## As it comes", _defaults(as_it_comes), "## Not run", _missing(results)]
     return "\n\n".join(parts) + "\n"
 
@@ -182,6 +189,32 @@ def _row(results: Results, cell: Cell) -> list[str]:
         means["fisher"],
         means["tuned"],
     ]
+
+
+def _compensated(results: Results) -> str:
+    """Accuracy after one-shot cuts: recalibrated, and compensated before that."""
+    cuts = " | ".join(f"{100 * fraction:.0f} %" for fraction in TUNED_AT)
+    lines = [f"| data | net | D | arm | | {cuts} |"]
+    lines.append("| --- | --- | ---: | --- | --- " + "| ---: " * len(TUNED_AT) + "|")
+    places = [FRACTIONS.index(fraction) for fraction in TUNED_AT]
+    for cell in COMPENSATED:
+        names = [f"compensated/{cell.seed(seed)}" for seed in range(SEEDS)]
+        if not set(names) <= results["records"].keys():
+            continue
+        before = [
+            [run["recalibrated"][k] for k in places] for run in runs_of(results, cell)
+        ]
+        after = [results["records"][name] for name in names]
+        for what, curves in (("recalibrated", before), ("compensated too", after)):
+            means = [interval(list(at)).mean for at in zip(*curves, strict=True)]
+            numbers = " | ".join(f"{100 * mean:.1f}" for mean in means)
+            where = f"{cell.dataset} | {cell.net} | {cell.exposure:g}"
+            lines.append(f"| {where} | {LABELS[cell.arm]} | {what} | {numbers} |")
+    return (
+        "Accuracy (%) after one-shot cuts of every layer by L2, mean over seeds: with "
+        "BatchNorm statistics measured anew, and with `jaxprune.compensate` on the "
+        "same 512 images before that.\n\n" + "\n".join(lines)
+    )
 
 
 def _defaults(results: Results) -> str:
