@@ -1,6 +1,7 @@
 """Strict numerics for every test: no silent rank or dtype promotion."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -27,6 +28,22 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK} {DEVICES}"
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def pytest_collection_modifyitems(items):
+    """Examples of docstrings say nothing that the tests of their functions do not."""
+    for item in items:
+        if isinstance(item, pytest.DoctestItem):
+            item.add_marker("once")
+
+
+@pytest.fixture
+def quick_gc():
+    """`gc.collect` looks only at what the test itself makes."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -21,6 +21,8 @@ from benchmarks import (
 from benchmarks.machine import Seconds
 from benchmarks.torch_process import TorchPruning
 
+pytestmark = pytest.mark.once
+
 
 def decoder(layers):
     return nets.decoder_net(decoders.Llama(layers, 8, 4, 2, 2, 6, 10), 3)

@@ -13,6 +13,8 @@ from experiments.centripetal.study import ARMS, SHARES, Bench, Scale, Trainer
 from experiments.harness.training import best
 from jaxprune.data import DATASETS, Dataset
 
+pytestmark = pytest.mark.once
+
 COMMITTED = json.loads(centripetal_report.RESULT.read_text())
 # 2 steps are enough where a single step pulls all the way.
 TINY = Scale("mlp", (8, 8), 1, 1, 32, 5e-4, (0.1,), ((0.1, 3.0),))

@@ -13,6 +13,8 @@ from experiments.batch_bridgeout.comparison import Cell
 from experiments.harness import noisy_nets
 from experiments.harness.methods import Hyper, filter_norms
 
+pytestmark = pytest.mark.once
+
 HYPER = Hyper(0.1, 0.0, rate=0.5, target=0.5, q=1.5)
 
 

@@ -15,6 +15,8 @@ from experiments.harness.methods import Hyper
 from jaxprune.data import DATASETS, Dataset
 from jaxprune.models import VGG
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parent.parent
 COMMITTED = json.loads(Path(criteria.__file__).with_suffix(".json").read_text())
 

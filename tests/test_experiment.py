@@ -33,6 +33,8 @@ from jaxprune.display import Picture
 from jaxprune.io.export import load_exported
 from jaxprune.models import MODELS, VGG, ResNet, ViT, vgg_widths
 
+pytestmark = pytest.mark.once
+
 TINY = functools.partial(VGG, widths=(4, "M", 6))
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "batch_bridgeout.ipynb"
 HYPER = Hyper(0.1, 1e-3, rate=0.3, target=0.75, q=1.5)

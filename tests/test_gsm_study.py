@@ -21,6 +21,8 @@ from experiments.harness.training import best
 from jaxprune.data import DATASETS, Dataset
 from jaxprune.models import LeNet300
 
+pytestmark = pytest.mark.once
+
 COMMITTED = json.loads(gsm_report.RESULT.read_text())
 HYPER = hyper_of(0.05, 1e-2, 0.9)
 TINY = Scale(

@@ -49,11 +49,10 @@ def use(fn, mode):
 
 
 @pytest.mark.parametrize("make", [function, lambda table: Net(table).apply])
-def test_nothing_outlives_the_function(make):
+def test_nothing_outlives_the_function(make, quick_gc):
     table = jnp.eye(6)
     fn = make(table)
     refs = [weakref.ref(table), weakref.ref(getattr(fn, "__self__", fn))]
-    gc.collect()
     before = set(_jaxprs._JITTED)
     use(fn, "plain")
     assert set(_jaxprs._JITTED) > before
@@ -63,7 +62,7 @@ def test_nothing_outlives_the_function(make):
     assert set(_jaxprs._JITTED) == before
 
 
-def test_of_one_function_not_everything_is_remembered():
+def test_of_one_function_not_everything_is_remembered(quick_gc):
     net, refs = Net(jnp.eye(6)), []
     for _ in range(12):
         static = Static()
@@ -74,7 +73,7 @@ def test_of_one_function_not_everything_is_remembered():
     assert sum(ref() is not None for ref in refs) <= _jaxprs._MOST
 
 
-def test_a_structure_that_holds_a_function_is_not_remembered():
+def test_a_structure_that_holds_a_function_is_not_remembered(quick_gc):
     class Box:
         def __init__(self, array, fn):
             self.array, self.fn = array, fn

@@ -69,7 +69,7 @@ def test_the_averaged_relu_is_what_many_weights_do_on_average():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(1, 200)).astype(np.float32)
     kernel = 0.1 * rng.normal(size=(200, 4)).astype(np.float32)
-    many = np.repeat(x, 4000, axis=0)
+    many = np.repeat(x, 1000, axis=0)
     noisy = np.asarray(bridgeout_dense(many, kernel, jax.random.key(2), rate=0.5))
     rectified = np.maximum(noisy, 0).astype(np.float64)
     error = rectified.std(0) / np.sqrt(len(many))

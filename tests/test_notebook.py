@@ -4,6 +4,9 @@ import json
 import pathlib
 
 import jax
+import pytest
+
+pytestmark = pytest.mark.once
 
 NOTEBOOK = pathlib.Path(__file__).parents[1] / "notebooks" / "prune_your_own.ipynb"
 

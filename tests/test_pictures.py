@@ -14,6 +14,8 @@ import jaxprune
 from jaxprune.display import _pictures as pictures
 from jaxprune.display._columns import Segment, layer_columns
 
+pytestmark = pytest.mark.once
+
 
 def weights(**shapes):
     return {name: jnp.ones(shape) for name, shape in shapes.items()}

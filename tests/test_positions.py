@@ -70,8 +70,7 @@ def test_what_is_remembered_cannot_be_changed():
                 mask.flags.writeable = True
 
 
-def test_nothing_is_remembered_of_masks_that_are_gone():
-    gc.collect()
+def test_nothing_is_remembered_of_masks_that_are_gone(quick_gc):
     before = len(jaxprune.core._positions._OUTER)
     masks = expand_masks(chain.groups(), chain.random_keep())
     assert len(jaxprune.core._positions._OUTER) > before

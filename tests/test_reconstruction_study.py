@@ -8,6 +8,8 @@ import pytest
 
 from experiments.reconstruction import study
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(scope="module")
 def bench():

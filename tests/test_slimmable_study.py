@@ -2,10 +2,13 @@
 
 import jax
 import numpy as np
+import pytest
 
 import jaxprune
 from experiments.slimmable import study
 from jaxprune import search
+
+pytestmark = pytest.mark.once
 
 
 class Tiny(study.Bench):

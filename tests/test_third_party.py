@@ -12,6 +12,8 @@ from benchmarks import tables
 from benchmarks.third_party import judge, packages, page
 from benchmarks.third_party.models import Model, randomized
 
+pytestmark = pytest.mark.once
+
 
 def _net(params, x):
     return jax.nn.relu(x @ params["w1"] + params["b"][None]) @ params["w2"]

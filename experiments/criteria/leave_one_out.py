@@ -33,7 +33,7 @@ from jaxprune.display import machine
 from jaxprune.statistics import taps
 
 RESULT = Path(__file__).with_suffix(".json")
-SUBJECTS, SEEDS = ("lenet300", "lenet_fashion"), 3
+SUBJECTS, SEEDS = ("lenet300", "lenet_fashion"), 5
 
 
 def main() -> None:
