@@ -12,6 +12,8 @@ from sklearn.datasets import load_digits
 
 from jaxprune.training import bridgeout, dropconnect, noisy_params
 
+pytestmark = pytest.mark.once
+
 FORGOTTEN = "noisy_params was never called"
 
 

@@ -19,6 +19,8 @@ from jaxprune import clusters
 from jaxprune.core._leaves import named_leaves
 from jaxprune.training import CentripetalState, centripetal
 
+pytestmark = pytest.mark.once
+
 X = np.random.default_rng(7).normal(size=(5, 4)).astype(np.float32)
 RATE, DECAY, PULL = 0.1, 0.05, 0.5
 IDS = {"a:1": np.array([3, 1, 3, 3, 1, 8]), "e:1": np.array([0, 1, 0, 1])}

@@ -21,6 +21,8 @@ import jaxprune
 from jaxprune.io import checkpoints
 from jaxprune.io._checksums import _block_checksum, local_checksum
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture
 def state():

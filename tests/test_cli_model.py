@@ -15,6 +15,8 @@ from jaxprune.io import checkpoints
 MODULE = """
 import jax, jax.numpy as jnp
 
+pytestmark = pytest.mark.once
+
 def net(variables, x):
     hidden = jax.nn.relu(x @ variables["params"]["a"])
     return hidden @ variables["params"]["b"]

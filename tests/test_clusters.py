@@ -14,6 +14,8 @@ import jaxprune
 from jaxprune import clusters, select
 from jaxprune.core._clusters import first_units
 
+pytestmark = pytest.mark.once
+
 X = np.random.default_rng(7).normal(size=(3, 4)).astype(np.float32)
 WAYS = {
     "k_means": lambda groups, variables, **kw: clusters.k_means(

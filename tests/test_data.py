@@ -30,6 +30,8 @@ from jaxprune.data import _pipeline as pipeline
 from jaxprune.data import _synthetic as synthetic
 from jaxprune.data._digits import Digits
 
+pytestmark = pytest.mark.once
+
 OFFLINE = [name for name, spec in data.DATASETS.items() if not spec.sources]
 
 

@@ -8,6 +8,8 @@ import pytest
 
 from jaxprune.training import distillation, ema_teacher, teacher_params
 
+pytestmark = pytest.mark.once
+
 
 def logits(seed, *shape):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)

@@ -12,6 +12,8 @@ from contract import quick_jit
 import jaxprune
 from jaxprune.training import global_sparse_momentum, winning_ticket
 
+pytestmark = pytest.mark.once
+
 RATE, DECAY, BETA = 0.05, 0.02, 0.9
 SHAPES = {"conv": (3, 3, 2, 4), "bias": (4,), "head": (6, 5)}
 KERNELS = {"conv": True, "bias": False, "head": True}

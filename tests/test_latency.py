@@ -9,6 +9,8 @@ from contract import quick_jit
 import jaxprune
 from jaxprune import select
 
+pytestmark = pytest.mark.once
+
 SHAPES = {"w1": (6, 40), "w2": (40, 24), "w3": (24, 32), "w4": (32, 3)}
 PARAMS = {name: jnp.ones(shape) for name, shape in SHAPES.items()}
 X = jnp.ones((2, 6))

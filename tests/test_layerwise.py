@@ -9,6 +9,8 @@ import pytest
 import jaxprune
 from jaxprune import recipes
 
+pytestmark = pytest.mark.once
+
 RNG = np.random.default_rng(3)
 
 

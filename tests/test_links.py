@@ -10,6 +10,8 @@ import jaxprune
 from jaxprune import select, training
 from jaxprune.training.schedules import linear
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture(autouse=True)
 def standard_promotion():

@@ -34,6 +34,8 @@ from jaxprune.models import (
 from jaxprune.models._layers import conv, glorot_relu
 from jaxprune.models._vit import SelfAttention
 
+pytestmark = pytest.mark.once
+
 CIFAR, IMAGENET, MNIST, DIGITS = (32, 32, 3), (224, 224, 3), (28, 28, 1), (8, 8, 1)
 
 # Inputs and parameter counts. The ImageNet numbers are those of the published weights

@@ -8,6 +8,8 @@ import scipy.stats
 
 from jaxprune.training.noise.layers import bridgeout_dense, bridgeout_relu, sparseout
 
+pytestmark = pytest.mark.once
+
 DRAWS = 4000
 RATE, Q = 0.3, 1.5
 X = np.array([[1.0, -2.0, 0.5], [1.0, -2.0, 0.5]], np.float32)  # two equal examples

@@ -14,6 +14,8 @@ import pytest
 from jaxprune import apply_masks
 from jaxprune.surgery import slice_opt_state, slice_params
 
+pytestmark = pytest.mark.once
+
 SGD = optax.sgd(0.1, momentum=0.9)
 KEY = jax.random.key(0)
 SAM = optax.contrib.sam(  # hands nothing on

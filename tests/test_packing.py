@@ -9,6 +9,8 @@ from jaxprune.core._masks import apply_masks
 from jaxprune.core._packing import PackedMasks, pack_masks, slice_packed, unpack_masks
 from jaxprune.surgery._slicing import slice_params
 
+pytestmark = pytest.mark.once
+
 SHAPES = [(7,), (1, 1), (5, 10), (8, 3), (64, 9, 3, 3), (3, 0)]
 
 

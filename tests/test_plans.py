@@ -8,6 +8,8 @@ import pytest
 
 import jaxprune
 
+pytestmark = pytest.mark.once
+
 
 class Net(nn.Module):
     width: int = 6

@@ -11,6 +11,8 @@ import rich.console
 import jaxprune
 from jaxprune.core._progress import tracked
 
+pytestmark = pytest.mark.once
+
 
 @pytest.fixture
 def screen(monkeypatch):

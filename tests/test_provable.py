@@ -14,6 +14,8 @@ from jaxprune.scores._sensitivity import unit_shares, weight_shares
 from jaxprune.select import provable
 from jaxprune.surgery import scale_units
 
+pytestmark = pytest.mark.once
+
 RNG = np.random.default_rng(0)
 KEY = jax.random.key(0)
 

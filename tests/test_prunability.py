@@ -8,6 +8,8 @@ import pytest
 import jaxprune
 from jaxprune import recipes, scores
 
+pytestmark = pytest.mark.once
+
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(60, 6)).astype(np.float32)
 PARAMS = {

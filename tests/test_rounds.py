@@ -16,6 +16,8 @@ import pytest
 
 import jaxprune
 
+pytestmark = pytest.mark.once
+
 X = jnp.ones((2, 4))
 TX = optax.sgd(0.05, momentum=0.9)
 
@@ -265,7 +267,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path):
     """Killed after each of several moments, as the folder fills."""
     expected = run(save_every=2, rewind=2, rescore=False)
     kills = 0
-    for moment in (1, 4, 6, 9, 12):
+    for moment in (1, 6, 12):
         child = _child(tmp_path)
         while child.poll() is None:
             names = {path.name for path in tmp_path.glob("steps/*")}
@@ -277,7 +279,7 @@ def test_a_killed_run_ends_with_the_same_bits(tmp_path):
             time.sleep(0.01)
         child.wait()
         child.stdout.close()
-    assert kills >= 3
+    assert kills >= 2
     child = _child(tmp_path)
     out, _ = child.communicate(timeout=120)
     assert child.returncode == 0

@@ -10,6 +10,8 @@ import pytest
 
 from jaxprune import schedules
 
+pytestmark = pytest.mark.once
+
 # name -> (schedule, its last value, the step from which it holds, the largest value)
 RAMPS = {
     "one_shot": (schedules.one_shot(0.7, at=20), 0.7, 20),

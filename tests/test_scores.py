@@ -14,6 +14,8 @@ from jaxprune.core._groups import Group, Groups, Member
 from jaxprune.core._leaves import named_leaves
 from jaxprune.scores import _unit_sums as unit_sums
 
+pytestmark = pytest.mark.once
+
 SCORES = {
     "magnitude": scores.magnitude,
     "l1": scores.l1,

@@ -8,6 +8,8 @@ from zoo import MODELS
 import jaxprune
 from jaxprune import scores, taps
 
+pytestmark = pytest.mark.once
+
 RNG = np.random.default_rng(0)
 IMAGES = RNG.normal(size=(8, 4, 4, 2)).astype(np.float32)
 LABELS = RNG.normal(size=(8, 3)).astype(np.float32)

@@ -8,6 +8,8 @@ import jaxprune
 from jaxprune import scores
 from jaxprune.core._leaves import named_leaves
 
+pytestmark = pytest.mark.once
+
 KEY = jax.random.key(0, impl="rbg")  # compiles in no time
 RNG = np.random.default_rng(0)
 DATA = {

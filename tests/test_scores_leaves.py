@@ -10,6 +10,8 @@ from contract import quick_jit
 import jaxprune
 from jaxprune import scores
 
+pytestmark = pytest.mark.once
+
 BY_SIGN = ("sum", "mean", "max")
 
 
@@ -81,6 +83,7 @@ def test_signed_scores_are_not_ranked_by_sign_unless_told_to(hidden):
 def test_every_score_of_weights_has_its_published_reduction(hidden):
     named = {n for n in dir(scores) if n.islower() and not n.startswith("_")}
     of_units = "geometric_median group_fisher mean_activation apoz entropy".split()
+    of_units += ["empirical_sensitivity"]
     tools = {"group_scores", "normalized"}
     # LAMP of units is a normalisation of their norms
     assert named - set(of_units) - tools - {"lamp"} == set(scores.REDUCTIONS)

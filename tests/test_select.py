@@ -9,6 +9,8 @@ from jaxprune.core._groups import Group, Groups
 from jaxprune.core._masks import expand_masks
 from jaxprune.scores import group_scores
 
+pytestmark = pytest.mark.once
+
 
 def bare(**sizes):
     found = {name: Group(name, size, ()) for name, size in sizes.items()}

@@ -15,6 +15,8 @@ from jaxprune.costing import Polynomial, cost_model, costs
 from jaxprune.costing._polynomial import Term
 from jaxprune.scores import group_scores, magnitude
 
+pytestmark = pytest.mark.once
+
 METHODS = ("lamp", "greedy", "global", "uniform", "exact")
 FREE: dict[str, Any] = {"max_sparsity": 1.0}  # no floor but min_keep
 

@@ -15,6 +15,8 @@ from jaxprune.core._groups import Group, Groups
 from jaxprune.costing import Polynomial
 from jaxprune.costing._polynomial import Term
 
+pytestmark = pytest.mark.once
+
 SIZES = {"a": 12, "one": 1, "b": 7}
 GROUPS = Groups(
     {name: Group(name, size, ()) for name, size in SIZES.items()},

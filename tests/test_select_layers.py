@@ -11,6 +11,8 @@ from jaxprune import select
 from jaxprune.core._masks import expand_masks
 from jaxprune.scores import group_scores, magnitude
 
+pytestmark = pytest.mark.once
+
 
 def removed(shares, sizes):
     counts = {name: share * sizes[name] for name, share in shares.items()}

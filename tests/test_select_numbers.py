@@ -9,6 +9,8 @@ import jaxprune
 from jaxprune import select
 from jaxprune.surgery import merge
 
+pytestmark = pytest.mark.once
+
 NOT_FINITE = [float("nan"), float("inf")]
 
 

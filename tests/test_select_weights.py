@@ -12,6 +12,8 @@ from jaxprune.select import _lowest as thresholds
 from jaxprune.select import _thresholds as bisection
 from jaxprune.statistics import taps
 
+pytestmark = pytest.mark.once
+
 
 def ranked(leaves, count, caps):
     """The slow way: every entry of every leaf in one sorted list."""

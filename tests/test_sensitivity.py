@@ -10,6 +10,8 @@ from jaxprune import display, select
 from jaxprune.recipes import plot_sensitivity
 from jaxprune.scores import group_scores, magnitude
 
+pytestmark = pytest.mark.once
+
 SHAPES = {"w1": (6, 10), "b1": (10,), "w2": (10, 7), "w3": (7, 3)}
 
 

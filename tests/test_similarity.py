@@ -7,6 +7,8 @@ import pytest
 import jaxprune
 from jaxprune.select import clusters
 
+pytestmark = pytest.mark.once
+
 RNG = np.random.default_rng(0)
 
 

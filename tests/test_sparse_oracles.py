@@ -30,6 +30,8 @@ from jaxprune.training import (
 from jaxprune.training.schedules import cubic, narang
 from jaxprune.training.sparse import _rules as rules
 
+pytestmark = pytest.mark.once
+
 SHAPES = {"conv": (3, 4, 10), "dense": (12, 6)}
 
 

@@ -36,6 +36,8 @@ from jaxprune.training import (
 from jaxprune.training.schedules import cubic, narang
 from jaxprune.training.sparse import _resets as resets
 
+pytestmark = pytest.mark.once
+
 PRUNABLE = {"kernel": True, "half": True, "one": True, "zero": True, "bias": False}
 STEPS = 6
 

@@ -8,6 +8,8 @@ import jaxprune
 from jaxprune import recipes
 from jaxprune.surgery._surgeon import brain_surgeon, inverse_factor
 
+pytestmark = pytest.mark.once
+
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(50, 12)) @ RNG.normal(size=(12, 12))
 SECOND = X.T @ X / len(X)

@@ -7,6 +7,8 @@ from contract import quick_jit
 
 from jaxprune.select import _thresholds as thresholds
 
+pytestmark = pytest.mark.once
+
 RNG = np.random.default_rng(0)
 SHAPES = [(7, 9), (1, 1), (40,), (3, 3, 2, 4)]
 VALUES = {

@@ -13,6 +13,8 @@ from jaxprune import recipes, search
 from jaxprune.recipes import _trials
 from jaxprune.search import _reinforce
 
+pytestmark = pytest.mark.once
+
 # --- the reward (C1) and the estimator (C5) -------------------------------------------
 
 

@@ -15,6 +15,8 @@ from jaxprune import search
 from jaxprune.recipes import adapruner
 from jaxprune.training.distillation import soft_cross_entropy
 
+pytestmark = pytest.mark.once
+
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(8, 4)).astype(np.float32)
 

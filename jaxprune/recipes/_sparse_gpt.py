@@ -76,11 +76,11 @@ def sparse_gpt(
     Example:
         >>> def linear(params, x):
         ...     return x @ params["w"]
-        >>> params = {"w": jnp.array([[1.0], [2.0]])}
-        >>> x = jnp.array([[1.0, 0.0], [0.9, 0.5]])
+        >>> params = {"w": jnp.array([[1.0], [3.0]])}
+        >>> x = jnp.array([[1.0, 0.0], [1.0, 0.5]])
         >>> sparse = sparse_gpt(linear, params, [x], sparsity=0.5, ridge=0.0)
         >>> sparse.masks["w"].tolist(), sparse.variables["w"].round(2).tolist()
-        ([[True], [False]], [[1.5], [0.0]])
+        ([[False], [True]], [[0.0], [5.0]])
 
     References:
         Frantar and Alistarh, `SparseGPT <https://arxiv.org/abs/2301.00774>`_, ICML 2023

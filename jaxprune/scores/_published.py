@@ -26,6 +26,7 @@ REDUCTIONS: Mapping[str, Reduce] = MappingProxyType(
         "grasp": "abs_of_sum",
         "movement": "signed_sum",
         "wanda": "l2",
+        "weight_sensitivity": "sum",
     }
 )
 """Name of a score of weights -> the `reduce` that `group_scores` is to be given.
