@@ -22,7 +22,10 @@ from jaxprune.training import BridgeoutState, noisy_params
 # default is in test_bridgeout_defaults.py.
 bridgeout = functools.partial(training.bridgeout, relative=False, target_fraction=1.0)
 # Many tests look at ``update`` alone.
-pytestmark = pytest.mark.filterwarnings("ignore:.*noisy_params was never called")
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.filterwarnings("ignore:.*noisy_params was never called"),
+]
 
 W = np.array([[-1.5], [-0.6], [0.2], [0.4], [0.9], [2.0]], np.float32)
 X = np.random.default_rng(0).normal(size=(8, 6)).astype(np.float32)

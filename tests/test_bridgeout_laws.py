@@ -13,7 +13,10 @@ from contract import quick_jit
 
 from jaxprune.training import bridgeout, noisy_params
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*noisy_params was never called")
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.filterwarnings("ignore:.*noisy_params was never called"),
+]
 
 RATE = 0.3
 

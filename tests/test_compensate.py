@@ -25,6 +25,8 @@ from jaxprune.surgery._reconstruction import (
     unit_moments,
 )
 
+pytestmark = pytest.mark.once
+
 RNG = np.random.default_rng(1)
 
 

@@ -9,6 +9,8 @@ import pytest
 from jaxprune.core._leaves import named_leaves, parameter_paths
 from jaxprune.core._masks import apply_masks, expand_masks, sparsity
 
+pytestmark = pytest.mark.once
+
 
 def brute_force(groups, keep):
     """Entry by entry: dead if any unit that owns its position on any axis is dead."""

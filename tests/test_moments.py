@@ -14,6 +14,8 @@ from jaxprune.program._jaxprs import trace_program
 from jaxprune.statistics import moments
 from jaxprune.statistics._contractions import contractions
 
+pytestmark = pytest.mark.once
+
 RNG = np.random.default_rng(0)
 
 

@@ -25,7 +25,10 @@ from jaxprune.training import (
 )
 
 # Many tests look at ``update`` alone.
-pytestmark = pytest.mark.filterwarnings("ignore:.*noisy_params was never called")
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.filterwarnings("ignore:.*noisy_params was never called"),
+]
 
 draws = importlib.import_module("jaxprune.training.noise._draws")
 

@@ -15,6 +15,8 @@ import jaxprune
 from jaxprune import search
 from jaxprune.search import importance
 
+pytestmark = pytest.mark.once
+
 X = np.random.default_rng(1).normal(size=(3, 4)).astype(np.float32)
 
 

@@ -15,6 +15,8 @@ import jaxprune
 from jaxprune import search
 from jaxprune.training.distillation import in_place
 
+pytestmark = pytest.mark.once
+
 
 class Net(nn.Module):
     """Two layers and a BatchNorm."""
