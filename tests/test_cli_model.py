@@ -12,10 +12,10 @@ import pytest
 from jaxprune.cli import main
 from jaxprune.io import checkpoints
 
+pytestmark = pytest.mark.once
+
 MODULE = """
 import jax, jax.numpy as jnp
-
-pytestmark = pytest.mark.once
 
 def net(variables, x):
     hidden = jax.nn.relu(x @ variables["params"]["a"])

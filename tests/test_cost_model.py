@@ -10,6 +10,8 @@ from zoo import MODELS
 import jaxprune
 from jaxprune.costing import Polynomial, cost_model, costs
 
+pytestmark = pytest.mark.once
+
 # Where `narrow` runs other equations than the program, activations are only close.
 OTHER_EQUATIONS = {
     "dropout_train": "random numbers are drawn at full size",

@@ -8,6 +8,8 @@ import pytest
 
 from jaxprune.costing import costs
 
+pytestmark = pytest.mark.once
+
 
 def shaped(*shape, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape, dtype)

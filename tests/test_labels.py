@@ -11,6 +11,8 @@ from zoo import MODELS
 import jaxprune
 from jaxprune.core._names import matching, nearest
 
+pytestmark = pytest.mark.once
+
 
 @functools.cache
 def traced(name, **options):

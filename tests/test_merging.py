@@ -20,6 +20,8 @@ import jaxprune
 from jaxprune.core._clusters import first_units
 from jaxprune.core._leaves import named_leaves
 
+pytestmark = pytest.mark.once
+
 X = np.random.default_rng(7).normal(size=(3, 4)).astype(np.float32)
 
 

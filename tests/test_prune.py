@@ -9,6 +9,8 @@ import pytest
 
 import jaxprune
 
+pytestmark = pytest.mark.once
+
 
 def mlp(params, x):
     hidden = jax.nn.relu(x @ params["w1"] + params["b1"][None])

@@ -13,6 +13,8 @@ import pytest
 import jaxprune
 from jaxprune import recalibrate
 
+pytestmark = pytest.mark.once
+
 recalibration = importlib.import_module("jaxprune.statistics._recalibration")
 
 

@@ -40,8 +40,8 @@ def test_random_is_right_on_average_for_every_weight():
     found = contractions(trace_program(net, PARAMS, X))
     shares = scores.weight_sensitivity(net, PARAMS, [X])
     neurons, rng = Neurons.of(found, PARAMS, shares), np.random.default_rng(0)
-    factors = [sampled(neurons, 50, rng, 3.0, 3.0, False) for _ in range(40)]
-    error = np.std(factors, 0) / 40**0.5
+    factors = [sampled(neurons, 50, rng, 3.0, 3.0, False) for _ in range(100)]
+    error = np.std(factors, 0) / 100**0.5
     met = neurons.shares > 0  # what no example needs is never drawn
     assert met.mean() > 0.9 and (np.count_nonzero(factors, axis=1) <= 50).all()
     assert (np.abs(np.mean(factors, 0) - 1)[met] < 5 * error[met] + 1e-9).all()

@@ -11,6 +11,8 @@ from zoo import MODELS
 import jaxprune
 from jaxprune import taps
 
+pytestmark = pytest.mark.once
+
 KERNELS = {"a": (3, 4), "b": (4, 4), "c": (4, 2)}
 X = jnp.linspace(-1.0, 1.0, 6).reshape(2, 3)
 

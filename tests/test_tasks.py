@@ -23,6 +23,8 @@ from jaxprune.integrations import equinox as for_equinox
 from jaxprune.integrations import haiku as for_haiku
 from jaxprune.integrations import nnx as for_nnx
 
+pytestmark = pytest.mark.once
+
 
 class Net(nn.Module):
     @nn.compact
