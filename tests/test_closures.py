@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from contract import assert_same, total
+from jax import lax
 from jax.experimental.ode import odeint
 from zoo import weights
 
@@ -287,3 +288,36 @@ def test_a_derivative_that_closes_over_what_the_function_computes(kind):
             match=r"custom_[jv]+p at test_closures.py:.* closes over an array",
         ):
             jax.grad(summed(wrap(narrowed)))(small, X)
+
+
+OUTER = {
+    "jit": lambda fn: jax.jit(fn)(2.0),
+    "vmap": lambda fn: jax.vmap(fn)(jnp.array([2.0, 2.0]))[0],
+    "scan": lambda fn: lax.scan(lambda _, c: (None, fn(c)), None, jnp.array([2.0]))[1],
+}
+
+
+@pytest.mark.parametrize("outer", OUTER)
+@pytest.mark.parametrize("kind", ["jvp", "forward", "backward"])
+def test_a_derivative_that_closes_over_what_goes_on_around(kind, outer):
+    """The function is narrowed inside a transformation whose array it closes over."""
+
+    def made(c):
+        op = jax.custom_jvp(jnp.tanh) if kind == "jvp" else jax.custom_vjp(jnp.tanh)
+        if kind == "jvp":
+            op.defjvp(lambda hs, slopes: (op(*hs), slopes[0] * c))
+        elif kind == "forward":
+            op.defvjp(lambda h: (jnp.tanh(h), c), lambda c, ct: (c * ct,))
+        else:
+            op.defvjp(lambda h: (op(h), None), lambda _, ct: (c * ct,))
+        return lambda params, x: op(x @ params["w1"]) @ params["w2"]
+
+    _, small, masks = cut(made(1.0), params := weights(**NET))
+    masked = jaxprune.apply_masks(params, masks)
+
+    def slopes(c):
+        return jax.grad(summed(jaxprune.narrow(made(c), masks)))(small, X)["w1"]
+
+    expected = jax.grad(summed(made(2.0)))(masked, X)
+    expected = jaxprune.slice_params(expected, masks)["w1"]
+    assert_same(OUTER[outer](slopes).reshape(expected.shape), expected)

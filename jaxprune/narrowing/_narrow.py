@@ -99,7 +99,7 @@ def narrow(
             counts = statistics == "masked"
             ready = restrict(program, given, names, counts_removed=counts)
             _check_new_values(ready, names)
-        if program.lasting:
+        if ready.lasting:
             restricted[program] = ready
         arrays = jax.tree.leaves(((variables, *args), kwargs))
         return ready.flat([x for x in arrays if is_array(x)])

@@ -1,6 +1,7 @@
 """What stays of a walked program when dead units are gone, and how it runs."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -19,6 +20,7 @@ from jaxprune.coupling._solve import solve
 from jaxprune.coupling._walk import Step, Walked, walk_program
 from jaxprune.narrowing._build import build
 from jaxprune.narrowing._decide import Alive, decide, narrower, refused_writer
+from jaxprune.program._closures import closes_over_tracers
 from jaxprune.program._jaxprs import Program, abstract, call, trace_program
 from jaxprune.program._types import Atom, Jaxpr
 
@@ -215,11 +217,17 @@ class Restricted:
         """Runs on the array leaves of the arguments."""
         pairs = zip(arrays, self.walked.ins, strict=True)
         operands = [self._operand(x, value) for x, value in pairs]
-        if self.program.lasting:
+        if self.lasting:
             outs = call(self.kept.program(self.walked), operands)
         else:  # what holds tracers is no program that jit may keep
             outs = self.kept.replay(self.walked, operands)
         return jax.tree.unflatten(self.program.out_tree, outs)
+
+    @functools.cached_property
+    def lasting(self) -> bool:
+        """May it be kept, and jitted? Not if it is part of a trace that goes on."""
+        program = self.program
+        return program.lasting and not closes_over_tracers(program.closed)
 
     def _operand(self, x: jax.Array, value: Value) -> jax.Array:
         if 0 in x.shape:  # its other axes follow whatever they are coupled to

@@ -19,6 +19,7 @@ from jaxprune.core._types import PyTree
 from jaxprune.coupling._labels import Value
 from jaxprune.coupling._registry import rule
 from jaxprune.coupling._types import Liveness, Narrowed, Step, Walk
+from jaxprune.program._closures import has_ended
 from jaxprune.program._jaxprs import abstract, bind, opened, source_line
 from jaxprune.program._types import Aval, Equation
 
@@ -150,24 +151,16 @@ class _Forward:
 
 
 def _check_closed_over(consts: Sequence[Any], step: Step) -> None:
-    """Raises if a derivative reads what the traced function computed outside of it.
-
-    A derivative is Python code that runs when somebody differentiates. By then the
-    trace that such an array belongs to is over: it has an equation that made it, but
-    its trace has none any more.
-    """
-    for const in consts:
-        made = getattr(const, "parent", None) is not None
-        frame = getattr(getattr(const, "_trace", None), "frame", None)
-        if made and frame is not None and not frame.tracing_eqns:
-            what, line = step.eqn.primitive.name, source_line(step.eqn)
-            place = what.removesuffix("_call") + (line and f" at {line}")
-            raise ValueError(
-                f"the derivative of {place} closes over an array ({const.aval}) that "
-                "the pruned function computes outside of it; neither can JAX "
-                "differentiate that under jit. Give the array to it as an argument, or "
-                "compute it inside the derivative"
-            )
+    """Raises if a derivative reads what the traced function computed outside of it."""
+    for const in filter(has_ended, consts):
+        what, line = step.eqn.primitive.name, source_line(step.eqn)
+        place = what.removesuffix("_call") + (line and f" at {line}")
+        raise ValueError(
+            f"the derivative of {place} closes over an array ({const.aval}) that the "
+            "pruned function computes outside of it, which is gone when somebody "
+            "differentiates (so it is in jax.grad(jax.jit(fn))). Give the array to it "
+            "as an argument, or compute it inside the derivative"
+        )
 
 
 def _instantiated(ct: PyTree) -> Any:
