@@ -408,3 +408,12 @@ def test_rounds_take_another_way_to_decide():
             )
     with pytest.raises(ValueError, match=r"sparsity=0.5 and decide= both"):
         jaxprune.rounds(deep, DEEP, X, rounds=1, sparsity=0.5, decide=halve, **options)
+
+
+def test_no_group_is_emptied_where_several_are_decided_together():
+    rest = dict.fromkeys("measure weights held agent tx drop_bound advantage".split())
+    trial = _trials._Trial(sizes={"a": 2, "b": 3}, candidates=1, at_once=None, **rest)
+    logits = jnp.array([-2.0, -1.0, 5.0, -3.0, -3.0])
+    keep = trial.split(trial.repaired(logits > 0, logits))
+    assert keep["a"].tolist() == [False, True]
+    assert keep["b"].tolist() == [True, False, False]

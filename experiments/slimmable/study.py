@@ -9,7 +9,6 @@ Refuted    if the gain of SP-Net over S-Net with the same teacher is not above 0
            95 % interval over paired seeds, at the narrower widths
 Command    python -m experiments.slimmable.study [--nets vgg resnet mobilenet]
            [--seeds 5] [--epochs 8]    (--quick: a tiny run that is not recorded)
-Time       about 4 minutes a seed and net on one core (Intel Xeon)
 Expected   paper: SP-Net above S-Net by 1.2 to 1.5 points (ResNet-50), 0.9 to 4.4 (VGG),
            1.4 to 3.1 (MobileNetV2), ImageNet, at equal FLOPs
 Leaves     experiments/slimmable/study.json, after every arm; what is recorded is not

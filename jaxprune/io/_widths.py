@@ -15,8 +15,8 @@ from jaxprune.core import PyTree, named_leaves
 from jaxprune.core._checks import refuse_traced
 from jaxprune.io._folders import naming_damage, read_folder, write_folder
 from jaxprune.io.export import (
-    _read_variables,
     any_batch,
+    read_variables,
     serialized,
     verify_program,
     write_npz,
@@ -138,8 +138,6 @@ def load_widths(path: str | Path) -> ExportedWidths:
                     raise ValueError(f"the program of width {i} is too large")
                 blob = bytearray(archive.read(str(i)))
                 programs.append(jax.export.deserialize(blob))
-        variables = _read_variables(
-            files[_PARAMETERS], about["parameters"], programs[0]
-        )
+        variables = read_variables(files[_PARAMETERS], about["parameters"], programs[0])
         calls = tuple(jax.jit(program.call) for program in programs)
         return ExportedWidths(calls, variables, about["facts"])

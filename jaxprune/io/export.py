@@ -148,7 +148,7 @@ def load_exported(path: str | Path) -> Exported:
     with naming_damage(folder, "exported model"):
         # Made by a newer JAX, it may be refused here; JAX says so itself.
         program = deserialized(files[_FUNCTION])
-        variables = _read_variables(files[_PARAMETERS], about["parameters"], program)
+        variables = read_variables(files[_PARAMETERS], about["parameters"], program)
         return Exported(jax.jit(program.call), variables, about["facts"])
 
 
@@ -240,7 +240,7 @@ def _storable(leaf: PyTree) -> np.ndarray:
     return array.view(f"u{array.itemsize}") if array.dtype.kind == "V" else array
 
 
-def _read_variables(
+def read_variables(
     path: Path, dtypes: Mapping[str, str], program: jax.export.Exported
 ) -> PyTree:
     """The parameters, each of the shape and dtype that the program asks for."""

@@ -240,6 +240,8 @@ def rounds(
         <https://arxiv.org/abs/2003.02389>`_, 2020
     """
     refuse_unknown("rounds", _unknown(options), OPTIONS)
+    given = locals()
+    asked = {**options, **{name: given[name] for name in _TOLD}}
     if decide is not None:
         _refuse_both(sparsity, budget)
         sparsity = 0.0  # what `decide` is asked in place of
@@ -251,11 +253,7 @@ def rounds(
     request = Request(**options)
     problem = problem_of(apply_fn, variables, args, kwargs, request)
     lengths = _lengths(steps, len(targets))
-    if rewind is not None and not 0 <= rewind < lengths[0]:
-        raise ValueError(
-            f"rewind={rewind} is no step of round 0, which has {lengths[0]}; give 0 "
-            "for the initial variables, and steps for round 0"
-        )
+    _check_rewind(rewind, lengths)
     _check_evaluate(evaluate, request)
     if step is None and loss_fn is None:
         raise ValueError("give step=, or loss_fn= for gradient descent on it")
@@ -279,21 +277,7 @@ def rounds(
     start = first_state(variables, tx, jax.random.key(0) if key is None else key)
     files = Files(folder, problem.groups, start, tx, _settings(plan, schedule))
     found = _run(plan, files, start, progress)
-    asked = {
-        **options,
-        "loss_fn": loss_fn,
-        "sparsity": sparsity,
-        "budget": budget,
-        "rounds": rounds,
-        "steps": steps,
-        "schedule": schedule,
-        "rewind": rewind,
-        "rescore": rescore,
-    }
-    del asked["progress"]
-    usual = DEFAULTS | {"rounds": None, "rewind": None, "rescore": True}
-    usual |= {"schedule": "geometric"}
-    called = as_call("jaxprune.rounds", apply_fn, args, asked, usual)
+    called = as_call("jaxprune.rounds", apply_fn, args, asked, _USUAL)
 
     def load(number: int) -> Pruned:
         keep, small = files.round(number)
@@ -304,6 +288,14 @@ def rounds(
         )
 
     return Rounds(tuple(Round(**entry) for entry in found.history), load, called)
+
+
+# What a report tells of the call besides the options of `prune`, and the defaults.
+_TOLD = (
+    *("loss_fn", "sparsity", "budget", "rounds", "steps", "schedule", "decide"),
+    *("rewind", "rescore"),
+)
+_USUAL = DEFAULTS | {"schedule": "geometric", "rescore": True}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -506,6 +498,14 @@ def _targets(sparsity: Any, budget: Any, rounds: int | None) -> list[tuple[Any, 
             "budget for each"
         )
     return [(sparsity, budget)] * rounds
+
+
+def _check_rewind(rewind: int | None, lengths: Sequence[int]) -> None:
+    if rewind is not None and not 0 <= rewind < lengths[0]:
+        raise ValueError(
+            f"rewind={rewind} is no step of round 0, which has {lengths[0]}; give 0 "
+            "for the initial variables, and steps for round 0"
+        )
 
 
 def _check_evaluate(evaluate: Any, request: Request) -> None:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.core._leaves import named_leaves
@@ -64,6 +63,7 @@ def sipp(
             sparsity leaves less than one weight for every neuron.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> def linear(params, x):
         ...     return x @ params["w"]
         >>> params = {"w": jnp.array([[1.0], [-2.0], [3.0]])}
@@ -103,7 +103,7 @@ def sipp(
         factors = np.zeros(len(order))
         factors[order[:budget]] = 1.0
     else:
-        factor = constant * confidence(delta, 1, constant)
+        factor = 2 * confidence(delta, 2, constant)
         rng = np.random.default_rng(seed)
         factors = sampled(neurons, budget, rng, factor, constant, method == "hybrid")
     return neurons.written(variables, factors)
@@ -113,12 +113,15 @@ def sampling_error(total: Any, draws: Any, factor: float) -> Any:
     r"""The relative error of a neuron after so many draws.
 
     .. math:: e(m) = \tfrac12 \left( a + \sqrt{a^2 + 6 a} \right), \quad
-        a = \frac{\alpha}{3 m}, \quad \alpha = c S
+        a = \frac{\alpha}{3 m}, \quad \alpha = c S, \quad c = 2 K \log(8 / \delta)
+
+    with the constant K and the probability :math:`\delta` of `sipp`. The published
+    logarithm also counts the patches and taps of convolutions; here they count as one.
 
     Args:
         total: S, the sum of the sensitivities.
         draws: m.
-        factor: c, from the confidence.
+        factor: c.
 
     Example:
         >>> float(sampling_error(1.0, 2.0, 12.0))
@@ -216,11 +219,7 @@ class Neurons(NamedTuple):
     ) -> "Neurons":
         kernels, each, ids, start = [], [], [], 0
         for one in found.values():
-            dtype = leaves[one.path].dtype
-            why = f"it is also {one.shared}" if one.shared else ""
-            why = (
-                why if jnp.issubdtype(dtype, jnp.floating) else f"its dtype is {dtype}"
-            )
+            why = one.fixed(leaves[one.path])
             if why:
                 raise ValueError(f"{one.path} cannot be pruned: {why}")
             kernel = one.kernel(np.asarray(leaves[one.path], np.float64))

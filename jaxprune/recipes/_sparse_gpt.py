@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.core._checks import whole_number
@@ -74,6 +73,7 @@ def sparse_gpt(
             inputs cannot be divided into runs of m.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> def linear(params, x):
         ...     return x @ params["w"]
         >>> params = {"w": jnp.array([[1.0], [3.0]])}
@@ -119,9 +119,7 @@ def sparse_gpt(
 def _items(found: Mapping[str, Contraction], leaves: Mapping[str, Any]) -> list[Item]:
     items = []
     for name, one in found.items():
-        dtype = leaves[one.path].dtype
-        why = f"it is also {one.shared}" if one.shared else ""
-        why = why if jnp.issubdtype(dtype, jnp.floating) else f"its dtype is {dtype}"
+        why = one.fixed(leaves[one.path])
         if why:
             raise ValueError(
                 f"{one.path} cannot be pruned for one contraction alone: {why}; name "

@@ -14,9 +14,10 @@ from jaxprune.core._checks import whole_number
 from jaxprune.core._groups import Groups
 from jaxprune.core._leaves import named_leaves
 from jaxprune.core._masks import apply_masks, expand_masks
-from jaxprune.core._names import listed, matching, nearest, patterns
+from jaxprune.core._names import listed
 from jaxprune.core._progress import advancing
 from jaxprune.core._types import PyTree
+from jaxprune.recipes._targets import cuttable
 from jaxprune.recipes._training import batch_at, default_step, first_state
 from jaxprune.search._agents import Agent, unit_weights
 from jaxprune.search._reinforce import (
@@ -181,43 +182,77 @@ def learn_keep(
         candidates=candidates,
         at_once=at_once,
     )
-    start, draws = jax.random.split(jax.random.key(0) if key is None else key)
     if baseline is None:
         plain = jax.jit(lambda v, held: mean_metric(metric_fn, v, held))
         baseline = float(plain(variables, trial.held))
-    update, assess = jax.jit(trial.update), jax.jit(trial.assess)
-    state = trial.init(start)
+
+    def point(number: int) -> tuple[PyTree, Any, jax.Array]:
+        return variables, fresh_batches(fine_tune, number), jnp.float32(baseline)
+
+    key = jax.random.key(0) if key is None else key
+    with advancing(f"agents of {listed(names, 2)}", updates, progress) as advance:
+        tried = _search(trial, key, point, updates, patience, advance)
+    return _decided(trial, tried, point(updates), baseline)
+
+
+class _Tried(NamedTuple):
+    """What the updates of a search have come to.
+
+    Attributes:
+        params: weights of all agents.
+        best: the candidate of the largest reward; None if no reward was above 0.
+        rewards: of all candidates, update by update.
+    """
+
+    params: Any
+    best: np.ndarray | None
+    rewards: list[np.ndarray]
+
+
+def _search(
+    trial: "_Trial",
+    key: jax.Array,
+    point: Callable[[int], tuple[Any, ...]],
+    updates: int,
+    patience: int | None,
+    advance: Callable[[], None],
+) -> _Tried:
+    """Updates the agents, until the likeliest cut has been the same for `patience`."""
+    start, draws = jax.random.split(key)
+    update, state = jax.jit(trial.update), trial.init(start)
     rewards: list[np.ndarray] = []
     best, cut = 0.0, None  # nothing cut is worth 0
     steady, last = 0, b""
-    with advancing(f"agents of {listed(names, 2)}", updates, progress) as advance:
-        for number in range(updates):
-            seen = fresh_batches(fine_tune, number)
-            point = variables, seen, jnp.float32(baseline)
-            state, found = update(state, jax.random.fold_in(draws, number), *point)
-            here = np.asarray(found.rewards)
-            rewards.append(here)
-            if here.max() > best:
-                best, cut = float(here.max()), np.asarray(found.actions)[here.argmax()]
-            advance()
-            now = np.asarray(found.likeliest).tobytes()
-            steady, last = (steady + 1 if now == last else 0), now
-            if patience is not None and steady >= patience:
-                break
-    logits = trial.logits(state.params)
-    options = [np.asarray(repaired(logits > 0, logits))]
-    options += [] if cut is None else [cut]
-    seen = fresh_batches(fine_tune, updates)
-    tried = np.stack([options[k % len(options)] for k in range(candidates)])
-    point = variables, seen, jnp.float32(baseline)
-    metrics, worth = map(np.asarray, assess(jnp.asarray(tried), *point))
-    pick = int(worth[: len(options)].argmax())
-    if worth[pick] > 0:
-        decision: Decision = "best candidate" if pick else "likeliest"
-        units, metric, gain = tried[pick], float(metrics[pick]), float(worth[pick])
-    else:
-        decision, units = "nothing cut", np.ones_like(tried[0])
+    for number in range(updates):
+        state, found = update(state, jax.random.fold_in(draws, number), *point(number))
+        here = np.asarray(found.rewards)
+        rewards.append(here)
+        if here.max() > best:
+            best, cut = float(here.max()), np.asarray(found.actions)[here.argmax()]
+        advance()
+        now = np.asarray(found.likeliest).tobytes()
+        steady, last = (steady + 1 if now == last else 0), now
+        if patience is not None and steady >= patience:
+            break
+    return _Tried(state.params, cut, rewards)
+
+
+def _decided(
+    trial: "_Trial", tried: _Tried, point: tuple[Any, ...], baseline: float
+) -> Learned:
+    """The likeliest decision or the best candidate, assessed side by side."""
+    logits = trial.logits(tried.params)
+    rows = [np.asarray(trial.repaired(logits > 0, logits))]
+    rows += [] if tried.best is None else [tried.best]
+    assess = jax.jit(trial.assess)
+    metrics, worth = map(np.asarray, assess(jnp.asarray(np.stack(rows)), *point))
+    pick = int(worth.argmax())
+    decision: Decision = "best candidate" if pick else "likeliest"
+    units, metric, gain = rows[pick], float(metrics[pick]), float(worth[pick])
+    if not gain > 0:
+        decision, units = "nothing cut", np.ones_like(rows[0])
         metric, gain = baseline, 0.0
+    none = np.zeros((0, trial.candidates))
     return Learned(
         keep=trial.split(units),
         probabilities=trial.split(np.asarray(jax.nn.sigmoid(logits))),
@@ -225,7 +260,7 @@ def learn_keep(
         metric=metric,
         baseline=baseline,
         reward=gain,
-        rewards=np.stack(rewards) if rewards else np.zeros((0, candidates)),
+        rewards=np.stack(tried.rewards) if tried.rewards else none,
     )
 
 
@@ -286,10 +321,16 @@ class _Trial:
         return jnp.concatenate(found)
 
     def split(self, row: Any) -> dict[str, Any]:
-        """Group -> its part of a row of all units."""
-        ends = np.cumsum(list(self.sizes.values()))[:-1].tolist()
+        """Group -> its part of a row, or rows, of all units."""
         xp = np if isinstance(row, np.ndarray) else jnp
-        return dict(zip(self.sizes, xp.split(row, ends), strict=True))
+        ends = np.cumsum(list(self.sizes.values()))[:-1].tolist()
+        return dict(zip(self.sizes, xp.split(row, ends, axis=-1), strict=True))
+
+    def repaired(self, rows: jax.Array, logits: jax.Array) -> jax.Array:
+        """Decisions ``[..., units]`` after which every group has a unit left."""
+        odds = self.split(logits)
+        parts = [repaired(own, odds[name]) for name, own in self.split(rows).items()]
+        return jnp.concatenate(parts, -1)
 
     def assess(
         self, actions: jax.Array, variables: PyTree, seen: Any, baseline: jax.Array
@@ -314,17 +355,7 @@ class _Trial:
         logits = self.logits(state.params)
         shape = (self.candidates, logits.shape[0])
         drawn = jax.random.bernoulli(key, jax.nn.sigmoid(logits)[None], shape)
-        tried = jnp.concatenate(
-            [
-                repaired(part, own)
-                for part, own in zip(
-                    jnp.split(drawn, self._ends, -1),
-                    self.split(logits).values(),
-                    strict=True,
-                )
-            ],
-            -1,
-        )
+        tried = self.repaired(drawn, logits)
         _, rewards = self.assess(tried, variables, seen, baseline)
 
         def loss(params: Any) -> jax.Array:
@@ -336,10 +367,6 @@ class _Trial:
             steps, opt_state = self.tx.update(slopes, state.opt_state, state.params)
         params = optax.apply_updates(state.params, steps)
         return _State(params, opt_state), _Found(rewards, tried, logits > 0)
-
-    @property
-    def _ends(self) -> list[int]:
-        return np.cumsum(list(self.sizes.values()))[:-1].tolist()
 
 
 def measured(
@@ -434,20 +461,7 @@ def chosen_groups(groups: Groups, only: str | Sequence[str] | None) -> list[str]
     Raises:
         ValueError: if there is none, or one for which units cannot go one by one.
     """
-    names = list(groups)
-    if only is not None:
-        wanted: set[str] = set()
-        for pattern in patterns("only", only):
-            found = matching(pattern, groups)
-            if not found:
-                raise ValueError(
-                    f"only names {pattern!r}, which matches none of the {len(groups)} "
-                    f"groups: {listed(groups)}{nearest(pattern, groups)}"
-                )
-            wanted.update(found)
-        names = [name for name in groups if name in wanted]
-    if not names:
-        raise ValueError("there is no group for an agent to decide on")
+    names = cuttable(groups, only, exact=False)
     for name in names:
         if groups[name].blocks > 1:
             raise ValueError(

@@ -130,20 +130,12 @@ def try_and_learn(
 
         return float(jax.jit(mean)(variables, held))
 
-    first = evaluate(apply_fn, variables)
     subject = _Subject(apply_fn, variables, args, kwargs, metric, batches)
     turns = _turns(groups, chosen_groups(groups, only), order, subject)
-    fixed = None if baseline == "current" else first
-    if not isinstance(baseline, str):
-        fixed = finite("baseline", baseline)
-    elif baseline not in ("original", "current"):
-        raise ValueError(
-            f"baseline must be 'original', 'current' or a number, got {baseline!r}"
-        )
     agents = _Agents(
         subject=subject,
         turns=turns,
-        baseline=fixed,
+        baseline=_counted_from(baseline, lambda: evaluate(apply_fn, variables)),
         drop_bound=drop_bound,
         loss_fn=loss_fn,
         data=data,
@@ -169,6 +161,19 @@ def try_and_learn(
         recalibrate=False,
         progress=progress,
     )
+
+
+def _counted_from(
+    baseline: Baseline | float, first: Callable[[], float]
+) -> float | None:
+    """What drops are counted from; None for the metric of each round."""
+    if not isinstance(baseline, str):
+        return finite("baseline", baseline)
+    if baseline not in ("original", "current"):
+        raise ValueError(
+            f"baseline must be 'original', 'current' or a number, got {baseline!r}"
+        )
+    return first() if baseline == "original" else None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -271,7 +276,7 @@ def _turns(
 
 def _missed(groups: Groups, names: list[str], subject: _Subject) -> dict[str, float]:
     """What the metric loses with the smaller half of each group."""
-    norms = scores.group_scores(groups, scores.magnitude(subject.variables))
+    norms = scores.group_scores(groups, subject.variables)
     held = stacked(subject.batches)
 
     def metric_fn(variables: PyTree, batch: Any) -> Any:

@@ -111,6 +111,12 @@ class Contraction:
         """The matrices ``[K, D, N]`` of the parameter's value."""
         return leaf.reshape(-1)[self.at]
 
+    def fixed(self, leaf: Array) -> str:
+        """Why this value of the parameter cannot be changed for it alone, or ""."""
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return f"its dtype is {leaf.dtype}, no floating point"
+        return self.shared and f"it is also {self.shared}"
+
     def units(self, groups: Groups) -> dict[str, np.ndarray]:
         """Group -> int ``[K, D]``, the unit of every input; -1 where it has none.
 

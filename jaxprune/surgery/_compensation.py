@@ -264,10 +264,7 @@ def fittable(
         one = found[name]
         outputs = np.any(weights, axis=1)
         lost = np.any(~weights & outputs[:, None], axis=(1, 2))
-        why = f"it is also {one.shared}" if one.shared else ""
-        if not jnp.issubdtype(leaves[one.path].dtype, jnp.floating):
-            dtype = leaves[one.path].dtype
-            why = f"its dtype is {dtype}; compensate before quantising"
+        why = one.fixed(leaves[one.path])
         if lost.any() and why:
             refused.append(f"{one.path} loses inputs but cannot be fitted: {why}")
             continue
