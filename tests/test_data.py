@@ -27,6 +27,7 @@ from jaxprune import data
 from jaxprune.data import _archives as archives
 from jaxprune.data import _loading as loading
 from jaxprune.data import _pipeline as pipeline
+from jaxprune.data import _scenes as scenes
 from jaxprune.data import _synthetic as synthetic
 from jaxprune.data._digits import Digits
 
@@ -47,7 +48,7 @@ def load(folder):
 
 def multiset(images, labels):
     return sorted(
-        (np.ascontiguousarray(image).tobytes(), int(label))
+        (np.ascontiguousarray(image).tobytes(), np.asarray(label, np.int32).tobytes())
         for image, label in zip(images, labels, strict=True)
     )
 
@@ -84,8 +85,8 @@ def test_a_split_is_what_its_spec_says(load, name, split):
     assert dataset.images.shape == (len(dataset), *spec.image_shape)
     assert dataset.images.dtype == np.uint8
     assert dataset.labels.dtype == np.int32
-    assert dataset.labels.shape == (len(dataset),)
-    assert set(dataset.labels.tolist()) == set(range(spec.num_classes))
+    assert dataset.labels.shape == (len(dataset), *spec.label_shape)
+    assert set(dataset.labels.ravel().tolist()) == set(range(spec.num_classes))
     with pytest.raises(ValueError, match="read-only"):
         dataset.images[0] = 0
 
@@ -301,6 +302,25 @@ def test_shapes32_labels_differ_where_they_say():
     assert 0.01 < square < cross
 
 
+# ------------------------------------------------------------------------- scenes
+
+
+def test_scenes_files_hold_what_the_seed_draws(load):
+    rng = np.random.default_rng((20_241, 1, 1))
+    drawn = multiset(*scenes.draw(500, rng))
+    assert not set(drawn) - set(examples(load("scenes", "test")))
+
+
+def test_a_scene_has_its_labels_where_its_objects_are():
+    images, labels = scenes.draw(300, np.random.default_rng(0))
+    objects = [len(set(label[label > 0].tolist())) for label in labels]
+    assert min(objects) >= 1 and max(objects) <= 4
+    # Steps in brightness are more frequent along the outlines of labels.
+    grey = images.astype(float).mean(-1)
+    steps, outline = np.abs(np.diff(grey, axis=2)), np.diff(labels, axis=2) != 0
+    assert steps[outline].mean() > 1.5 * steps[~outline].mean()
+
+
 # ----------------------------------------------------------------- archives
 
 
@@ -502,7 +522,7 @@ def test_without_fashion_mnist_one_line_says_where_it_comes_from(fashion, tmp_pa
         " t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz into "
         f"{tmp_path}/downloads/manual, or install Debian's dataset-fashion-mnist, or "
         "load it once where there is a network and pass that folder as data_dir; "
-        "without any download there are digits, shapes32"
+        "without any download there are digits, shapes32, scenes"
     )
 
 
@@ -606,7 +626,7 @@ def test_error_without_a_network_comes_at_once(tmp_path, monkeypatch, closed_por
         f"answer (ConnectionError): put cifar-10-binary.tar.gz into "
         f"{tmp_path}/downloads/manual, or load it once where there is a network and "
         f"pass that folder as data_dir; without any download there are digits, "
-        f"shapes32"
+        f"shapes32, scenes"
     )
     assert not (tmp_path / "cifar10").exists()
 

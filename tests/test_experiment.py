@@ -28,7 +28,7 @@ from experiments.batch_bridgeout.settings import decay_of, learning_rates, setti
 from experiments.harness import measure, methods, quirks, runs, training
 from experiments.harness.methods import FRACTIONS, METHODS, Hyper
 from jaxprune.cli import _main as cli
-from jaxprune.data import DATASETS, Dataset, load
+from jaxprune.data import CLASSIFICATION, DATASETS, Dataset, load
 from jaxprune.display import Picture
 from jaxprune.io.export import load_exported
 from jaxprune.models import MODELS, VGG, ResNet, ViT, vgg_widths
@@ -413,7 +413,7 @@ def test_mistakes_are_told_in_one_line(capsys, words, text):
 
 
 def test_every_default_model_exists():
-    for name in DATASETS:
+    for name in CLASSIFICATION:
         settings = settings_for(name, quick=False, **ASK)
         assert set(settings.models) <= MODELS.keys()
 

@@ -64,6 +64,10 @@ PUBLISHED = {
     "bridgeout_wrn28_10": (CIFAR, 36_489_290),
     "mobilenet_v1": (IMAGENET, 4_231_976),
     "mobilenet_v2": (IMAGENET, 3_504_872),
+    "segnet": (CIFAR, 29_449_932),  # by hand in test_segmentation, with the nets below
+    "fcn32s": (CIFAR, 134_346_581),
+    "fcn8s": (CIFAR, 134_346_581 + (512 + 256 + 2) * 21),
+    "segnet_scenes": (CIFAR, 37_380),
     "vit_b16": (IMAGENET, 86_567_656),
     "vit_tiny": (IMAGENET, 5_717_416),
 }

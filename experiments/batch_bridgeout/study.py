@@ -86,7 +86,7 @@ from experiments.harness.training import (
     start,
 )
 from jaxprune.cli._main import UsageError, known
-from jaxprune.data import DATASETS, Dataset, batches, load, normalize
+from jaxprune.data import CLASSIFICATION, Dataset, batches, load, normalize
 from jaxprune.io.export import load_exported, save_exported
 from jaxprune.models import MODELS, VGG
 
@@ -130,7 +130,7 @@ class Config:
     """Where data sets are prepared; by default $JAXPRUNE_DATA or ~/.cache/jaxprune."""
 
     def __post_init__(self) -> None:
-        known("data set", self.dataset, DATASETS)
+        known("data set", self.dataset, CLASSIFICATION)
         for model in self.models:
             known("model", model, MODELS)
         for quirk in self.quirks:

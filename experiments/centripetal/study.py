@@ -57,7 +57,7 @@ from experiments.harness.training import (
 )
 from jaxprune import clusters, select
 from jaxprune.cli._main import UsageError, known
-from jaxprune.data import DATASETS, Dataset, load
+from jaxprune.data import CLASSIFICATION, Dataset, load
 from jaxprune.models import LeNet300, cifar_resnet
 from jaxprune.training import centripetal
 
@@ -133,7 +133,7 @@ class Config:
     """Where data sets are prepared; by default $JAXPRUNE_DATA or ~/.cache/jaxprune."""
 
     def __post_init__(self) -> None:
-        known("data set", self.dataset, DATASETS)
+        known("data set", self.dataset, CLASSIFICATION)
         known("net", self.net, SMALL)
         if self.seeds < 1:
             raise UsageError(f"--seeds must be 1 or more, got {self.seeds}")

@@ -38,7 +38,7 @@ from experiments.harness.runs import Job, Run, Tick, open_run
 from experiments.harness.training import Fit, accuracy, fit, make_step, start
 from jaxprune import scores, select
 from jaxprune.cli._main import UsageError, known
-from jaxprune.data import DATASETS, Dataset, load, normalize
+from jaxprune.data import CLASSIFICATION, Dataset, load, normalize
 from jaxprune.display import interval
 from jaxprune.models import MODELS
 
@@ -69,7 +69,7 @@ class Config:
     """Where data sets are prepared; by default $JAXPRUNE_DATA or ~/.cache/jaxprune."""
 
     def __post_init__(self) -> None:
-        known("data set", self.dataset, DATASETS)
+        known("data set", self.dataset, CLASSIFICATION)
         for model in self.models:
             known("model", model, MODELS)
         if self.seeds < 1:

@@ -56,7 +56,7 @@ from experiments.harness.training import (
 from jaxprune import apply_masks
 from jaxprune.cli._main import UsageError, known
 from jaxprune.core._packing import pack_masks
-from jaxprune.data import DATASETS, Dataset, load
+from jaxprune.data import CLASSIFICATION, Dataset, load
 from jaxprune.display import interval
 from jaxprune.models import LeNet300, cifar_resnet
 from jaxprune.training import global_sparse_momentum, hold_masks, winning_ticket
@@ -150,7 +150,7 @@ class Config:
     """Where data sets are prepared; by default $JAXPRUNE_DATA or ~/.cache/jaxprune."""
 
     def __post_init__(self) -> None:
-        known("data set", self.dataset, DATASETS)
+        known("data set", self.dataset, CLASSIFICATION)
         if self.net:
             known("net", self.net, (CIFAR if self.on_cifar else SMALL).nets)
         if self.seeds < 1:

@@ -132,7 +132,7 @@ def prepare(spec: Spec, folder: Path) -> Any:
 
 def _read(source: Any, spec: Spec) -> Dataset:
     images = np.empty((len(source), *spec.image_shape), np.uint8)
-    labels = np.empty(len(source), np.int32)
+    labels = np.empty((len(source), *spec.label_shape), np.int32)
     for start in range(0, len(source), _READ_AT_ONCE):
         rows = range(start, min(start + _READ_AT_ONCE, len(source)))
         for row, record in zip(rows, source.__getitems__(list(rows)), strict=True):
@@ -159,7 +159,8 @@ def load(
             ``~/.cache/jaxprune``.
 
     Returns:
-        The images, uint8 ``[N, H, W, C]``, and the labels, int32 ``[N]``.
+        The images, uint8 ``[N, H, W, C]``, and the labels, int32 ``[N]``, or
+        ``[N, H, W]`` where every pixel has one.
 
     Raises:
         ValueError: if the name or the split does not exist, or the split is empty.

@@ -28,6 +28,8 @@ class Spec:
         name: the TFDS name, also its folder in the data directory.
         num_classes: labels are ``0 .. num_classes - 1``.
         image_shape: ``(height, width, channels)``.
+        label_shape: of the labels of an image: ``()``, or ``(height, width)`` where
+            every pixel has one.
         mean: per channel, of training images divided by 255.
         std: per channel, of training images divided by 255.
         augmentation: what training draws for every image.
@@ -47,6 +49,7 @@ class Spec:
     sources: tuple[str, ...] = ()
     package: str = ""
     package_folder: str = ""
+    label_shape: tuple[int, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,7 +59,7 @@ class Dataset:
     Attributes:
         spec: the facts of the data set it comes from.
         images: uint8 ``[N, H, W, C]``, read-only.
-        labels: int32 ``[N]``, read-only.
+        labels: int32 ``[N, *label_shape]``, read-only.
     """
 
     spec: Spec
@@ -90,6 +93,16 @@ _SPECS = (
         std=(0.2277, 0.2269, 0.2272),
         augmentation=Augmentation(pad=4, flip=True),
         builder="jaxprune.data._synthetic:Shapes32",
+    ),
+    Spec(
+        name="scenes",
+        num_classes=5,
+        image_shape=(32, 32, 3),
+        mean=(0.4978, 0.5009, 0.4973),
+        std=(0.2245, 0.2274, 0.2248),
+        augmentation=Augmentation(),
+        builder="jaxprune.data._scenes:Scenes",
+        label_shape=(32, 32),
     ),
     Spec(
         name="mnist",
@@ -150,3 +163,8 @@ _SPECS = (
 
 DATASETS: Mapping[str, Spec] = MappingProxyType({spec.name: spec for spec in _SPECS})
 """Every data set that `load` knows, by name."""
+
+CLASSIFICATION: Mapping[str, Spec] = MappingProxyType(
+    {name: spec for name, spec in DATASETS.items() if not spec.label_shape}
+)
+"""Those with one label an image."""

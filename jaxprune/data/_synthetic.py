@@ -22,7 +22,7 @@ SHAPES = ("disc", "square", "triangle", "cross")
 TEXTURES = ("plain", "stripes", "checks", "dots")
 SPLIT_SIZES = {"train": 16_000, "test": 4_000}
 
-_SIZE = 32
+SIZE = 32
 _BLOCK = 1_000  # images drawn together; part of the definition, as the seed is
 _SEED = 20_240
 
@@ -31,7 +31,7 @@ _SEED = 20_240
 _Field = np.ndarray
 
 
-def _uniform(rng: np.random.Generator, low: float, high: float, n: int) -> _Field:
+def uniform(rng: np.random.Generator, low: float, high: float, n: int) -> _Field:
     """Returns one number for each image, ``[n, 1, 1]``."""
     return rng.uniform(low, high, (n, 1, 1)).astype(np.float32)
 
@@ -43,7 +43,7 @@ def _frame(
 
     The image spans [-1, 1] on both axes.
     """
-    line = ((np.arange(_SIZE, dtype=np.float32) + 0.5) * (2 / _SIZE) - 1)[None]
+    line = ((np.arange(SIZE, dtype=np.float32) + 0.5) * (2 / SIZE) - 1)[None]
     x, y = line[:, None, :] - centre[0], line[:, :, None] - centre[1]
     cos, sin = np.cos(angle) / scale, np.sin(angle) / scale
     return cos * x + sin * y, cos * y - sin * x
@@ -92,10 +92,10 @@ def _by_class(
 
 def _cover(distance: _Field, unit: _Field | float) -> _Field:
     """Turns a distance into coverage in [0, 1], soft over one pixel."""
-    return np.clip(0.5 - distance * unit * (_SIZE / 2), 0, 1)
+    return np.clip(0.5 - distance * unit * (SIZE / 2), 0, 1)
 
 
-def _colours(rng: np.random.Generator, n: int) -> list[np.ndarray]:
+def colours(rng: np.random.Generator, n: int) -> list[np.ndarray]:
     """Returns three colours ``[n, 1, 1, 3]``, each channel at least 0.2 apart.
 
     The steps go around a circle of length one, so every colour alone is uniform.
@@ -110,27 +110,27 @@ def _paint(below: np.ndarray, colour: np.ndarray, cover: _Field) -> np.ndarray:
     return below + (colour - below) * cover[..., None]
 
 
-def _background(rng: np.random.Generator, ground: np.ndarray) -> np.ndarray:
+def background(rng: np.random.Generator, ground: np.ndarray) -> np.ndarray:
     """A colour rippled by two slow waves."""
     n = len(ground)
-    ripple = np.zeros((n, _SIZE, _SIZE), np.float32)
+    ripple = np.zeros((n, SIZE, SIZE), np.float32)
     for _ in range(2):
-        angle, period = _uniform(rng, 0, 2 * np.pi, n), _uniform(rng, 0.3, 2, n)
-        u, _v = _frame((_uniform(rng, -2, 2, n), 0), angle, period)
+        angle, period = uniform(rng, 0, 2 * np.pi, n), uniform(rng, 0.3, 2, n)
+        u, _v = _frame((uniform(rng, -2, 2, n), 0), angle, period)
         ripple += np.sin(2 * np.pi * u)
     tint = rng.uniform(-0.15, 0.15, ground.shape).astype(np.float32)
     return ground + tint * ripple[..., None]
 
 
-def _rods(
+def rods(
     image: np.ndarray, rng: np.random.Generator, count: int, width: float
 ) -> np.ndarray:
     """Paints `count` rods of random colour, place and length."""
     n = len(image)
     for _ in range(count):
-        centre = (_uniform(rng, -1, 1, n), _uniform(rng, -1, 1, n))
-        u, v = _frame(centre, _uniform(rng, 0, np.pi, n), 1)
-        length = _uniform(rng, 0.1, 0.6, n)
+        centre = (uniform(rng, -1, 1, n), uniform(rng, -1, 1, n))
+        u, v = _frame(centre, uniform(rng, 0, np.pi, n), 1)
+        length = uniform(rng, 0.1, 0.6, n)
         distance = np.maximum(np.abs(u) - length, np.abs(v) - width)
         colour = rng.uniform(0, 1, (n, 1, 1, 3)).astype(np.float32)
         image = _paint(image, colour, _cover(distance, 1))
@@ -141,22 +141,45 @@ def _object(
     image: np.ndarray,
     rng: np.random.Generator,
     labels: np.ndarray,
-    colours: list[np.ndarray],
+    pair: list[np.ndarray],
 ) -> np.ndarray:
     """Paints the shape and the texture that the label names."""
     n = len(labels)
-    shape, texture = np.divmod(labels, len(TEXTURES))
-    centre = (_uniform(rng, -0.3, 0.3, n), _uniform(rng, -0.3, 0.3, n))
-    size = _uniform(rng, 0.5, 0.9, n)
-    u, v = _frame(centre, _uniform(rng, -0.4, 0.4, n), size)
+    centre = (uniform(rng, -0.3, 0.3, n), uniform(rng, -0.3, 0.3, n))
+    size = uniform(rng, 0.5, 0.9, n)
+    kinds = np.divmod(labels, len(TEXTURES))
+    return painted(image, rng, kinds, pair, centre, size)[0]
+
+
+def painted(
+    image: np.ndarray,
+    rng: np.random.Generator,
+    kinds: tuple[np.ndarray, np.ndarray],
+    pair: list[np.ndarray],
+    centre: tuple[_Field, _Field],
+    size: _Field,
+) -> tuple[np.ndarray, _Field]:
+    """Images with an object of these (shapes, textures), and what the object covers."""
+    n, (shape, texture) = len(image), kinds
+    u, v = _frame(centre, uniform(rng, -0.4, 0.4, n), size)
     cover = _cover(_by_class(_OUTLINES, shape, u, v), size)
-    period = _uniform(rng, 0.22, 0.4, n) / (2 * np.pi)
-    a, b = _frame(centre, _uniform(rng, 0, 2 * np.pi, n), period)
-    shift = _uniform(rng, 0, 2 * np.pi, n)
+    period = uniform(rng, 0.22, 0.4, n) / (2 * np.pi)
+    a, b = _frame(centre, uniform(rng, 0, 2 * np.pi, n), period)
+    shift = uniform(rng, 0, 2 * np.pi, n)
     wave = _by_class(_WAVES, texture, a + shift, b - shift)
-    body = np.broadcast_to(colours[0], image.shape)
-    body = _paint(body, colours[1], np.clip(0.5 + wave, 0, 1))
-    return _paint(image, body, cover)
+    body = np.broadcast_to(pair[0], image.shape)
+    body = _paint(body, pair[1], np.clip(0.5 + wave, 0, 1))
+    return _paint(image, body, cover), cover
+
+
+def photographed(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Contrast and noise, and bytes."""
+    n = len(image)
+    contrast = uniform(rng, 0.5, 1, n)[..., None]
+    noise = rng.standard_normal(image.shape, np.float32)
+    noise *= uniform(rng, 0.02, 0.12, n)[..., None]
+    image = 0.5 + (image - 0.5) * contrast + noise
+    return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
 
 
 def draw(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -175,15 +198,11 @@ def draw(labels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         (16, 32, 32, 3)
     """
     n = len(labels)
-    ground, *pair = _colours(rng, n)
-    image = _rods(_background(rng, ground), rng, count=3, width=0.1)
+    ground, *pair = colours(rng, n)
+    image = rods(background(rng, ground), rng, count=3, width=0.1)
     image = _object(image, rng, labels, pair)
-    image = _rods(image, rng, count=2, width=0.05)
-    contrast = _uniform(rng, 0.5, 1, n)[..., None]
-    noise = rng.standard_normal(image.shape, np.float32)
-    noise *= _uniform(rng, 0.02, 0.12, n)[..., None]
-    image = 0.5 + (image - 0.5) * contrast + noise
-    return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8)
+    image = rods(image, rng, count=2, width=0.05)
+    return photographed(image, rng)
 
 
 class Shapes32(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -198,7 +217,7 @@ class Shapes32(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     def _info(self) -> tfds.core.DatasetInfo:
         names = [f"{shape}/{texture}" for shape in SHAPES for texture in TEXTURES]
         image = tfds.features.Tensor(
-            shape=(_SIZE, _SIZE, 3), dtype=np.uint8, encoding="bytes"
+            shape=(SIZE, SIZE, 3), dtype=np.uint8, encoding="bytes"
         )
         label = tfds.features.ClassLabel(names=names)
         return tfds.core.DatasetInfo(

@@ -1,9 +1,10 @@
 """Reference models in Flax Linen for experiments and tests.
 
-Every model maps images [batch, height, width, channels] to logits by
-`model.apply(variables, images, train=False)`. BatchNorm statistics live in the
-collection `batch_stats`, dropout asks for the `dropout` stream only where its rate is
-not 0. Widths can be given layer by layer, so that a pruned net has a hand-built twin.
+Every model maps images [batch, height, width, channels] to logits, `SegNet` and `FCN`
+to logits of every pixel, by `model.apply(variables, images, train=False)`. BatchNorm
+statistics live in the collection `batch_stats`, dropout asks for the `dropout` stream
+only where its rate is not 0. Widths can be given layer by layer, so that a pruned net
+has a hand-built twin.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,6 +22,8 @@ from ._mobilenet import MobileNetV2 as MobileNetV2
 from ._resnet import ResNet as ResNet
 from ._resnet import cifar_resnet as cifar_resnet
 from ._resnet import imagenet_resnet as imagenet_resnet
+from ._segmentation import FCN as FCN
+from ._segmentation import SegNet as SegNet
 from ._vgg import VGG as VGG
 from ._vgg import cifar_vgg as cifar_vgg
 from ._vgg import imagenet_vgg as imagenet_vgg
@@ -63,6 +66,10 @@ MODELS: Mapping[str, Callable[..., nn.Module]] = MappingProxyType(
         ),
         "mobilenet_v1": MobileNetV1,
         "mobilenet_v2": MobileNetV2,
+        "segnet": SegNet,
+        "fcn32s": FCN,
+        "fcn8s": partial(FCN, skips=2),
+        "segnet_scenes": partial(SegNet, stages=((8, 8), (16, 16), (32, 32))),
         "vit_b16": ViT,
         "vit_tiny": partial(ViT, width_multiplier=0.25),
     }

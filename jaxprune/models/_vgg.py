@@ -111,7 +111,7 @@ class VGG(nn.Module):
     dtype: DTypeLike = jnp.float32
 
     def __post_init__(self) -> None:
-        _check_widths(self.widths)
+        check_widths(self.widths)
         check_positive("head_widths", self.head_widths)
         check_sizes(self.width_multiplier, num_classes=self.num_classes)
         check_dropout(self.dropout_rate, self.dropout_target)
@@ -217,7 +217,8 @@ def imagenet_vgg(depth: int = 16, **kwargs: Any) -> VGG:
     return VGG(widths=vgg_widths(depth), **(fields | kwargs))
 
 
-def _check_widths(widths: Sequence[int | str]) -> None:
+def check_widths(widths: Sequence[int | str]) -> None:
+    """Raises unless every entry is a positive int or "M"."""
     for index, width in enumerate(widths):
         if isinstance(width, str) and width != "M":
             raise ValueError(
