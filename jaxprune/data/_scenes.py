@@ -14,10 +14,10 @@ import tensorflow_datasets as tfds
 
 from jaxprune.data import _synthetic as drawing
 
-CLASSES = ("background", *drawing.SHAPES)
+CLASSES = ("background", *drawing.TEXTURES)
 SPLIT_SIZES = {"train": 3_000, "test": 1_000}
 
-_MOST = 4  # objects in a scene
+_MOST = 3  # objects in a scene
 _BLOCK = 500  # scenes drawn together; part of the definition, as the seed is
 _SEED = 20_241
 
@@ -41,12 +41,12 @@ def draw(n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     ground, *_ = drawing.colours(rng, n)
     image = drawing.background(rng, ground)
     label = np.zeros(image.shape[:3], np.uint8)
-    counts = rng.integers(2, _MOST + 1, n)
+    counts = rng.integers(1, _MOST + 1, n)
     for number in range(_MOST):
-        seen, shape, cover = _object(image, rng, n)
+        seen, texture, cover = _object(image, rng, n)
         there = (number < counts)[:, None, None]
         image = np.where(there[..., None], seen, image)
-        label = np.where(there & (cover > 0.5), shape[:, None, None], label)
+        label = np.where(there & (cover > 0.5), texture[:, None, None], label)
     image = drawing.rods(image, rng, count=1, width=0.03)
     return drawing.photographed(image, rng), label.astype(np.uint8)
 
@@ -54,18 +54,18 @@ def draw(n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
 def _object(
     image: np.ndarray, rng: np.random.Generator, n: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The image with one more object; its class and what it covers."""
+    """The image with one more object; its label and what it covers."""
     _, *pair = drawing.colours(rng, n)
-    kind = rng.integers(0, len(drawing.SHAPES), n)
+    shape = rng.integers(0, len(drawing.SHAPES), n)
     texture = rng.integers(0, len(drawing.TEXTURES), n)
     centre = (drawing.uniform(rng, -0.7, 0.7, n), drawing.uniform(rng, -0.7, 0.7, n))
-    size = drawing.uniform(rng, 0.35, 0.6, n)
-    seen, cover = drawing.painted(image, rng, (kind, texture), pair, centre, size)
-    return seen, (kind + 1).astype(np.uint8), cover
+    size = drawing.uniform(rng, 0.5, 0.9, n)
+    seen, cover = drawing.painted(image, rng, (shape, texture), pair, centre, size)
+    return seen, (texture + 1).astype(np.uint8), cover
 
 
 class Scenes(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Scenes of textured shapes, a label for every pixel; 3000 + 1000 images.
+    """Textured shapes in scenes, a label for every pixel; 3000 + 1000 images.
 
     The seed fixes the images: each block of 500 has a numpy generator of its own,
     seeded by (seed, split, block).

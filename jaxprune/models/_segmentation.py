@@ -257,10 +257,15 @@ def where_largest(x: jax.Array) -> jax.Array:
     """
     n, height, width, channels = x.shape
     windows = x.reshape(n, height // 2, 2, width // 2, 2, channels)
-    windows = windows.transpose(0, 1, 3, 5, 2, 4)
-    flat = windows.reshape(*windows.shape[:4], 4)
-    largest = jax.nn.one_hot(flat.argmax(-1), 4, dtype=x.dtype)
-    return largest.reshape(windows.shape).transpose(0, 1, 4, 2, 5, 3)
+    # Comparisons of two values each, so that exactly one position is picked whatever
+    # XLA rounds: a maximum that it computes twice need not equal itself.
+    left = windows[..., 0, :] >= windows[..., 1, :]
+    rows = windows.max(4)
+    upper = rows[:, :, 0] >= rows[:, :, 1]
+    a, c = upper & left[:, :, 0], ~upper & left[:, :, 1]
+    first = jnp.stack([a, upper & ~a, c, ~upper & ~c], 3)
+    first = first.reshape(n, height // 2, width // 2, 2, 2, channels)
+    return first.transpose(0, 1, 3, 2, 4, 5).astype(x.dtype)
 
 
 def unpool(x: jax.Array, places: jax.Array) -> jax.Array:

@@ -1,0 +1,1 @@
+"""Try-and-learn pruning (Huang et al. 2018)."""
