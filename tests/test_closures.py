@@ -246,6 +246,20 @@ def test_the_gradient_of_what_a_custom_vjp_gets_from_outside():
         assert not np.asarray(got)[~KEPT].any()
 
 
+def test_a_python_number_given_to_a_custom_vjp_under_remat():
+    """There JAX carries the number itself from the forward to the backward pass."""
+    op = jax.custom_vjp(lambda h, c: c * h)
+    op.defvjp(lambda h, c: (c * h, (h, c)), lambda hc, ct: (hc[1] * ct, ct.sum()))
+
+    def fn(params, x):
+        return jax.checkpoint(lambda h: op(h, 2.0))(x @ params["w1"]) @ params["w2"]
+
+    narrowed, small, masks = cut(fn, params := weights(**NET))
+    expected = jax.grad(summed(fn))(jaxprune.apply_masks(params, masks), X)
+    got = jax.grad(summed(narrowed))(small, X)
+    assert_same(got, jaxprune.slice_params(expected, masks))
+
+
 def test_an_ordinary_differential_equation():
     """`odeint` closes over the times and asks for integer powers of literals."""
 
@@ -297,6 +311,85 @@ OUTER = {
 }
 
 
+def check_around(made, outer):
+    """The gradient of ``made(c)``, with `c` of a transformation around the narrowing."""
+    _, small, masks = cut(made(1.0), params := weights(**NET))
+    masked = jaxprune.apply_masks(params, masks)
+
+    def slopes(c):
+        return jax.grad(summed(jaxprune.narrow(made(c), masks)))(small, X)["w1"]
+
+    expected = jax.grad(summed(made(2.0)))(masked, X)
+    expected = jaxprune.slice_params(expected, masks)["w1"]
+    assert_same(OUTER[outer](slopes).reshape(expected.shape), expected)
+
+
+class Scaled:
+    """An object whose attribute a derivative reads."""
+
+    def __init__(self, scale):
+        self.scale = scale
+
+    def __call__(self, cotangent):
+        return (self.scale * cotangent,)
+
+    def backward(self, _, cotangent):
+        return self(cotangent)
+
+
+GLOBALS = {"scaled": Scaled(1.0)}
+
+
+def named(_, cotangent):
+    return GLOBALS["scaled"](cotangent)
+
+
+def with_backward(fn):
+    """tanh with this derivative."""
+    op = jax.custom_vjp(jnp.tanh)
+    op.defvjp(lambda h: (op(h), None), fn)
+    return op
+
+
+@pytest.mark.parametrize("outer", OUTER)
+@pytest.mark.parametrize("kind", ["object", "method", "jitted", "global"])
+def test_what_goes_on_around_is_found_wherever_python_keeps_it(kind, outer):
+    def made(c):
+        scaled = GLOBALS["scaled"] = Scaled(c)
+        once = jax.jit(lambda ct: c * ct)
+        op = {
+            "object": with_backward(lambda _, ct: scaled(ct)),
+            "method": with_backward(scaled.backward),
+            "jitted": with_backward(lambda _, ct: (once(ct),)),
+            "global": with_backward(named),
+        }[kind]
+        return lambda params, x: op(x @ params["w1"]) @ params["w2"]
+
+    check_around(made, outer)
+
+
+def test_a_custom_vjp_that_is_optimised_for_remat():
+    """JAX puts its forward pass into a primitive of its own."""
+
+    @jax.custom_vjp
+    def op(h):
+        return jnp.tanh(h) * TABLE[None]
+
+    def backward(h, ct):
+        return (3.0 * ct * jnp.cos(h),)
+
+    op.defvjp(lambda h: (op(h), h), backward, optimize_remat=True)
+    check_transformed(lambda p, x: op(x @ p["w1"]) @ p["w2"], weights(**NET))
+
+    def force(params, x):  # the gradient is part of the program itself
+        slope = jax.grad(lambda h: (op(h) @ params["w2"]).sum())
+        return slope(x @ params["w1"]) @ params["w2"]
+
+    narrowed, small, masks = cut(force, params := weights(**NET))
+    expected = force(jaxprune.apply_masks(params, masks), X)
+    assert_same(jax.jit(narrowed)(small, X), expected)
+
+
 @pytest.mark.parametrize("outer", OUTER)
 @pytest.mark.parametrize("kind", ["jvp", "forward", "backward"])
 def test_a_derivative_that_closes_over_what_goes_on_around(kind, outer):
@@ -312,12 +405,4 @@ def test_a_derivative_that_closes_over_what_goes_on_around(kind, outer):
             op.defvjp(lambda h: (op(h), None), lambda _, ct: (c * ct,))
         return lambda params, x: op(x @ params["w1"]) @ params["w2"]
 
-    _, small, masks = cut(made(1.0), params := weights(**NET))
-    masked = jaxprune.apply_masks(params, masks)
-
-    def slopes(c):
-        return jax.grad(summed(jaxprune.narrow(made(c), masks)))(small, X)["w1"]
-
-    expected = jax.grad(summed(made(2.0)))(masked, X)
-    expected = jaxprune.slice_params(expected, masks)["w1"]
-    assert_same(OUTER[outer](slopes).reshape(expected.shape), expected)
+    check_around(made, outer)

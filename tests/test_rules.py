@@ -775,13 +775,13 @@ ELSEWHERE = set(
 )
 
 
-# In test_algebra and test_known_primitives.
+# In test_algebra, test_closures and test_known_primitives.
 LATER = set(
     """
     all_gather all_gather_invariant all_gather_reduced all_to_all call_hi_primitive
     cholesky composite custom_linear_solve igamma_grad_a layout_constraint log2 mulhi
     one_minus_square pbroadcast pmax pmin polynomial ppermute preduced psum psum2
-    psum_invariant reduce_scatter reduced_vary_cast reduced_vary_cast_p relayout reshard
+    psum_invariant reduce_scatter remat_opt reduced_vary_cast reduced_vary_cast_p relayout reshard
     triangular_solve tridiagonal_solve unreduced_pmax unreduced_pmin unreduced_psum
     unreduced_reduce_scatter vary_unreduced_cast vary_unreduced_cast_p
     with_memory_space_constraint zeros_like

@@ -32,7 +32,7 @@ _REASONS = {
     "the program inside has rules of its own, which a smaller one would not keep": """
         call call_hi_primitive_linearized core_map custom_jvp_call_jaxpr custom_lin
         custom_partitioning custom_vmap_call eval_jaxpr linear_call platform_index
-        remat_opt shard_map
+        shard_map
     """,
     "it reduces by a function of the caller": "reduce reduce_window select_and_scatter",
     "a pooling window picks positions": "select_and_gather_add select_and_scatter_add",

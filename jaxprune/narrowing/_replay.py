@@ -230,7 +230,7 @@ class Restricted:
         return program.lasting and not closes_over_tracers(program.closed)
 
     def _operand(self, x: jax.Array, value: Value) -> jax.Array:
-        if 0 in x.shape:  # its other axes follow whatever they are coupled to
+        if 0 in np.shape(x):  # its other axes follow whatever they are coupled to
             return jnp.zeros(self.kept.shape(value), x.dtype)
         return x if isinstance(x, jax.Array) else jnp.asarray(x)
 

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 # Equations that only call a program with their own operands. What a remat keeps, or how
 # a function is differentiated, is said by the equation; what it computes is not.
-CALLS = frozenset("jit pjit closed_call core_call composite".split())
+CALLS = frozenset("jit pjit closed_call core_call composite remat_opt".split())
 REMATS = frozenset("remat2 checkpoint remat".split())
 CUSTOM = frozenset("custom_jvp_call custom_vjp_call".split())
 PLAIN = CALLS | REMATS | CUSTOM
@@ -55,7 +55,8 @@ def inner_jaxprs(eqn: Equation) -> list[Any]:
     """
     name, p = eqn.primitive.name, eqn.params
     if name in PLAIN or name == "scan":
-        return [p["call_jaxpr"] if "call_jaxpr" in p else p["jaxpr"]]
+        [held] = p.keys() & {"call_jaxpr", "jaxpr", "fwd_jaxpr"}
+        return [p[held]]
     if name == "while":
         return [p["body_jaxpr"], p["cond_jaxpr"]]
     return list(p["branches"]) if name == "cond" else []
