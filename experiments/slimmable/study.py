@@ -1,245 +1,237 @@
 """Slimmable Pruned Networks: are widths that pruning finds better than equal shares?
 
-Question   One set of weights at three widths. At equal FLOPs and equal epochs in all,
-           is SP-Net (counts found by pruning several trained bases, joint fine-tuning)
-           better than S-Net (the same share of every layer)? Than S-Net with the same
-           teacher? Does it matter that there are several bases? What does sharing the
-           weights cost against networks trained one by one?
-Refuted    if the gain of SP-Net over S-Net with the same teacher is not above 0 by its
-           95 % interval over paired seeds, at the narrower widths
+Question   One set of weights at three widths. Every arm spends the same multiply-adds
+           on training, those that find its widths included, and every width costs no
+           more than the same share of every layer. Is SP-Net (counts found by pruning
+           several trained bases, joint fine-tuning) better than S-Net? Than its own
+           pipeline with equal shares? Are several bases better than one, and than
+           pruning and tuning by turns? Zero padding match than shared masks? Widths of
+           AutoSlim and BCNet than equal shares? What does sharing the weights cost?
+Refuted    SP-Net's claim, if its gain over S-Net is not above 0 by the 95 % interval
+           over paired seeds, at both narrower widths. Likewise each claim above, with
+           the pairs of arms in PAIRS, which differ in one thing but the first
 Command    python -m experiments.slimmable.study [--nets vgg resnet mobilenet]
-           [--seeds 5] [--epochs 8]    (--quick: a tiny run that is not recorded)
+           [--seeds 5] [--epochs 4]    (--quick: a tiny run that is not recorded)
 Expected   paper: SP-Net above S-Net by 1.2 to 1.5 points (ResNet-50), 0.9 to 4.4 (VGG),
-           1.4 to 3.1 (MobileNetV2), ImageNet, at equal FLOPs
+           1.4 to 3.1 (MobileNetV2), ImageNet, at equal FLOPs; multi-base above one-shot
+           and iterative pruning; zero padding match above shared masks
 Leaves     experiments/slimmable/study.json, after every arm; what is recorded is not
            done again
 Papers     Kuratsu and Nakamura, Slimmable Pruned Neural Networks, 2022,
            https://arxiv.org/abs/2212.03415; Yu et al., Slimmable Neural Networks, 2018,
-           https://arxiv.org/abs/1812.08928
+           https://arxiv.org/abs/1812.08928; Yu and Huang, AutoSlim, 2019,
+           https://arxiv.org/abs/1903.11728; Su et al., BCNet, 2021,
+           https://arxiv.org/abs/2105.10533
 
 Fashion-MNIST at half its resolution, the first 8000 images to train on, the first 2000
-test images to judge by; nothing is tuned. Every arm trains `epochs` in all. SP-Net has
-half of them for the bases and half for joint fine-tuning, which starts from the widest
-base; the other arms train jointly, or each width alone, all the time. Bases train with
-the L1 penalty of scales. A width of SP-Net has at most the multiply-adds of that of
-S-Net: the keep ratio of its base is found by bisection.
+test images to judge by; nothing is tuned. The budget is that of `epochs` of joint
+training at the widths of S-Net. `alone`, `s_net` and `s_net_taught` spend it on the
+weights. `equal_shares`, `one_base`, `iterative`, `sp_net` and `zero_padded` first train
+a base for half of the epochs, with the L1 penalty of scales; a second base, or the
+pruned first one, costs as many epochs again. `auto_slim` and `bcnet` spend half of the
+budget on a network that is trained at many widths. What is left trains all widths
+jointly, from the weights of the widest network so far. Where widths come from pruning,
+the keep ratio of a base is found by bisection. AutoSlim and BCNet judge widths by the
+loss on 256 images of the training set, in training mode.
 """
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-
-import jaxprune
-from experiments.budget.nets import fashion
 from experiments.harness.pages import gain, percent, write_compact
-from jaxprune import search
+from experiments.slimmable import widths
+from experiments.slimmable.bench import (
+    BATCH,
+    NETS,
+    NORMS,
+    STATS,
+    Bench,
+    Widths,
+    bench,
+)
+from experiments.slimmable.widths import BASES, PENALTY, SHARES, Found
 from jaxprune.display._report import machine
-from jaxprune.models import VGG, MobileNetV2, cifar_resnet
-from jaxprune.training import bridge_penalty
 
 RESULT = Path(__file__).with_suffix(".json")
-SHARES = (1.0, 0.75, 0.5)  # of S-Net
-BASES = (1.0, 0.75)  # of SP-Net: width 1 comes from the first, width 2 from the second
-BATCH, RATE, DECAY, PENALTY = 64, 0.05, 1e-4, 1e-4
-STATS, NORMS = "batch_stats/*", "params/*bn*"
 ALPHA = 0.9
-ARMS = ("alone", "s_net", "s_net_taught", "one_base", "sp_net")
-
-NETS: Mapping[str, Callable[[], nn.Module]] = {
-    "vgg": lambda: VGG(widths=(16, 16, "M", 32, 32, "M", 64, 64), use_bias=False),
-    "resnet": lambda: cifar_resnet(8, num_classes=10, shortcut="projection"),
-    "mobilenet": lambda: MobileNetV2(
-        num_classes=10,
-        stage_sizes=(1, 2, 2),
-        widths=(8, 12, 24),
-        strides=(1, 2, 2),
-        expansions=(1, 4, 4),
-        stem_width=8,
-        stem_stride=1,
-        head_width=64,
-    ),
-}
-
-Counts = Sequence[Mapping[str, int]]
-
-
-class Bench:
-    """A net, its data and its groups.
-
-    Attributes:
-        net: the module.
-        groups: its units.
-        cost: its multiply-adds.
-    """
-
-    def __init__(self, name: str, images: int | None = None) -> None:
-        self.net = NETS[name]()
-        (x, y), (x_test, y_test) = fashion()
-        self.train_set = jnp.asarray(x[:images]), jnp.asarray(y[:images])
-        self.test_set = jnp.asarray(x_test[:images]), y_test[:images]
-        one = self.train_set[0][:1]
-        shapes = jax.eval_shape(self.net.init, jax.random.key(0), one)
-        self.groups = jaxprune.trace(self.net.apply, shapes, one)
-        self.cost = jaxprune.cost_model(
-            self.net.apply, shapes, one, groups=self.groups
-        ).multiply_adds
-
-    def init(self, seed: int) -> Any:
-        """Variables before training."""
-        return self.net.init(jax.random.key(seed), self.train_set[0][:1])
-
-    def slim(self, variables: Any, keeps: Counts, private: Any = STATS) -> Any:
-        """The net at these widths."""
-        return jaxprune.slimmable(
-            self.net.apply, variables, keeps, groups=self.groups, private=private
-        )
-
-    def train(
-        self, slim: Any, epochs: int, seed: int, alpha: float = 0.0, l1: float = 0.0
-    ) -> Any:
-        """The variables of all widths after joint training."""
-        images, labels = self.train_set
-        steps = len(images) // BATCH
-        scales = jax.tree.map_with_path(
-            lambda path, _: "scale" in jax.tree_util.keystr(path),
-            slim.variables["params"],
-        )
-        kernels = jax.tree.map(lambda leaf: leaf.ndim > 1, slim.variables["params"])
-        tx = optax.chain(
-            optax.add_decayed_weights(DECAY, kernels),
-            bridge_penalty(l1, mask=scales) if l1 else optax.identity(),
-            optax.sgd(
-                optax.cosine_decay_schedule(RATE, steps * epochs), 0.9, nesterov=True
-            ),
-        )
-        step = search.joint_step(slim, tx, _forward, alpha=alpha)
-
-        def epoch(state: Any, order: jax.Array) -> Any:
-            def one(state: Any, rows: jax.Array) -> Any:
-                return step(state, (images[rows], labels[rows]))
-
-            return jax.lax.scan(one, state, order)[0]
-
-        run = jax.jit(epoch, donate_argnums=0)
-        state = search.joint_state(slim, tx, jax.random.key(seed))
-        rng = np.random.default_rng(seed)
-        for _ in range(epochs):
-            order = rng.permutation(len(images))[: steps * BATCH]
-            state = run(state, order.reshape(steps, BATCH))
-        return state.variables
-
-    def accuracies(self, slim: Any, variables: Any) -> list[float]:
-        """Of every width, on the test images."""
-        images, labels = self.test_set
-        every = [jax.jit(run)(variables, images).argmax(-1) for run in slim]
-        return [round(float((np.asarray(own) == labels).mean()), 4) for own in every]
+# The second ones are made once the first ones are there for every net and seed.
+FIRST = ("alone", "s_net", "s_net_taught", "equal_shares", "one_base", "sp_net")
+SECOND = ("zero_padded", "iterative", "auto_slim", "bcnet")
+ARMS = (*FIRST, *SECOND)
+PAIRS = (
+    ("sp_net", "s_net"),
+    ("sp_net", "s_net_taught"),
+    ("s_net_taught", "s_net"),
+    ("s_net_taught", "alone"),
+    ("sp_net", "alone"),
+    ("one_base", "equal_shares"),
+    ("sp_net", "one_base"),
+    ("sp_net", "iterative"),
+    ("zero_padded", "sp_net"),
+    ("auto_slim", "s_net_taught"),
+    ("bcnet", "s_net_taught"),
+    ("sp_net", "auto_slim"),
+    ("sp_net", "bcnet"),
+)
 
 
-def _forward(apply_fn: Any, variables: Any, batch: Any) -> Any:
-    return apply_fn(variables, batch[0], train=True, mutable=["batch_stats"])
+class Run:
+    """One net and seed: the budget, and the bases that its arms share."""
+
+    def __init__(self, bench: Bench, epochs: int, seed: int) -> None:
+        self.bench, self.epochs, self.seed = bench, epochs, seed
+        self.like = widths.uniform(bench)
+        images = epochs * len(bench.train_set[0])
+        self.budget = images * widths.total_cost(bench, self.like)
+        self._bases: dict[float, widths.Base] = {}
+
+    def base(self, share: float) -> widths.Base:
+        """Trained once for all arms; every arm pays for it."""
+        if share not in self._bases:
+            self._bases[share] = widths.base(
+                self.bench, share, self.epochs / 2, self.seed
+            )
+        return self._bases[share]
 
 
-def bases(bench: Bench, epochs: int, seed: int) -> list[Any]:
-    """Trained networks of several widths, and the scales of their BatchNorm."""
-    found = []
-    for share in BASES:
-        keeps = search.uniform(bench.groups, (share,))
-        slim = bench.slim(bench.init(seed), keeps)
-        alone = slim.at(0, bench.train(slim, epochs, seed, l1=PENALTY))
-        one = bench.train_set[0][:1]
-        groups = jaxprune.trace(alone.apply_fn, alone.variables, one)
-        scores = search.importance(groups, alone.variables)
-        found.append((groups, scores, alone.variables))
-    return found
+def find(run: Run, arm: str) -> Found:
+    """The widths of an arm and the weights that joint training starts from."""
+    if arm == "auto_slim":
+        return widths.greedy(run.bench, run.budget / 2, run.seed)
+    if arm == "bcnet":
+        return widths.evolved(run.bench, run.budget / 2, run.seed)
+    first = run.base(BASES[0])
+    if arm == "equal_shares":
+        return Found(run.like, first.variables, first.spent)
+    own, spent = [first, first], first.spent
+    if arm == "iterative":
+        scored = [widths.scores_of(run.bench, first)]
+        found = widths.pruned(run.bench, scored, run.like[:2])
+        turn = widths.fine_tuned(run.bench, first, found[1], run.epochs / 2, run.seed)
+        own, spent = [first, turn], spent + turn.spent
+    elif arm != "one_base":
+        second = run.base(BASES[1])
+        own, spent = [first, second], spent + second.spent
+    padded = arm == "zero_padded"
+    scored = [widths.scores_of(run.bench, each, zero_padded=padded) for each in own]
+    count = widths.zero_padded if padded else widths.pruned
+    keeps = count(run.bench, scored, run.like)
+    return Found(keeps, first.variables, spent, zero_padded=padded)
 
 
-def pruned_counts(bench: Bench, made: Sequence[Any], like: Counts) -> Counts:
-    """Counts of every width, each from its base, within the cost of these widths."""
-    found: list[Mapping[str, int]] = []
-    for (groups, scores, _), width in zip(made, like[1:], strict=True):
-        budget = bench.cost.value(width)
-
-        def widths(ratio: float, own: Any = (groups, scores)) -> Any:
-            counts = search.threshold_counts(own[0], own[1], keep_ratio=ratio)
-            return search.multi_base(bench.groups, [*found, counts])[-1]
-
-        low, high = 0.01, 1.0
-        for _ in range(30):
-            middle = (low + high) / 2
-            fits = bench.cost.value(widths(middle)) <= budget
-            low, high = (middle, high) if fits else (low, middle)
-        found.append(widths(low))
-    return search.multi_base(bench.groups, found)
-
-
-def arm(bench: Bench, name: str, epochs: int, seed: int, made: Any) -> dict[str, Any]:
-    """One arm: accuracies and costs of its widths, the widest first."""
-    keeps: Counts = search.uniform(bench.groups, SHARES)
-    start = bench.init(seed)
-    if name == "alone":
-        accuracies = []
-        for each in keeps:
-            slim = bench.slim(start, [each])
-            accuracies += bench.accuracies(slim, bench.train(slim, epochs, seed))
-    elif name.startswith("s_net"):
-        slim = bench.slim(start, keeps, (STATS, NORMS))
-        alpha = ALPHA if name == "s_net_taught" else 0.0
-        accuracies = bench.accuracies(slim, bench.train(slim, epochs, seed, alpha))
+def one_arm(run: Run, arm: str) -> dict[str, Any]:
+    """Accuracies and costs of the widths of an arm, the widest first."""
+    if arm == "alone":
+        return alone(run)
+    if arm.startswith("s_net"):
+        found, private = Found(run.like, run.bench.init(run.seed), 0.0), (STATS, NORMS)
     else:
-        own = made if name == "sp_net" else [made[0], made[0]]
-        keeps = pruned_counts(bench, own, keeps)
-        slim = bench.slim(made[0][2], keeps)
-        trained = bench.train(slim, epochs - epochs // 2, seed, ALPHA, PENALTY)
-        accuracies = bench.accuracies(slim, trained)
-    costs = [int(bench.cost.value(each)) for each in keeps]
-    return {"accuracy": accuracies, "multiply_adds": costs}
+        found, private = find(run, arm), STATS
+    slim = run.bench.slim(
+        found.start,
+        found.keeps,
+        private,
+        zero_padded=found.zero_padded,
+        order=found.order,
+    )
+    costs = multiply_adds(run.bench, found.keeps, zero_padded=found.zero_padded)
+    steps = int((run.budget - found.spent) / sum(costs)) // BATCH
+    trained = run.bench.train(
+        slim,
+        steps,
+        run.seed,
+        alpha=0.0 if arm == "s_net" else ALPHA,
+        l1=0.0 if arm.startswith("s_net") else PENALTY,
+    )
+    return {
+        "accuracy": run.bench.accuracies(slim, trained),
+        "multiply_adds": costs,
+        "joint_steps": steps,
+        "found_for": round(found.spent / run.budget, 3),
+    }
 
 
-def one_seed(
-    bench: Bench, epochs: int, seed: int, record: dict[str, Any], save: Any
+def alone(run: Run) -> dict[str, Any]:
+    """Every width of S-Net trained by itself."""
+    accuracies: list[float] = []
+    steps = run.epochs * len(run.bench.train_set[0]) // BATCH
+    for each in run.like:
+        slim = run.bench.slim(run.bench.init(run.seed), [each])
+        trained = run.bench.train(slim, steps, run.seed)
+        accuracies += run.bench.accuracies(slim, trained)
+    costs = multiply_adds(run.bench, run.like)
+    return {"accuracy": accuracies, "multiply_adds": costs, "steps": steps}
+
+
+def multiply_adds(
+    bench: Bench, keeps: Widths, *, zero_padded: bool = False
+) -> list[int]:
+    """Of an image at every width."""
+    cost = bench.traced(zero_padded).cost
+    return [
+        int(
+            cost.value(
+                {name: int(sum(k) if zero_padded else k) for name, k in w.items()}
+            )
+        )
+        for w in keeps
+    ]
+
+
+def applies(bench: Bench, arm: str) -> bool:
+    """Is there anything to be pruned by itself?"""
+    if arm != "zero_padded":
+        return True
+    return any(group.stream for group in bench.traced(True).groups.values())
+
+
+def some_arms(
+    run: Run, arms: tuple[str, ...], record: dict[str, Any], save: Callable[[], None]
 ) -> None:
-    """All arms of a seed that are not recorded yet."""
-    made = None
-    for name in ARMS:
-        if name in record:
+    """These arms of a net and seed, where they are not recorded yet."""
+    for arm in arms:
+        if arm in record or not applies(run.bench, arm):
             continue
-        if made is None and name in ("one_base", "sp_net"):
-            made = bases(bench, epochs // 2, seed)
-        record[name] = arm(bench, name, epochs, seed, made)
+        start = time.process_time()
+        record[arm] = one_arm(run, arm)
+        record[arm]["cpu_seconds"] = round(time.process_time() - start, 1)
         save()
 
 
 def summary(records: Mapping[str, Any]) -> dict[str, Any]:
-    """Net -> arm -> accuracy by width, and the gains of SP-Net, paired by seed."""
+    """Net -> arm -> accuracy by width, and gains paired by seed."""
     found: dict[str, Any] = {}
     for net in NETS:
         seeds = [r for key, r in records.items() if key.startswith(f"{net}/")]
-        seeds = [r for r in seeds if set(ARMS) <= set(r)]
-        if len(seeds) < 2:
-            continue
         by_arm = {
-            name: [[r[name]["accuracy"][i] for r in seeds] for i in range(len(SHARES))]
-            for name in ARMS
+            arm: [r[arm]["accuracy"] for r in seeds if arm in r]
+            for arm in ARMS
+            if sum(arm in r for r in seeds) > 1
         }
-        found[net] = {
-            "seeds": len(seeds),
-            **{name: [percent(w) for w in widths] for name, widths in by_arm.items()},
-            "sp_net against": {
-                name: [
-                    gain(a, b)
-                    for a, b in zip(by_arm["sp_net"], by_arm[name], strict=True)
-                ]
-                for name in ARMS[:-1]
-            },
-        }
+        gains = {}
+        for ours, theirs in PAIRS:
+            both = [r for r in seeds if ours in r and theirs in r]
+            if len(both) > 1:
+                accuracies = (
+                    [r[arm]["accuracy"] for r in both] for arm in (ours, theirs)
+                )
+                pairs = zip(
+                    *(zip(*own, strict=True) for own in accuracies), strict=True
+                )
+                gains[f"{ours} over {theirs}"] = [gain(a, b) for a, b in pairs]
+        if by_arm:
+            found[net] = {
+                "seeds": {arm: len(own) for arm, own in by_arm.items()},
+                "accuracy": {
+                    arm: [percent(w) for w in zip(*own, strict=True)]
+                    for arm, own in by_arm.items()
+                },
+                "gains": gains,
+            }
     return found
 
 
@@ -248,9 +240,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--nets", nargs="+", default=list(NETS), choices=list(NETS))
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--quick", action="store_true", help="tiny, not recorded")
     options = parser.parse_args()
+    images = 512 if options.quick else None
     found: dict[str, Any] = {"records": {}}
     if RESULT.exists() and not options.quick:
         found = json.loads(RESULT.read_text())
@@ -261,22 +254,28 @@ def main() -> None:
         found["command"] = "python -m experiments.slimmable.study"
         found["settings"] = {
             "epochs": options.epochs,
+            "seeds": options.seeds,
             "shares": SHARES,
             "bases": BASES,
-            "images": 256 if options.quick else 8000,
+            "images": images or 8000,
         }
         found["machine"] = machine()
         found["summary"] = summary(found["records"])
         if not options.quick:
             write_compact(RESULT, found)
 
-    for net in options.nets:
-        bench = Bench(net, 256 if options.quick else None)
+    nets = {name: bench(name, images) for name in options.nets}
+    runs: dict[str, Run] = {}
+    for arms in (FIRST, SECOND):
         for seed in range(1 if options.quick else options.seeds):
-            record = found["records"].setdefault(f"{net}/seed{seed}", {})
-            one_seed(bench, 2 if options.quick else options.epochs, seed, record, save)
-            told = {name: own["accuracy"] for name, own in record.items()}
-            print(net, seed, told, flush=True)
+            for name, own in nets.items():
+                key = f"{name}/seed{seed}"
+                run = runs.setdefault(key, Run(own, options.epochs, seed))
+                record = found["records"].setdefault(key, {})
+                some_arms(run, arms, record, save)
+                print(
+                    key, {arm: record[arm] for arm in arms if arm in record}, flush=True
+                )
     save()
     print(json.dumps(found["summary"], indent=1))
 

@@ -1,6 +1,7 @@
 """Widths: networks that run at several, and what finds good ones."""
 
 from jaxprune.search._agents import Agent as Agent
+from jaxprune.search._bilateral import bilateral_step as bilateral_step
 from jaxprune.search._counts import Counts as Counts
 from jaxprune.search._counts import multi_base as multi_base
 from jaxprune.search._counts import threshold_counts as threshold_counts
