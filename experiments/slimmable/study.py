@@ -58,10 +58,14 @@ from jaxprune.display._report import machine
 
 RESULT = Path(__file__).with_suffix(".json")
 ALPHA = 0.9
-# The second ones are made once the first ones are there for every net and seed.
-FIRST = ("alone", "s_net", "s_net_taught", "equal_shares", "one_base", "sp_net")
-SECOND = ("zero_padded", "iterative", "auto_slim", "bcnet")
-ARMS = (*FIRST, *SECOND)
+# The next ones are made once these are there for every net and seed.
+PASSES = (
+    ("s_net", "sp_net", "s_net_taught", "equal_shares"),
+    ("alone", "one_base"),
+    ("zero_padded", "iterative"),
+    ("auto_slim", "bcnet"),
+)
+ARMS = tuple(arm for arms in PASSES for arm in arms)
 PAIRS = (
     ("sp_net", "s_net"),
     ("sp_net", "s_net_taught"),
@@ -266,7 +270,7 @@ def main() -> None:
 
     nets = {name: bench(name, images) for name in options.nets}
     runs: dict[str, Run] = {}
-    for arms in (FIRST, SECOND):
+    for arms in PASSES:
         for seed in range(1 if options.quick else options.seeds):
             for name, own in nets.items():
                 key = f"{name}/seed{seed}"
