@@ -1,62 +1,108 @@
-"""The study of slimmable networks: its arms meet the same costs, its gains are paired."""
+"""The study of slimmable networks: arms within one budget, widths that cost no more."""
 
 import jax
 import numpy as np
 import pytest
 
-import jaxprune
-from experiments.slimmable import study
+from experiments.slimmable import bench as benches
+from experiments.slimmable import study, widths
 from jaxprune import search
+from jaxprune.models import VGG, cifar_resnet
 
 pytestmark = pytest.mark.once
 
 
-class Tiny(study.Bench):
-    """A bench without data."""
-
-    def __init__(self):
-        self.net = study.VGG(widths=(8, "M", 8), use_bias=False)
-        x = np.random.default_rng(0).normal(size=(64, 4, 4, 1)).astype(np.float32)
-        self.train_set = x, np.arange(64, dtype=np.int32) % 10
-        shapes = jax.eval_shape(self.net.init, jax.random.key(0), x[:1])
-        self.groups = jaxprune.trace(self.net.apply, shapes, x[:1])
-        self.cost = jaxprune.cost_model(
-            self.net.apply, shapes, x[:1], groups=self.groups
-        ).multiply_adds
+def tiny(net):
+    x = np.random.default_rng(0).normal(size=(256, 4, 4, 1)).astype(np.float32)
+    data = x, np.arange(256, dtype=np.int32) % 10
+    return benches.Bench(net, data, data)
 
 
-def test_widths_of_pruning_cost_no_more_than_equal_shares_and_nest():
-    bench = Tiny()
-    rng = np.random.default_rng(0)
-    scores = {  # the first layer matters more
-        name: k + rng.uniform(size=bench.groups[name].size)
-        for k, name in enumerate(reversed(list(bench.groups)))
+@pytest.fixture(scope="module")
+def vgg():
+    return tiny(VGG(widths=(8, "M", 8), use_bias=False))
+
+
+def fake_scores(groups, seed):
+    rng = np.random.default_rng(seed)
+    streams = {group.stream for group in groups.values()} - {""}
+    return {  # the first layers matter more
+        name: rng.uniform(size=groups[name].size) - 0.3 * k
+        for k, name in enumerate(groups)
+        if name not in streams
     }
-    like = search.uniform(bench.groups, study.SHARES)
-    found = study.pruned_counts(bench, [(bench.groups, scores, None)] * 2, like)
-    assert len(found) == len(study.SHARES)
+
+
+def test_widths_of_pruning_cost_no_more_than_equal_shares_and_nest(vgg):
+    like = widths.uniform(vgg)
+    scored = [(vgg.groups, fake_scores(vgg.groups, seed)) for seed in (0, 1)]
+    found = widths.pruned(vgg, scored, like)
+    assert len(found) == len(widths.SHARES)
     for own, theirs in zip(found, like, strict=True):
-        assert bench.cost.value(own) <= bench.cost.value(theirs)
+        assert vgg.cost.value(own) <= vgg.cost.value(theirs)
     for i in range(2):
-        assert all(found[i + 1][name] <= found[i][name] for name in scores)
+        assert all(found[i + 1][name] <= found[i][name] for name in found[0])
     assert found[2] != like[2]
+
+
+def test_zero_padded_widths_cost_no_more_nest_and_fuse_their_writers():
+    own = tiny(cifar_resnet(8, num_classes=10, widths=(4, 6, 8), shortcut="projection"))
+    groups = own.traced(zero_padded=True).groups
+    scored = [(groups, fake_scores(groups, seed)) for seed in (0, 1)]
+    like = widths.uniform(own)
+    found = widths.zero_padded(own, scored, like)
+    costs = study.multiply_adds(own, found, zero_padded=True)
+    for cost, theirs in zip(costs, like, strict=True):
+        assert cost <= own.cost.value(theirs)
+    for i, keep in enumerate(found):
+        for name in groups:
+            if i:
+                assert not (keep[name] & ~found[i - 1][name]).any()
+            writers = [n for n, group in groups.items() if group.stream == name]
+            if writers:
+                union = np.logical_or.reduce([keep[n] for n in writers])
+                np.testing.assert_array_equal(keep[name], union)
+    slim = own.slim(own.init(0), found, zero_padded=True)
+    assert len(slim) == 3
+
+
+def test_every_arm_spends_one_budget(vgg, monkeypatch):
+    """Multiply-adds of all trainings of an arm, counted where they are trained."""
+    spent = []
+
+    def train(self, slim, steps, seed, **_):
+        sizes = [dict(each) for each in slim.sizes]
+        of_one = [self.cost.value(each) for each in sizes]
+        spent.append(steps * benches.BATCH * float(sum(of_one)))
+        rng = np.random.default_rng(seed)
+        return jax.tree.map(lambda x: x + rng.uniform(size=x.shape), slim.variables)
+
+    monkeypatch.setattr(benches.Bench, "train", train)
+    monkeypatch.setattr(benches.Bench, "accuracies", lambda *_: [0.5])
+    for arm in ("alone", "s_net", "equal_shares", "one_base", "sp_net", "iterative"):
+        spent.clear()
+        run = study.Run(vgg, 8, 0)
+        record = study.one_arm(run, arm)
+        assert 0.97 * run.budget < sum(spent) <= run.budget, arm
+        if "found_for" in record:
+            before = sum(spent[:-1]) / run.budget
+            assert record["found_for"] == pytest.approx(before, abs=1e-3)
 
 
 def test_gains_are_paired_by_seed():
     records = {}
     for seed in range(3):
-        own = {name: {"accuracy": [0.5 + 0.1 * seed] * 3} for name in study.ARMS}
+        own = {arm: {"accuracy": [0.5 + 0.1 * seed] * 3} for arm in ("s_net", "alone")}
         own["sp_net"] = {"accuracy": [0.52 + 0.1 * seed] * 3}
         records[f"vgg/seed{seed}"] = own
     [found] = study.summary(records).values()
-    assert found["seeds"] == 3
-    assert found["sp_net against"]["s_net"] == ["+2.0 [+2.0, +2.0]"] * 3
+    assert found["seeds"] == {"s_net": 3, "alone": 3, "sp_net": 3}
+    assert found["gains"]["sp_net over s_net"] == ["+2.0 [+2.0, +2.0]"] * 3
     assert study.summary({"vgg/seed0": records["vgg/seed0"]}) == {}
 
 
-def test_statistics_and_norms_are_private_in_s_net():
-    bench = Tiny()
-    keeps = search.uniform(bench.groups, study.SHARES)
-    slim = bench.slim(bench.init(0), keeps, (study.STATS, study.NORMS))
-    norms = [path for path in bench.groups.shapes if "bn" in path]
+def test_statistics_and_norms_are_private_in_s_net(vgg):
+    keeps = search.uniform(vgg.groups, widths.SHARES)
+    slim = vgg.slim(vgg.init(0), keeps, (benches.STATS, benches.NORMS))
+    norms = [path for path in vgg.groups.shapes if "bn" in path]
     assert sorted(slim.private) == sorted(norms)

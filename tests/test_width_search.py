@@ -6,6 +6,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from contract import assert_same
 from zoo import weights
@@ -260,3 +261,106 @@ def test_examples_run_at_the_width_chosen_for_them():
         search.run_by_width(slim)(slim.variables, X, widths + 1)
     with pytest.raises(ValueError, match="expected one for each of the 8 examples"):
         search.run_by_width(slim)(slim.variables, X, widths[:2])
+
+
+LABELS = jnp.asarray(RNG.integers(0, 2, 8), jnp.int32)
+
+
+def linear(v, x):
+    return mlp(v["params"], x)
+
+
+def plain(apply_fn, variables, batch):
+    return apply_fn(variables, batch[0]), {}
+
+
+def test_a_supernet_averages_the_gradients_of_its_four_networks():
+    """BCNet's step against the four networks narrowed one by one."""
+    variables = {"params": PARAMS}
+    groups = jaxprune.trace(linear, variables, X)
+    names = dict(zip(groups, (4, 2), strict=True))
+    options = {name: (count,) for name, count in names.items()}
+    tx = optax.sgd(0.1)
+    step = search.bilateral_step(linear, groups, tx, plain, options)
+    state = search.JointState(variables, tx.init(PARAMS), jax.random.key(0))
+    state, losses = jax.jit(step)(state, (X, LABELS))
+    left = {name: groups[name].size - count for name, count in names.items()}
+    expected = jax.tree.map(jnp.zeros_like, PARAMS)
+    values = []
+    for counts, last in ((names, 0), (names, 1), (left, 0), (left, 1)):
+        places = {n: np.arange(groups[n].size)[:: -1 if last else 1] for n in counts}
+        keep = {n: places[n] < count for n, count in counts.items()}
+        masks = jaxprune.expand_masks(groups, keep)
+
+        def loss(params, masks=masks):
+            small = jaxprune.slice_params({"params": params}, masks)
+            logits = jaxprune.narrow(linear, masks)(small, X)
+            own = jax.nn.log_softmax(logits)[np.arange(8), LABELS]
+            return -own.mean()
+
+        value, grads = jax.value_and_grad(loss)(PARAMS)
+        values.append(value)
+        expected = jax.tree.map(lambda a, b: a - 0.025 * b, expected, grads)
+    moved = jax.tree.map(lambda a, b: a - b, state.variables["params"], PARAMS)
+    assert_same(moved, expected, floor=0.1)
+    np.testing.assert_allclose(losses, values, rtol=1e-5)
+
+
+def widths_of(shares):
+    variables = {"params": PARAMS}
+    groups = jaxprune.trace(linear, variables, X)
+    keeps = search.uniform(groups, shares)
+    return jaxprune.slimmable(linear, variables, keeps, groups=groups)
+
+
+def test_the_moving_average_teaches_the_narrower_widths():
+    """DS-Net's step against its loss written out, one step after the start."""
+    slim = widths_of((1.0, 0.6, 0.3))
+    tx = optax.chain(optax.sgd(0.5), jaxprune.training.ema_teacher(0.5, warm_up=False))
+    step = jax.jit(search.bootstrapped_step(slim, tx, plain))
+    first = search.joint_state(slim, tx, jax.random.key(0))
+    second, _ = step(first, (X, LABELS))
+    third, loss = step(second, (X, LABELS))
+    before, now = first.variables["params"], second.variables["params"]
+    teacher = {"params": jax.tree.map(lambda a, b: (a + b) / 2, before, now)}
+    soft = [jax.nn.softmax(run(teacher, X)) for run in list(slim)[:2]]
+
+    def written_out(params):
+        logs = [jax.nn.log_softmax(run({"params": params}, X)) for run in slim]
+        own = logs[0][jnp.arange(8), LABELS]
+        taught = (soft[0] * logs[1]).sum(-1) + ((soft[0] + soft[1]) / 2 * logs[2]).sum(
+            -1
+        )
+        return -(own + taught).mean()
+
+    value, grads = jax.value_and_grad(written_out)(now)
+    np.testing.assert_allclose(loss, value, rtol=1e-5)
+    expected = jax.tree.map(lambda p, g: p - 0.5 * g, now, grads)
+    assert_same(third.variables["params"], expected, floor=0.1)
+    with pytest.raises(ValueError, match="needs 2 widths or more, got 1"):
+        search.bootstrapped_step(widths_of((1.0,)), tx, plain)
+
+
+def test_a_gate_learns_to_send_easy_examples_to_the_narrowest_width():
+    """Where the narrowest width is right the gate takes it, elsewhere the widest."""
+    slim = widths_of((1.0, 0.6, 0.2))
+    right = np.asarray(slim[2](slim.variables, X).argmax(-1)) == LABELS
+    assert 0 < right.sum() < 8
+
+    def gate(params, x):
+        return params[: len(x)]  # a row of logits for every example
+
+    tx = optax.adam(0.1)
+    step = jax.jit(search.gate_step(slim, gate, tx, np.array([0.3, 0.2, 0.1])))
+    params = jnp.zeros((8, 3))
+    state = search.GateState(params, tx.init(params), jax.random.key(0))
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(60):
+            state, _ = step(state, slim.variables, (X, LABELS))
+    chosen = np.asarray(gate(state.params, X).argmax(-1))
+    np.testing.assert_array_equal(chosen, np.where(right, 2, 0))
+    found = search.run_by_width(slim, least=2)(slim.variables, X, chosen)
+    each = [slim[w](slim.variables, x[None])[0] for w, x in zip(chosen, X, strict=True)]
+    assert_same(found, jnp.stack(each))
+    with pytest.raises(ValueError, match="expected one for each of the 3 widths"):
+        search.gate_step(slim, gate, tx, np.ones(2))

@@ -202,6 +202,10 @@ def test_thresholds_keep_about_the_ratio_and_counts_grow_with_it():
             "keep_ratio must be in",
         ),
         (
+            lambda: search.threshold_counts(GROUPS, {}, keep_ratio=0.5),
+            "scores are of no group",
+        ),
+        (
             lambda: search.multi_base(GROUPS, [{"nothing": 3}]),
             "'nothing' matches none of the 1 groups",
         ),

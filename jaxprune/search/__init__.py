@@ -10,6 +10,9 @@ from jaxprune.search._dynamic import ensemble_bootstrapping as ensemble_bootstra
 from jaxprune.search._dynamic import gate_loss as gate_loss
 from jaxprune.search._dynamic import gumbel_gate as gumbel_gate
 from jaxprune.search._dynamic import run_by_width as run_by_width
+from jaxprune.search._dynamic_training import GateState as GateState
+from jaxprune.search._dynamic_training import bootstrapped_step as bootstrapped_step
+from jaxprune.search._dynamic_training import gate_step as gate_step
 from jaxprune.search._evolution import Candidate as Candidate
 from jaxprune.search._evolution import evolve as evolve
 from jaxprune.search._evolution import pruning_reward as pruning_reward

@@ -91,7 +91,7 @@ def threshold_counts(
         Group name -> count, for the groups of `scores`; the counts grow with r.
 
     Raises:
-        ValueError: if a ratio is out of range or a name is no group.
+        ValueError: if a ratio is out of range, a name is no group or there are none.
 
     Example:
         >>> import jax, numpy as np
@@ -115,6 +115,10 @@ def threshold_counts(
         raise ValueError(f"min_ratio must be in [0, 1], got {min_ratio}")
     for name in scores:
         selected(groups, name, "groups")
+    if not scores:
+        raise ValueError(
+            f"scores are of no group; give those of some of the {len(groups)} groups"
+        )
     every = {n: concrete_array(f"scores[{n}]", own) for n, own in scores.items()}
     if keep_ratio == 1:  # the rule itself would lose the lowest
         return {name: groups[name].size for name in every}
