@@ -1,7 +1,7 @@
 """Samplers: counts drawn at random, for supernets and searches. Jit-able."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,8 @@ from jaxprune.core._groups import Groups
 from jaxprune.core._limits import selected
 
 Choices = Mapping[str, Sequence[int]]
+Side = Literal["first", "last"]
+_SIDES: tuple[Side, Side] = ("first", "last")
 
 
 def choices(
@@ -98,7 +100,7 @@ def sandwich(
 
 def complementary(
     groups: Groups, counts: Mapping[str, Any]
-) -> tuple[tuple[dict[str, Any], str], ...]:
+) -> tuple[tuple[dict[str, Any], Side], ...]:
     """The four networks that treat every unit alike: BCNet's complementary sampling.
 
     The first units and the last ones at these widths, then both at the widths that
@@ -121,5 +123,4 @@ def complementary(
         size = groups[name].size
         rest = size - jnp.asarray(count, jnp.int32)
         left[name] = jnp.where(rest > 0, rest, size)
-    pairs = [(dict(counts), side) for side in ("first", "last")]
-    return (*pairs, *[(dict(left), side) for side in ("first", "last")])
+    return tuple((dict(own), side) for own in (counts, left) for side in _SIDES)

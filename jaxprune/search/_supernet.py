@@ -1,7 +1,7 @@
 """Supernets: one trained network judged at any widths, by masks, without compiling."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,9 @@ from jaxprune.core._masks import apply_masks, expand_masks
 from jaxprune.core._types import ApplyFn, PyTree
 from jaxprune.costing import Cost
 from jaxprune.search._counts import Counts
+from jaxprune.search._sampling import Side
 from jaxprune.select._units import to_sizes
 from jaxprune.statistics._recalibration import recalibrate
-
-Side = Literal["first", "last"]
 
 
 def side_masks(groups: Groups, counts: Mapping[str, Any], side: Side = "first") -> Any:
