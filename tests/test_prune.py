@@ -266,6 +266,7 @@ def test_a_pin_may_be_one_pattern(params):
             "sparsity names 'w9:1', which matches none of the 2 groups",
         ),
         ({"sparsity": {"w1": 0.5}}, ValueError, r"did you mean w1:1\?"),
+        ({"only": []}, ValueError, r"only=\(\) names no group"),
         ({"only": "w9*"}, ValueError, r"only names 'w9\*', which matches none"),
         ({"pin": "w1/kernel"}, ValueError, "pin pattern 'w1/kernel' matches no axis"),
         ({"pin": [3]}, TypeError, "pin takes patterns, which are text; got 3"),
@@ -336,6 +337,10 @@ def test_what_is_no_function_is_told(params):
         TypeError, match=r"an NNX module; use jaxprune.integrations.nnx"
     ):
         jaxprune.prune(nnx.Linear(3, 3, rngs=nnx.Rngs(0)), X, sparsity=0.5)
+    with pytest.raises(TypeError, match="an NNX module; use"):
+        jaxprune.trace(nnx.Linear(3, 3, rngs=nnx.Rngs(0)), X)  # callable with X alone
+    with pytest.raises(TypeError, match="Dense, a Linen module; pass its apply"):
+        jaxprune.narrow(nn.Dense(3), params)
     with pytest.raises(TypeError, match="must be a function of variables"):
         jaxprune.prune(params, X, sparsity=0.5)
     with pytest.raises(TypeError, match="variables are missing"):

@@ -108,9 +108,12 @@ def test_scalars_integers_keys_and_functions_have_their_one_rule():
     assert found["norm"]["scale"] == 3.0
 
 
-@pytest.mark.parametrize("leaf", ["text", 3, 2.0, [1.0, 2.0], True])
+TEXTS = np.array(["a", "b"])
+
+
+@pytest.mark.parametrize("leaf", ["text", 3, 2.0, [1.0, 2.0], True, TEXTS])
 def test_what_is_no_array_is_refused_by_path(leaf, hidden):
-    match = r"params\[w(/0)?\] is a \w+, not an array; convert numbers and lists"
+    match = r"params\[w(/0)?\] is a [\w <]+, not an array; convert numbers and lists"
     for score in (
         scores.l1,
         scores.lamp,

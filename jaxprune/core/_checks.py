@@ -25,6 +25,7 @@ def check_leaves(tree: PyTree, what: str = "params") -> None:
     A leaf that is neither an array, a number nor text (an activation function in an
     Equinox module) is configuration, as is a number or a text that is an attribute of
     a module. Everywhere else a number or a text is an array that somebody forgot.
+    NumPy's arrays of texts and objects are none of JAX's.
 
     Raises:
         TypeError: naming the path and the type.
@@ -42,14 +43,22 @@ def check_leaves(tree: PyTree, what: str = "params") -> None:
         if not _is_fine(leaf) and not attribute:
             name = jax.tree_util.keystr(path, simple=True, separator="/")
             raise TypeError(
-                f"{what}[{name}] is a {type(leaf).__name__}, not an array; convert "
+                f"{what}[{name}] is a {_kind(leaf)}, not an array; convert "
                 "numbers and lists of numbers with jnp.asarray, and put None where a "
                 "leaf is no parameter"
             )
 
 
+def _kind(leaf: object) -> str:
+    dtype, name = getattr(leaf, "dtype", None), type(leaf).__name__
+    return name if dtype is None else f"{name} of {dtype}"
+
+
 def _is_fine(leaf: object) -> bool:
-    return hasattr(leaf, "dtype") or not isinstance(leaf, Number | str | bytes)
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None:
+        return not isinstance(leaf, Number | str | bytes)
+    return getattr(dtype, "kind", "f") not in "USOMm"
 
 
 def whole_number(what: str, value: object, least: int = 1) -> int:

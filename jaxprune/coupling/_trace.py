@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import jax
 import numpy as np
 
+from jaxprune.core._functions import check_function
 from jaxprune.core._groups import Groups
 from jaxprune.core._leaves import leaf_names
 from jaxprune.core._names import listed, matching, nearest, patterns
@@ -85,6 +86,7 @@ def trace(
         of one, that cannot be cut.
 
     Raises:
+        TypeError: if `apply_fn` is a module instead of a function of its variables.
         ValueError: if a pattern matches nothing, or `balanced` nothing that has
             independent blocks, or if `writers` names what is not added to a stream or
             does not add 0 where it is removed.
@@ -98,6 +100,7 @@ def trace(
         >>> [(g.name, g.size) for g in groups.values()]
         [('w1:1', 8)]
     """
+    check_function(apply_fn)
     leaves, treedef = jax.tree.flatten(variables)
     names = leaf_names(variables, treedef)  # first: it names paths as the caller does
     program = trace_program(apply_fn, variables, *args, **kwargs)

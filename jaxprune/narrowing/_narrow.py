@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.core import Tracer
 
+from jaxprune.core._functions import check_function
 from jaxprune.core._leaves import leaf_names
 from jaxprune.core._names import listed
 from jaxprune.core._positions import BoolArray, axis_keep
@@ -60,7 +61,7 @@ def narrow(
         values of variables (mutated Flax collections) come out sliced too.
 
     Raises:
-        TypeError: if the masks are tracers.
+        TypeError: if `apply_fn` is a module, or the masks are tracers.
         ValueError: if `statistics` is neither; when called, if the variables do not
             have the sliced shapes, if the masks cut a unit in one axis and keep it in a
             coupled one, or if they cut an axis that cannot be cut. The text names the
@@ -80,6 +81,7 @@ def narrow(
         >>> jaxprune.narrow(mlp, masks)(small, jnp.ones((1, 3)))
         Array([[15., 15.]], dtype=float32)
     """
+    check_function(apply_fn)
     if statistics not in ("masked", "kept"):
         raise ValueError(f"statistics must be 'masked' or 'kept', got {statistics!r}")
     leaves, treedef = jax.tree.flatten(masks)

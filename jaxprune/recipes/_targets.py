@@ -174,7 +174,10 @@ def cuttable(
     if only is None:
         return allowed
     chosen: set[str] = set()
-    for pattern in patterns("only", only):
+    wanted = patterns("only", only)
+    if not wanted:
+        raise ValueError("only=() names no group, so nothing would be cut; give None")
+    for pattern in wanted:
         matched = matching(pattern, groups)
         if not matched:
             raise ValueError(
