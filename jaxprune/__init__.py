@@ -51,10 +51,12 @@ from jaxprune.search import slimmable
 from jaxprune.select import clusters
 from jaxprune.statistics import recalibrate, taps
 from jaxprune.surgery import (
+    Factorised,
     Merged,
     MergeError,
     compensate,
     deviation,
+    factorise,
     merge,
     merge_error,
     permute,
@@ -90,6 +92,7 @@ _LAZY = {
 __all__ = [
     "CostModel",
     "Costs",
+    "Factorised",
     "Group",
     "Groups",
     "LatencyTable",
@@ -113,6 +116,7 @@ __all__ = [
     "display",
     "expand_masks",
     "export",
+    "factorise",
     "group_scores",
     "hold_masks",
     "integrations",

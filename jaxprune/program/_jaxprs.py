@@ -37,13 +37,16 @@ def closed(
     effects: Set[Any],
 ) -> Any:
     """A closed jaxpr with the names of `like`, from constants (variable, value) on."""
+    names = like.debug_info
+    if len(invars) != len(like.invars):
+        names = names._replace(arg_names=None)  # they are of other inputs
     jaxpr = like.replace(
         constvars=[var for var, _ in consts],
         invars=invars,
         outvars=outvars,
         eqns=eqns,
         effects={*like.effects, *effects},
-        debug_info=like.debug_info,
+        debug_info=names,
     )
     return ClosedJaxpr(jaxpr, [value for _, value in consts])
 
