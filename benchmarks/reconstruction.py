@@ -5,7 +5,8 @@
 Ranking and compensation of the inputs of every convolution of a ResNet-50, and
 SparseGPT of the seven matrices of a decoder layer of width 2048, on random moments of
 full rank: what is counted is choosing and fitting, not the passes over data. Shapes
-that occur several times are timed once. Results go to `results/reconstruction.json`.
+that occur several times are timed once. Memory is of the process, with what it draws.
+Results go to `results/reconstruction.json`.
 """
 
 import argparse
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import machine
-from benchmarks.machine import timed
+from benchmarks.machine import Seconds, timed
 from jaxprune.surgery._reconstruction import Part, rank_units, refit
 from jaxprune.surgery._surgeon import brain_surgeon
 
@@ -63,7 +64,7 @@ def convolution(channels: int, window: int, outputs: int) -> dict[str, Any]:
     )
     kept = np.isin(units, order[: channels // 2])[:, None] & np.ones(outputs, bool)
     _, fitting = timed(lambda: refit(second, cross, kernel, kept, 1e-6))
-    return {"rank": round(ranking.wall, 3), "fit": round(fitting.wall, 3)}
+    return both({"rank": ranking, "fit": fitting})
 
 
 def surgeon(width: int, outputs: int) -> dict[str, Any]:
@@ -72,7 +73,13 @@ def surgeon(width: int, outputs: int) -> dict[str, Any]:
     kernel = np.random.default_rng(1).normal(size=(width, outputs)).astype(np.float32)
     _, half = timed(lambda: brain_surgeon(second, kernel, sparsity=0.5))
     _, two_of_four = timed(lambda: brain_surgeon(second, kernel, pattern=(2, 4)))
-    return {"half": round(half.wall, 3), "2:4": round(two_of_four.wall, 3)}
+    return both({"half": half, "2:4": two_of_four})
+
+
+def both(times: dict[str, Seconds]) -> dict[str, float]:
+    """Seconds on the wall, and of the processor."""
+    walls = {name: round(each.wall, 3) for name, each in times.items()}
+    return walls | {f"{name} cpu": round(each.cpu, 3) for name, each in times.items()}
 
 
 def totals(rows: dict[str, dict[str, Any]]) -> dict[str, float]:

@@ -162,9 +162,9 @@ def test_layers_are_counted_as_often_as_they_occur():
         "two": {"times": 1, **reconstruction.convolution(6, 1, 2)},
     }
     found = reconstruction.totals(rows)
-    assert set(found) == {"rank", "fit"}
+    assert set(found) == {"rank", "fit", "rank cpu", "fit cpu"}
     expected = 3 * rows["one"]["rank"] + rows["two"]["rank"]
     assert found["rank"] == round(expected, 1)
-    assert set(reconstruction.surgeon(8, 4)) == {"half", "2:4"}
+    assert {"half", "2:4"} < set(reconstruction.surgeon(8, 4))
     matrices = sum(reconstruction.CONVOLUTIONS.values())
     assert matrices == 52  # with the stem, which reads the image, a ResNet-50 has 53

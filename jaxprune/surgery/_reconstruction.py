@@ -82,16 +82,19 @@ def _check_independent(gram: np.ndarray, inputs: np.ndarray) -> None:
     Raises:
         ValueError: naming the first.
     """
-    left, scale = gram.copy(), np.diagonal(gram).copy()
-    for k, number in enumerate(inputs):
-        if left[k, k] <= DEPENDENT * scale[k]:
-            raise ValueError(
-                f"kept input {number} is constant or a linear combination of others, "
-                "so the fit is not unique; a ridge above 0 keeps what the data leave "
-                "open close to the old weights"
-            )
-        line = left[k, k + 1 :] / left[k, k]
-        left[k + 1 :, k + 1 :] -= line[:, None] * left[k, k + 1 :]
+    # Where the factor cannot go on, the pivot is 0 or below.
+    (decompose,) = scipy.linalg.get_lapack_funcs(("potrf",), (gram,))
+    factor, failed = decompose(gram, lower=1)
+    pivots = np.square(np.diagonal(factor))
+    small = pivots <= DEPENDENT * np.diagonal(gram)
+    if failed:
+        small[failed - 1 :] = True
+    for number in inputs[small]:
+        raise ValueError(
+            f"kept input {number} is constant or a linear combination of others, "
+            "so the fit is not unique; a ridge above 0 keeps what the data leave "
+            "open close to the old weights"
+        )
 
 
 def matched_spread(
@@ -232,69 +235,125 @@ def rank_units(parts: Sequence[Part], size: int) -> np.ndarray:
         int ``[size]``, the units, most explaining first.
     """
     remainders = [_Remainder(part, size) for part in parts]
-    open_units, order = np.arange(size), []
-    while open_units.size:
-        gains = sum(each.gains(open_units) for each in remainders)
-        pick = int(np.argmax(gains))
+    order = np.arange(size)
+    for first in range(size):
+        gains = sum(each.gains(first) for each in remainders)
+        # Of equal gains the first unit is taken, wherever it lies by now.
+        best = first + np.flatnonzero(gains == np.max(gains))
+        pick = best[np.argmin(order[best])]
+        order[[first, pick]] = order[[pick, first]]
         for each in remainders:
-            each.explain(each.table[open_units[pick]])
-        order.append(open_units[pick])
-        open_units = np.delete(open_units, pick)
-    return np.array(order, int)
+            each.explain(first, pick)
+    return order
 
 
 class _Remainder:
-    """What the units chosen so far leave unexplained.
+    r"""What the units chosen so far leave unexplained of those that are open.
+
+    Of :math:`R = \Sigma - V V^T`, where V holds what was chosen, only the blocks of
+    single units are kept up to date. Of all else a pick needs its own columns alone,
+    :math:`\Sigma_{:t} - V V_t^T`: it reads V once and rewrites nothing of D x D.
+    Chosen units move to the front, so what is open lies side by side behind them.
 
     Attributes:
-        left: ``[D, D]``, of the inputs.
-        missing: ``[D, N]``, of the inputs with the outputs.
-        table: int ``[size, taps]``, the inputs of every unit; -1 for none.
+        second: ``[D + 1, D + 1]``, the last row for places without an input.
+        table: int ``[size, taps]``, the inputs of every unit; D for none.
+        chosen: V, ``[size * taps, D]``, of which `filled` columns are there.
+        blocks: R of every unit, ``[size, taps, taps]``.
+        missing: of inputs with outputs, ``[size * taps, N]``.
+        least: ``[size]``, the variance below which nothing is left to explain.
     """
 
     def __init__(self, part: Part, size: int) -> None:
-        self.left = part.second.astype(np.float64)
-        self.missing = part.cross.astype(np.float64)
-        self.scale = np.diagonal(part.second).copy()
-        blocks = [np.flatnonzero(part.units == unit) for unit in range(size)]
-        taps = max(1, *map(len, blocks))
-        self.table = np.full((size, taps), -1)
-        for unit, own in enumerate(blocks):
+        width = len(part.second)
+        places = [np.flatnonzero(part.units == unit) for unit in range(size)]
+        self.taps = max(1, *map(len, places))
+        self.table = np.full((size, self.taps), width)
+        for unit, own in enumerate(places):
             self.table[unit, : len(own)] = own
-        self.explain(np.flatnonzero(part.units < 0))
+        self.second = np.zeros((width + 1, width + 1))
+        self.second[:width, :width] = part.second
+        table, cross = self.table, _square(part.cross.astype(np.float64))
+        self.blocks = self.second[table[:, :, None], table[:, None, :]]
+        self.least = _floor(self.blocks)
+        self.missing = np.zeros((table.size, cross.shape[1]))
+        self.missing[table.ravel() < width] = cross[table[table < width]]
+        fixed = np.flatnonzero(part.units < 0)
+        self.chosen, self.filled = np.empty((table.size, len(fixed) + table.size)), 0
+        if fixed.size:
+            own = part.second[np.ix_(fixed, fixed)].astype(np.float64)[None]
+            self._take_out(0, fixed, _roots(own, _floor(own))[0], cross[fixed])
 
-    def gains(self, units: np.ndarray) -> np.ndarray:
-        """By how much each of the units would lower the error."""
-        table = self.table[units]
-        roots = self._roots(table)
-        shares = np.matmul(roots.swapaxes(1, 2), self.missing[table])
-        return np.square(shares).sum((1, 2))
+    def gains(self, first: int) -> np.ndarray:
+        """By how much each of the units from `first` on would lower the error."""
+        roots = _roots(self.blocks[first:], self.least[first:])
+        missing = self.missing[first * self.taps :].reshape(*roots.shape[:2], -1)
+        if self.taps == 1:
+            flat = missing[:, 0]
+            return np.einsum("un,un->u", flat, flat) * np.square(roots[:, 0, 0])
+        squares = np.matmul(missing, missing.swapaxes(1, 2))
+        inverse = np.matmul(roots, roots.swapaxes(1, 2))
+        return np.einsum("ust,ust->u", squares, inverse)
 
-    def explain(self, block: np.ndarray) -> None:
-        """Takes out what a block explains of everything."""
-        if not (block >= 0).any():
-            return
-        root = self._roots(block[None])[0]
-        lines, share = self.left[:, block] @ root, root.T @ self.missing[block]
-        self.left -= lines @ lines.T
-        self.missing -= lines @ share
+    def explain(self, first: int, pick: int) -> None:
+        """Puts a unit in front of the open ones, and takes out what it explains."""
+        begin, end = first * self.taps, (first + 1) * self.taps
+        for each in (self.table, self.blocks, self.least):
+            each[[first, pick]] = each[[pick, first]]
+        own, other = slice(begin, end), slice(pick * self.taps, (pick + 1) * self.taps)
+        for each in (self.chosen[:, : self.filled], self.missing):
+            each[own], each[other] = each[other].copy(), each[own].copy()
+        root = _roots(self.blocks[first, None], self.least[first, None])[0]
+        # The unit's own columns of V stay empty: nothing asks for them again.
+        before = self.chosen[own, : self.filled]
+        self._take_out(first + 1, self.table[first], root, self.missing[own], before)
 
-    def _roots(self, table: np.ndarray) -> np.ndarray:
-        """``[units, taps, rank]``: squares are the inverses of what blocks vary.
+    def _take_out(
+        self,
+        first: int,
+        inputs: np.ndarray,
+        root: np.ndarray,
+        missing: np.ndarray,
+        before: np.ndarray | None = None,
+    ) -> None:
+        """Subtracts what these inputs explain of the units from `first` on."""
+        behind, filled = slice(first * self.taps, None), self.filled
+        # Rows are gathered, as they lie side by side, and the moments are symmetric.
+        columns = self.second[inputs][:, self.table[first:].ravel()].T
+        if before is not None:
+            columns = columns - self.chosen[behind, :filled] @ before.T
+        lines = columns @ root
+        self.filled = filled + lines.shape[1]
+        self.chosen[behind, filled : self.filled] = lines
+        self.missing[behind] -= lines @ (root.T @ missing)
+        each = lines.reshape(-1, self.taps, lines.shape[1])
+        self.blocks[first:] -= np.matmul(each, each.swapaxes(1, 2))
 
-        Directions in which a block does not vary, and places without an input, are 0.
-        """
-        some = table >= 0
-        blocks = self.left[table[:, :, None], table[:, None, :]]
-        blocks = blocks * (some[:, :, None] & some[:, None, :])
-        least = DEPENDENT * np.maximum((self.scale[table] * some).max(1), 1e-300)
-        if table.shape[1] == 1:
-            values, vectors = blocks[:, 0], np.ones_like(blocks)
-        else:
-            values, vectors = np.linalg.eigh(blocks)
-        varies = values > least[:, None]
-        inverse = np.where(varies, 1 / np.sqrt(np.where(varies, values, 1)), 0)
-        return vectors * inverse[:, None, :] * some[:, :, None]
+
+def _square(cross: np.ndarray) -> np.ndarray:
+    """A C of the same C Cᵀ, all that gains see, with no more columns than rows."""
+    if cross.shape[1] <= cross.shape[0]:
+        return cross
+    return np.linalg.qr(cross.T)[1].T
+
+
+def _floor(blocks: np.ndarray) -> np.ndarray:
+    variances = np.diagonal(blocks, axis1=1, axis2=2)
+    return DEPENDENT * np.maximum(variances.max(1), 1e-300)
+
+
+def _roots(blocks: np.ndarray, least: np.ndarray) -> np.ndarray:
+    """``[units, taps, taps]``: squares are the inverses of what blocks vary.
+
+    Directions in which a block does not vary, and places without an input, are 0.
+    """
+    if blocks.shape[1] == 1:
+        values, vectors = blocks[:, 0], np.ones_like(blocks)
+    else:
+        values, vectors = np.linalg.eigh(blocks)
+    varies = values > least[:, None]
+    inverse = np.where(varies, 1 / np.sqrt(np.where(varies, values, 1)), 0)
+    return vectors * inverse[:, None, :]
 
 
 def lasso(gram: np.ndarray, target: np.ndarray, keep: int) -> np.ndarray:

@@ -3,6 +3,9 @@
 import numpy as np
 import scipy.linalg
 
+# So many inputs are updated one by one; larger steps are products of matrices.
+INNER = 16
+
 
 def brain_surgeon(
     second: np.ndarray,
@@ -64,6 +67,7 @@ def brain_surgeon(
     # Patterns are chosen run by run; what they do beyond a block waits for its end.
     step = block if pattern is None else max(block // pattern[1], 1) * pattern[1]
     run = step if pattern is None else pattern[1]
+    inner = INNER if pattern is None else max(INNER // run, 1) * run
     for first in range(0, width, step):
         own = slice(first, min(first + step, width))
         errors = np.zeros_like(weights[own])
@@ -73,9 +77,13 @@ def brain_surgeon(
                 saliency = np.square(weights[rows] / np.diagonal(factor)[rows, None])
                 kept[rows] = _chosen(saliency, sparsity, pattern)
             errors[d - first] = np.where(kept[d], 0, weights[d]) / factor[d, d]
-            inside = factor[d, d : own.stop]
-            weights[d : own.stop] -= np.outer(inside, errors[d - first])
-        # What lies beyond the block is updated by all of it at once.
+            begin = d - (d - first) % inner
+            end = min(begin + inner, own.stop)
+            weights[d:end] -= np.outer(factor[d, d:end], errors[d - first])
+            if d + 1 == end:  # the rest of the block, by all of these at once
+                later = factor[begin:end, end : own.stop].T
+                weights[end : own.stop] -= later @ errors[begin - first : end - first]
+        # So is what lies beyond the block, by all of it.
         weights[own.stop :] -= factor[own, own.stop :].T @ errors
     return np.where(kept, weights, 0), kept
 
