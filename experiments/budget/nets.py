@@ -6,7 +6,7 @@ one criterion from another: every one sees the dead units.
 
 import gzip
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,12 +78,12 @@ NETS = {
 }
 
 
-def trained(name: str, seed: int, folder: Path) -> Any:
+def trained(name: str, seed: int, folder: Path, nets: Mapping[str, Net] = NETS) -> Any:
     """The variables of a net after training, kept in a folder."""
     path = folder / f"{name}-{seed}.pkl"
     if not path.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(pickle.dumps(jax.device_get(_train(NETS[name], seed))))
+        path.write_bytes(pickle.dumps(jax.device_get(_train(nets[name], seed))))
     return pickle.loads(path.read_bytes())
 
 

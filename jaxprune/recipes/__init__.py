@@ -3,6 +3,8 @@
 from jaxprune.recipes import plans as plans
 from jaxprune.recipes._adapruner import Inherited as Inherited
 from jaxprune.recipes._adapruner import adapruner as adapruner
+from jaxprune.recipes._functionality import Functions as Functions
+from jaxprune.recipes._functionality import functionality as functionality
 from jaxprune.recipes._layerwise import METHODS as METHODS
 from jaxprune.recipes._layerwise import Reconstructed as Reconstructed
 from jaxprune.recipes._layerwise import Searched as Searched

@@ -20,6 +20,7 @@ from jaxprune.scores._curvature import grasp as grasp
 from jaxprune.scores._curvature import hessian_diagonal as hessian_diagonal
 from jaxprune.scores._curvature import obd as obd
 from jaxprune.scores._flow import synflow as synflow
+from jaxprune.scores._gates import contribution as contribution
 from jaxprune.scores._gates import group_fisher as group_fisher
 from jaxprune.scores._geometry import geometric_median as geometric_median
 from jaxprune.scores._gradients import movement as movement

@@ -14,7 +14,7 @@ from jaxprune.statistics._streaming import (
     examples_in,
     singles,
 )
-from jaxprune.statistics.taps._gates import gate
+from jaxprune.statistics.taps._gates import gate, probe
 
 
 def group_fisher(
@@ -79,3 +79,62 @@ def group_fisher(
         return {name: jnp.square(slope).sum(0) / 2 for name, slope in slopes.items()}
 
     return averaged(step, variables, batches, title="group_fisher", progress=progress)
+
+
+def contribution(
+    groups: Groups,
+    loss_fn: LossFn,
+    variables: PyTree,
+    batches: Batches,
+    *,
+    progress: bool | None = None,
+) -> dict[str, jax.Array]:
+    r"""How much the loss feels the activations of every unit.
+
+    .. math:: I_i = \frac{1}{N} \sum_n \left\| \frac{\partial L_n}{\partial A_i(x_n)}
+        \right\|_2
+
+    with A everything that a unit holds where products take it in: the feature map of a
+    filter. Where several layers read it, the squares of their parts add up.
+
+    Args:
+        groups: what `trace` returned.
+        loss_fn: ``(variables, batch) -> scalar``, as in `group_fisher`.
+        variables: tree of arrays, those that were traced or their ``params``.
+        batches: iterable of batches, examples along axis 0.
+        progress: show a progress bar? None for on a terminal.
+
+    Returns:
+        Group name -> float32 or wider ``[size]``, not negative, larger matters more.
+
+    Raises:
+        ValueError: if there are no batches, or a group is in no activation.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxprune
+        >>> def mlp(params, x):
+        ...     return jax.nn.relu(x @ params["w1"]) @ params["w2"]
+        >>> params = {"w1": jnp.array([[1.0, -1.0]]), "w2": jnp.array([[1.0], [-2.0]])}
+        >>> groups = jaxprune.trace(mlp, params, jnp.ones((1, 1)))
+        >>> loss = lambda params, x: mlp(params, x).mean()
+        >>> contribution(groups, loss, params, [jnp.ones((3, 1))])
+        {'w1:1': Array([1., 2.], dtype=float32)}
+
+    References:
+        Qin et al., `Functionality-Oriented Convolutional Filter Pruning
+        <https://arxiv.org/abs/1810.07322>`_, 2019
+    """
+    probed = probe(loss_fn, groups)
+
+    def step(variables: PyTree, batch: PyTree, k: jax.Array) -> dict[str, jax.Array]:
+        count, examples = examples_in(batch), singles(batch)
+
+        def total(probes: Mapping[str, jax.Array]) -> jax.Array:
+            loss = lambda own, example: probed(own, variables, example)  # noqa: E731
+            return jax.vmap(loss)(probes, examples).sum()
+
+        start = {name: jnp.zeros((count, g.size)) for name, g in groups.items()}
+        squares = jax.grad(total)(start)
+        return {name: jnp.sqrt(own).sum(0) for name, own in squares.items()}
+
+    return averaged(step, variables, batches, title="contribution", progress=progress)

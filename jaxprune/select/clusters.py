@@ -16,6 +16,8 @@ from jaxprune.core._groups import Group, Groups
 from jaxprune.core._leaves import named_leaves, parameter_paths
 from jaxprune.core._limits import Each
 from jaxprune.core._types import Array, PyTree
+from jaxprune.select._features import by_features as by_features
+from jaxprune.select._features import within_clusters as within_clusters
 from jaxprune.select._similarity import distances as distances
 from jaxprune.select._similarity import similar as similar
 from jaxprune.select._units import per_group

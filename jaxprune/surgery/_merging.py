@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.core._checks import refuse_traced
+from jaxprune.core._checks import concrete_array, refuse_traced
 from jaxprune.core._clusters import checked_clusters, units_first
 from jaxprune.core._groups import Groups
 from jaxprune.core._leaves import named_leaves
@@ -29,7 +29,7 @@ class Merged(NamedTuple):
     Attributes:
         variables: smaller, as `slice_params` makes them; run them with
             ``narrow(apply_fn, masks)``.
-        masks: tree like the variables before; the first unit of a cluster is kept.
+        masks: tree like the variables before; one unit of every cluster is kept.
         deviation: group -> how unequal the units were, see `deviation`.
     """
 
@@ -39,11 +39,14 @@ class Merged(NamedTuple):
 
 
 def merge(
-    variables: PyTree, groups: Groups, clusters: Mapping[str, np.ndarray]
+    variables: PyTree,
+    groups: Groups,
+    clusters: Mapping[str, np.ndarray],
+    scores: Mapping[str, Any] | None = None,
 ) -> Merged:
     r"""Makes one unit of every cluster, losslessly where its units are equal.
 
-    The first unit :math:`k` of a cluster :math:`H` stays as it is. Every consumer reads
+    One unit :math:`k` of a cluster :math:`H` stays as it is. Every consumer reads
     it with the summed weight of all units of the cluster,
 
     .. math:: W_{:,k} \leftarrow \sum_{j \in H} W_{:,j},
@@ -57,6 +60,9 @@ def merge(
         groups: what ``trace(..., roles=True)`` returned.
         clusters: group -> int ``[size]``, the cluster of every unit; any numbers.
             Groups that are not named stay whole.
+        scores: group -> float ``[size]``: of every cluster the unit with the largest
+            stays (of BatchNorm's scale, say, where units are only alike). Of equal
+            ones, and of groups without scores, the first.
 
     Returns:
         `Merged`. ``narrow(apply_fn, masks)(merged.variables, ...)`` equals ``apply_fn(
@@ -65,7 +71,8 @@ def merge(
 
     Raises:
         ValueError: if a group does not exist or its units cannot be merged (the text
-            names the place in the program), or if clusters have another length.
+            names the place in the program), or if clusters or scores have another
+            length.
         TypeError: if clusters are not integers, or a consumer is not floating.
 
     Example:
@@ -87,17 +94,37 @@ def merge(
         Complicated Structure <https://arxiv.org/abs/1904.03837>`_, CVPR 2019, Sec. 3.3
     """
     refuse_traced("merge", clusters=dict(clusters))
-    firsts = {
-        name: checked_clusters(groups, name, ids) for name, ids in clusters.items()
+    stay = {
+        name: _representatives(name, checked_clusters(groups, name, ids), scores or {})
+        for name, ids in clusters.items()
     }
     summed = variables
-    for name, first in firsts.items():
-        stands_for = first[:, None] == np.arange(len(first))
+    for name, unit in stay.items():
+        stands_for = unit[:, None] == np.arange(len(unit))
         summed = rewrite_consumers(summed, groups, name, stands_for)
-    keep = {name: first == np.arange(len(first)) for name, first in firsts.items()}
+    keep = {name: unit == np.arange(len(unit)) for name, unit in stay.items()}
     masks = expand_masks(groups, keep)
     off = deviation(variables, groups, clusters)
     return Merged(slice_params(summed, masks), masks, off)
+
+
+def _representatives(
+    name: str, first: np.ndarray, scores: Mapping[str, Any]
+) -> np.ndarray:
+    """The unit that stays of the cluster of every unit; `first` is its first."""
+    if name not in scores:
+        return first
+    own = concrete_array(f"scores[{name}]", scores[name])
+    if own.shape != first.shape or not np.isfinite(own).all():
+        raise ValueError(
+            f"scores[{name}] must be {len(first)} finite numbers, one for every unit, "
+            f"got {own.shape} of {own.dtype}"
+        )
+    order = np.lexsort((np.arange(len(own)), -own, first))
+    starts = np.flatnonzero(np.diff(first[order], prepend=-1))
+    stays = np.zeros_like(first)
+    stays[first[order[starts]]] = order[starts]
+    return stays[first]
 
 
 def deviation(

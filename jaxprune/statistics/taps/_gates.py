@@ -98,17 +98,8 @@ def observe(
     Raises:
         ValueError: if no activation carries the units of a group.
     """
-    chosen = {
-        name: [s for s in sites if s.data and s.product] or [s for s in sites if s.data]
-        for name, sites in unit_sites(program, groups, groups).items()
-    }
-    taps = []
+    chosen, taps = _activations(program, groups), []
     for name, sites in chosen.items():
-        if not sites:
-            raise ValueError(
-                f"group {name} is in no activation that a product or a sum takes in, "
-                "so its units have no activation"
-            )
         for k, site in enumerate(sites):
             look = functools.partial(_look, site, groups[name].size, what)
             taps.append(Tap(site.site, look, (name, k)))
@@ -123,6 +114,87 @@ def observe(
         ]
         for name, sites in chosen.items()
     }
+
+
+def probe(apply_fn: ApplyFn, groups: Groups) -> ApplyFn:
+    """Transforms a function so that derivatives by activations can be squared.
+
+    Args:
+        apply_fn: as in `gate`.
+        groups: what `trace` returned.
+
+    Returns:
+        A function ``(probes, variables, *args, **kwargs)`` with probes ``{group:
+        float[size]}`` that change nothing. The derivative of a scalar result by a probe
+        is the sum of squares of its derivatives by all that the unit holds where
+        products (if none, sums) take it in.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxprune
+        >>> def mlp(params, x):
+        ...     return (jax.nn.relu(x @ params["w1"]) @ params["w2"]).sum()
+        >>> params = {"w1": jnp.ones((1, 2)), "w2": jnp.array([[2.0], [5.0]])}
+        >>> x = jnp.array([[3.0], [4.0]])
+        >>> probed = probe(mlp, jaxprune.trace(mlp, params, x))
+        >>> jax.grad(probed)({"w1:1": jnp.zeros(2)}, params, x)  # of two examples
+        {'w1:1': Array([ 8., 50.], dtype=float32)}
+    """
+
+    @functools.wraps(apply_fn)
+    def probed(
+        probes: Mapping[str, jax.Array],
+        variables: PyTree,
+        *args: PyTree,
+        **kwargs: PyTree,
+    ) -> Any:
+        _check_gates(groups, probes)
+        program = trace_program(apply_fn, variables, *args, **kwargs)
+        taps = [
+            Tap(site.site, _probe(site, probes[name]))
+            for name, sites in _activations(program, groups).items()
+            for site in sites
+        ]
+        return call(program, taps, variables, *args, **kwargs)[0]
+
+    return probed
+
+
+def _probe(site: UnitSite, held: jax.Array) -> Callable[..., tuple[Any, None]]:
+    @jax.custom_vjp
+    def through(value: jax.Array, held: jax.Array) -> jax.Array:
+        del held
+        return value
+
+    def backward(_: None, slope: jax.Array) -> tuple[jax.Array, jax.Array]:
+        squares = sum_units(site, len(held), jnp.square(slope.astype(held.dtype)))
+        return slope, squares
+
+    through.defvjp(lambda value, held: (through(value, held), None), backward)
+
+    def act(value: Array, eqn: Equation, operands: Any) -> tuple[Any, None]:
+        del eqn, operands
+        return through(jnp.asarray(value), held), None
+
+    return act
+
+
+def _activations(program: Program, groups: Groups) -> dict[str, list[UnitSite]]:
+    """The activations that products (if none, sums) take in, of every group.
+
+    Raises:
+        ValueError: if no activation carries the units of a group.
+    """
+    chosen = {
+        name: [s for s in sites if s.data and s.product] or [s for s in sites if s.data]
+        for name, sites in unit_sites(program, groups, groups).items()
+    }
+    for name, sites in chosen.items():
+        if not sites:
+            raise ValueError(
+                f"group {name} is in no activation that a product or a sum takes in, "
+                "so its units have no activation"
+            )
+    return chosen
 
 
 def _look(
