@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from experiments.slimmable import bench as benches
-from experiments.slimmable import study, widths
+from experiments.slimmable import report, study, widths
 from jaxprune import search
 from jaxprune.models import VGG, cifar_resnet
 
@@ -106,3 +106,25 @@ def test_statistics_and_norms_are_private_in_s_net(vgg):
     slim = vgg.slim(vgg.init(0), keeps, (benches.STATS, benches.NORMS))
     norms = [path for path in vgg.groups.shapes if "bn" in path]
     assert sorted(slim.private) == sorted(norms)
+
+
+def test_the_page_tells_gains_that_are_sure_and_what_widths_cost():
+    record = {
+        arm: {"accuracy": [own] * 3, "multiply_adds": costs}
+        for arm, own, costs in (
+            ("s_net", 0.5, [100, 50, 20]),
+            ("sp_net", 0.52, [100, 45, 20]),
+        )
+    }
+    found = {
+        "command": "this command",
+        "machine": {"cores": 2, "cpu": "a CPU", "versions": {"jax": "1"}},
+        "settings": {"images": 9, "epochs": 4, "shares": [1.0, 0.75, 0.5]},
+        "records": {f"vgg/seed{seed}": record for seed in range(2)},
+    }
+    text = "\n".join(report.page(found))
+    assert (
+        "| SP-Net, two bases | 52.0 ± 0.0 | 52.0 ± 0.0 | 52.0 ± 0.0 | 90%, 100%" in text
+    )
+    assert "| SP-Net, two bases over S-Net | **+2.0 [+2.0, +2.0]** |" in text
+    assert not report.surely_above("+2.0 [-0.1, +4.1]")

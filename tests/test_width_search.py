@@ -84,6 +84,11 @@ def test_a_masked_error_is_that_of_the_narrowed_network():
     expected = jnp.square(small - mlp(PARAMS, X)).mean()
     np.testing.assert_allclose(error(counts), expected, rtol=1e-5)
     assert error({A: 6, B: 5}) == 0
+    last = search.masked_error(GROUPS, loss_fn, PARAMS, X, sides=("last",))
+    both = search.masked_error(GROUPS, loss_fn, PARAMS, X, sides=("first", "last"))
+    np.testing.assert_allclose(
+        both(counts), (error(counts) + last(counts)) / 2, rtol=1e-5
+    )
 
 
 def test_greedy_slimming_takes_the_least_error_every_time():
@@ -98,7 +103,9 @@ def test_greedy_slimming_takes_the_least_error_every_time():
             counts = min(tries, key=error)
         expected.append(counts)
     assert found == expected
-    with pytest.raises(ValueError, match="a budget of 3 is below the least cost, 7"):
+    with pytest.raises(
+        ValueError, match="a budget of 3 is below the least cost, 7.*a:1 1, b:1 1"
+    ):
         search.greedy_slimming(GROUPS, error, COST, [3])
 
 
@@ -165,6 +172,11 @@ def test_the_prior_favours_the_widths_of_good_networks_at_the_budget():
     assert prior[B].argmax() == 1
     mean = {n: jnp.asarray(prior[n] @ np.array(WIDTHS[n], np.float32)) for n in prior}
     np.testing.assert_allclose(COST.value(mean), 32, rtol=0.05)
+    drawn = search.prior_population(prior, WIDTHS, number=200, seed=0)
+    share = np.bincount([own[A] for own in drawn], minlength=7)[1:] / 200
+    np.testing.assert_allclose(share, prior[A], atol=0.15)
+    with pytest.raises(ValueError, match="prior of a:1 has 0 probabilities"):
+        search.prior_population({B: prior[B]}, WIDTHS, number=1, seed=0)
 
 
 def test_an_evaluator_measures_the_masked_network_once():

@@ -89,18 +89,41 @@ def scores_of(bench: Bench, own: Base, *, zero_padded: bool = False) -> Any:
     return groups, search.importance(groups, own.variables, only=names)
 
 
+def counts_at(
+    bench: Bench, scored: Any, ratio: float, before: Sequence[Counts]
+) -> dict[str, int]:
+    """Counts of a width that keeps this share of its base, within those before."""
+    own = search.threshold_counts(*scored, keep_ratio=ratio, min_ratio=LEAST)
+    return search.multi_base(bench.groups, [*before, own])[-1]
+
+
+def units_at(
+    bench: Bench, scored: Any, ratio: float, before: Mapping[str, Any], first: Any
+) -> dict[str, Any]:
+    """Likewise where writers of streams are pruned by themselves: bools by group.
+
+    What a writer keeps are the units with the largest scales in the first base.
+    """
+    groups, scores = scored
+    inner, writers = (
+        search.threshold_counts(groups, scores, keep_ratio=ratio, min_ratio=least)
+        for least in (LEAST, LEAST / 2)
+    )
+    counts = {n: (writers if groups[n].stream else inner)[n] for n in inner}
+    ranks = {n: np.argsort(np.argsort(-first[n])) for n in counts}
+    own = {n: (ranks[n] < k) & before[n] for n, k in counts.items()}
+    return search.fused(bench.traced(zero_padded=True).groups, own)
+
+
 def pruned(
     bench: Bench, scored: Sequence[Any], like: Sequence[Counts]
 ) -> list[dict[str, int]]:
     """Counts of every width, each from its base, within the cost of these widths."""
     found: list[Mapping[str, int]] = []
-    for (groups, scores), width in zip(scored, like[1:], strict=True):
+    for base, width in zip(scored, like[1:], strict=True):
 
-        def counts(ratio: float, groups: Any = groups, scores: Any = scores) -> Any:
-            own = search.threshold_counts(
-                groups, scores, keep_ratio=ratio, min_ratio=LEAST
-            )
-            return search.multi_base(bench.groups, [*found, own])[-1]
+        def counts(ratio: float, base: Any = base) -> Any:
+            return counts_at(bench, base, ratio, found)
 
         found.append(bisect(counts, bench.cost.value, bench.cost.value(width)))
     return search.multi_base(bench.groups, found)
@@ -109,26 +132,17 @@ def pruned(
 def zero_padded(
     bench: Bench, scored: Sequence[Any], like: Sequence[Counts]
 ) -> list[dict[str, Any]]:
-    """Likewise with the writers of streams pruned by themselves; streams fuse them.
-
-    What a writer keeps are the units with the largest scales in the first base.
-    """
+    """Likewise with the writers of streams pruned by themselves; streams fuse them."""
     whole = bench.traced(zero_padded=True)
-    ranks = {n: np.argsort(np.argsort(-own)) for n, own in scored[0][1].items()}
     keeps = [{n: np.ones(group.size, bool) for n, group in whole.groups.items()}]
-    for (groups, scores), width in zip(scored, like[1:], strict=True):
 
-        def units(ratio: float, groups: Any = groups, scores: Any = scores) -> Any:
-            inner, writers = (
-                search.threshold_counts(groups, scores, keep_ratio=ratio, min_ratio=m)
-                for m in (LEAST, LEAST / 2)
-            )
-            counts = {n: (writers if groups[n].stream else inner)[n] for n in inner}
-            own = {n: (ranks[n] < k) & keeps[-1][n] for n, k in counts.items()}
-            return search.fused(whole.groups, own)
+    def value(keep: Any) -> float:
+        return float(whole.cost.value({n: int(k.sum()) for n, k in keep.items()}))
 
-        def value(keep: Any) -> float:
-            return float(whole.cost.value({n: int(k.sum()) for n, k in keep.items()}))
+    for base, width in zip(scored, like[1:], strict=True):
+
+        def units(ratio: float, base: Any = base) -> Any:
+            return units_at(bench, base, ratio, keeps[-1], scored[0][1])
 
         keeps.append(bisect(units, value, float(bench.cost.value(width))))
     return keeps
@@ -180,7 +194,7 @@ def evolved(bench: Bench, spend: float, seed: int) -> Found:
     key = jax.random.key(seed)
     state = search.JointState(start, tx.init(start["params"]), key)
     start = bench.run(step, state, steps, seed)
-    error, found = _error(bench, start), []
+    error, found = _error(bench, start, ("first", "last")), []
     for each in keeps[1:]:
         best = search.evolve(
             lambda counts: -error(counts),
@@ -204,7 +218,7 @@ def _in_place(bench: Bench) -> Any:
     return {n: -np.arange(float(group.size)) for n, group in bench.groups.items()}
 
 
-def _error(bench: Bench, variables: Any) -> Any:
+def _error(bench: Bench, variables: Any, sides: Any = ("first",)) -> Any:
     """The error at any widths on images of the training set, statistics theirs."""
     batch = tuple(part[-JUDGED:] for part in bench.train_set)
 
@@ -212,4 +226,4 @@ def _error(bench: Bench, variables: Any) -> Any:
         logits, _ = forward(bench.net.apply, variables, batch)
         return label_loss(logits, batch[1]).mean()
 
-    return search.masked_error(bench.groups, loss_fn, variables, batch)
+    return search.masked_error(bench.groups, loss_fn, variables, batch, sides=sides)

@@ -15,6 +15,7 @@ from jaxprune.search._dynamic_training import bootstrapped_step as bootstrapped_
 from jaxprune.search._dynamic_training import gate_step as gate_step
 from jaxprune.search._evolution import Candidate as Candidate
 from jaxprune.search._evolution import evolve as evolve
+from jaxprune.search._evolution import prior_population as prior_population
 from jaxprune.search._evolution import pruning_reward as pruning_reward
 from jaxprune.search._evolution import width_prior as width_prior
 from jaxprune.search._evolution import within as within

@@ -275,6 +275,45 @@ def width_prior(
     return jax.device_get(jax.tree.map(jax.nn.softmax, logits))
 
 
+def prior_population(
+    prior: Mapping[str, Any], options: Choices, *, number: int, seed: int
+) -> list[Counts]:
+    """Draws widths from a prior, such as that of `width_prior`, for `evolve`.
+
+    Args:
+        prior: group name -> probabilities of its choices.
+        options: group name -> counts to choose from.
+        number: how many networks.
+        seed: of the draws.
+
+    Returns:
+        Counts of each, for ``evolve(first=...)``, which leaves out illegal ones.
+
+    Raises:
+        ValueError: if a group of `options` has no probabilities, or not as many as
+            choices.
+
+    Example:
+        >>> prior_population({"a": [0.0, 1.0]}, {"a": (2, 4)}, number=2, seed=0)
+        [{'a': 4}, {'a': 4}]
+    """
+    for name, counts in options.items():
+        if name not in prior or len(prior[name]) != len(counts):
+            raise ValueError(
+                f"the prior of {name} has {len(prior.get(name, ()))} probabilities, "
+                f"expected one for each of its {len(counts)} choices"
+            )
+    rng = np.random.default_rng(seed)
+    shares = {name: np.asarray(prior[name], float) for name in options}
+    return [
+        {
+            name: int(rng.choice(own, p=shares[name] / shares[name].sum()))
+            for name, own in options.items()
+        }
+        for _ in range(number)
+    ]
+
+
 def _mean_loss(judged: Any, name: str, width: int, worst: float) -> float:
     own = [loss for counts, loss in judged if counts[name] == width]
     return float(np.mean(own)) if own else worst

@@ -1,6 +1,6 @@
 """Supernets: one trained network judged at any widths, by masks, without compiling."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +10,7 @@ import numpy as np
 from jaxprune.core._groups import Groups
 from jaxprune.core._limits import selected
 from jaxprune.core._masks import apply_masks, expand_masks
+from jaxprune.core._names import listed
 from jaxprune.core._types import ApplyFn, PyTree
 from jaxprune.costing import Cost
 from jaxprune.search._counts import Counts
@@ -61,6 +62,8 @@ def masked_error(
     loss_fn: Callable[[PyTree, Any], jax.Array],
     variables: PyTree,
     batch: PyTree,
+    *,
+    sides: Sequence[Side] = ("first",),
 ) -> Callable[[Mapping[str, int]], float]:
     """The loss of a network at any widths, on one batch; compiled once for all.
 
@@ -71,6 +74,8 @@ def masked_error(
             that statistics are those of the batch.
         variables: tree that was traced.
         batch: what the loss takes.
+        sides: which ends of the groups stay; the loss is the mean over these, for a
+            bilaterally coupled supernet (`bilateral_step`) that of both.
 
     Returns:
         ``counts -> loss``; counts name the groups that are cut, always the same ones.
@@ -87,7 +92,9 @@ def masked_error(
 
     @jax.jit
     def loss(counts: Mapping[str, Any], variables: PyTree, batch: PyTree) -> jax.Array:
-        return loss_fn(apply_masks(variables, side_masks(groups, counts)), batch)
+        masks = [side_masks(groups, counts, side) for side in sides]
+        losses = [loss_fn(apply_masks(variables, each), batch) for each in masks]
+        return sum(losses[1:], losses[0]) / len(losses)
 
     def error(counts: Mapping[str, int]) -> float:
         arrays = {name: np.int32(count) for name, count in counts.items()}
@@ -200,7 +207,7 @@ def greedy_slimming(
                 raise ValueError(
                     f"a budget of {budget:g} is below the least cost, "
                     f"{cost.value(counts):g}, which one of {steps} portions of every "
-                    "group leaves"
+                    f"group leaves: {listed([f'{n} {k}' for n, k in counts.items()])}"
                 )
             counts = min(tries, key=error)
         found.append(dict(counts))
