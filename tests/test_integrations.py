@@ -140,6 +140,27 @@ def test_equinox_attention_loses_heads_and_their_dimensions(only, sizes):
     np.testing.assert_allclose(pruned(x), jax.vmap(masked)(x), rtol=1e-5, atol=1e-6)
 
 
+def test_an_equinox_module_and_its_variables_stay_in_step(tmp_path):
+    keys = jax.random.split(jax.random.key(0), 3)
+    attention = eqx.nn.MultiheadAttention(2, 8, use_query_bias=True, key=keys[0])
+    model = Attending(attention, [eqx.nn.Linear(8, 3, key=keys[1])])
+    x = jax.random.normal(keys[2], (2, 5, 8))
+    found = for_equinox.prune(model, x, sparsity={"*query_proj head_dim": 0.5})
+    trained = jax.tree.map(lambda w: 2 * w, eqx.filter(found.model, eqx.is_array))
+    trained = eqx.combine(trained, found.model)
+    same = {"rtol": 1e-5, "atol": 1e-6}
+    found = found.replace(model=trained)
+    np.testing.assert_allclose(found(x), jax.vmap(trained)(x), **same)
+    found.save(tmp_path / "small")
+    apply_fn, variables = for_equinox.equinox_apply(model)
+    loaded = jaxprune.load(tmp_path / "small", apply_fn, like=variables)
+    loaded = for_equinox.pruned_module(model, loaded)
+    np.testing.assert_allclose(jax.vmap(loaded.model)(x), found(x), **same)
+    again = jaxprune.prune(found, sparsity={"*value_proj head_dim": 0.5})
+    assert (again.model.attention.vo_size, again.model.attention.qk_size) == (2, 2)
+    np.testing.assert_allclose(jax.vmap(again.model)(x), again(x), **same)
+
+
 def test_what_no_equinox_module_can_compute_is_refused():
     class Gate(eqx.Module):
         first: eqx.nn.Linear

@@ -268,6 +268,11 @@ LAYERS = {
     "tied embedding": (lambda: Tied(6), lambda: Tied(4), {EMBED: 4}),
     "shared kernel": (lambda: Twice(6), lambda: Twice(4), {FIRST + "1": 4}),
     "heads": (lambda: attention(4), lambda: attention(3), {"params/query/kernel:1": 3}),
+    "head_dim": (
+        lambda: attention(2),
+        lambda: attention(2, 3),
+        {"params/query/kernel:2": 3, "params/value/kernel:2": 3},
+    ),
     "general": (
         lambda: general(4, 6),
         lambda: general(3, 2),
@@ -322,6 +327,72 @@ def test_bfloat16_is_allowed_its_rounding():
     assert nnx_modules.nnx_module(model, masks, x).norm.in_features == 3
 
 
+def test_bfloat16_hides_no_other_scale():
+    model = new(lambda: between(nnx.RMSNorm(6, rngs=nnx.Rngs(0)), 6))
+    for layer in (model.first, model.norm, model.up, model.last):
+        layer.dtype = jnp.bfloat16
+    x = normal(2, 3).astype(jnp.bfloat16)
+    with jax.numpy_dtype_promotion("standard"):
+        masks = masks_for(model, x, {FIRST + "1": 5})
+    with (
+        jax.numpy_dtype_promotion("standard"),  # the norm squares in float32
+        pytest.raises(ValueError, match=r"RMSNorm.*num_features, 5 instead of 6"),
+    ):
+        nnx_modules.nnx_module(model, masks, x)
+
+
+@pytest.mark.parametrize(
+    ("keep", "options"),
+    [
+        ({"query": 3}, {}),
+        ({"value": 3}, {}),
+        ({"query": 2, "value": 3}, {"use_bias": False}),
+        ({"query": 3, "value": 2}, {"dropout_rate": 0.1, "deterministic": True}),
+    ],
+    ids=str,
+)
+def test_queries_and_values_may_keep_other_numbers_of_dimensions(keep, options):
+    model, x = new(lambda: attention(2, **options)), normal(2, 5, 3)
+    masks = masks_for(model, x, {f"params/{n}/kernel:2": k for n, k in keep.items()})
+    small = nnx_modules.nnx_module(model, masks, x)
+    left = {"query": 4, "value": 4} | keep
+    assert small.head_dim == left["query"] == small.key.out_features[-1]
+    assert small.value.out_features[-1] == small.out.in_features[-1] == left["value"]
+    assert_same(call(small, x), masked_output(model, masks, x))
+    again = masks_for(small, x, {"params/query/kernel:1": 1})
+    assert_same(
+        call(nnx_modules.nnx_module(small, again, x), x), masked_output(small, again, x)
+    )
+
+
+def test_a_module_and_its_variables_stay_in_step(tmp_path):
+    model, x = new(lambda: attention(2)), normal(2, 5, 3)
+    found = nnx_modules.prune(model, x, sparsity={"params/query/kernel:2": 0.5})
+    kernel = found.model.query.kernel
+    kernel.set_value(kernel.get_value() * 3)  # training, in place
+    trained = call(found.model, x)
+    assert_same(found(x), trained)
+    found.save(tmp_path / "small")
+    apply_fn, _ = nnx_modules.nnx_apply(model)
+    loaded = jaxprune.load(tmp_path / "small", apply_fn)
+    assert_same(call(nnx_modules.pruned_model(model, loaded).model, x), trained)
+    doubled = found.replace(variables=jax.tree.map(lambda v: 2 * v, found.variables))
+    assert_same(call(doubled.model, x), doubled(x))
+    again = jaxprune.prune(found, sparsity={"*value/kernel:2": 0.5})
+    assert again.model.value.out_features == again.model.query.out_features == (2, 2)
+    assert_same(call(again.model, x), masked_output(found.model, again.last_masks, x))
+
+
+def test_abstract_queries_cannot_be_scaled():
+    model, x = nnx.eval_shape(lambda: attention(2)), normal(2, 5, 3)
+    keep = {"params/query/kernel:2": 3, "params/value/kernel:2": 3}
+    masks = masks_for(new(lambda: attention(2)), x, keep)
+    with pytest.raises(
+        ValueError, match=r"multiplied by 0\.866, but they are abstract"
+    ):
+        nnx_modules.nnx_module(model, masks, x)
+
+
 class Padded(nnx.Module):
     """A shortcut that pads with zeros up to a width, as in ResNet option A."""
 
@@ -372,10 +443,10 @@ REFUSED = {
         FIRST + "1#2",
         r"norm \(GroupNorm\) computes with its group_size, 3 instead of 4",
     ),
-    "head_dim": (
-        lambda: attention(2),
+    "normalized head_dim": (
+        lambda: attention(2, normalize_qk=True),
         "params/query/kernel:2",
-        r"itself \(MultiHeadAttention\) computes with its .* \(3, 4\) instead of",
+        r"key_ln \(LayerNorm\) computes .*itself \(MultiHeadAttention\) computes",
     ),
     "pad": (Padded, FIRST + "1", "raises .*a width written in the code of Padded"),
     "division": (Divided, FIRST + "1", "differs from narrow by .* code of Divided"),
@@ -392,7 +463,7 @@ def test_what_no_module_computes_is_refused(name):
         nnx_modules.nnx_module(model, masks, x)
 
 
-@pytest.mark.parametrize("name", ["layer norm", "group norm", "head_dim"])
+@pytest.mark.parametrize("name", ["layer norm", "group norm"])
 def test_the_pin_that_a_refusal_names_helps(name):
     build, group, _ = REFUSED[name]
     model, x = new(build), normal(2, 5, 3)

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from jaxprune.integrations._nnx_attention import fit_attention
+
 Kept = Mapping[str, tuple[np.ndarray | None, ...]]
 
 
@@ -100,10 +102,7 @@ def _(layer: nnx.GroupNorm, kept: Kept) -> None:
 
 @fit_sizes.register
 def _(layer: nnx.MultiHeadAttention, kept: Kept) -> None:
-    layer.in_features, layer.num_heads, layer.head_dim = layer.query.kernel.shape
-    layer.in_kv_features, layer.num_kv_heads, _ = layer.key.kernel.shape
-    layer.qkv_features = layer.num_heads * layer.head_dim
-    layer.out_features = layer.out.kernel.shape[-1]
+    fit_attention(layer)
 
 
 @fit_sizes.register

@@ -13,7 +13,13 @@ from jaxprune.core._leaves import named_leaves
 from jaxprune.core._masks import concrete
 from jaxprune.core._positions import axis_keep
 from jaxprune.core._types import ApplyFn, PyTree
-from jaxprune.integrations._compare import difference, random_input, random_variable
+from jaxprune.integrations._compare import (
+    difference,
+    random_input,
+    random_variable,
+    tolerance,
+    widened,
+)
 from jaxprune.narrowing._narrow import narrow
 from jaxprune.recipes import Pruned
 from jaxprune.recipes import prune as prune_function
@@ -83,12 +89,14 @@ def equinox_module(
     unscaled = _fitted(model, sliced, _kept(variables, masks))
     rng = np.random.default_rng(0)
     found, small_static = eqx.partition(unscaled, eqx.is_array)
-    drawn = jax.tree.map(lambda leaf: random_variable(leaf, rng), found)
+    drawn = widened(jax.tree.map(lambda leaf: random_variable(leaf, rng), found))
     args, kwargs = jax.tree.map(lambda leaf: random_input(leaf, rng), (args, kwargs))
+    args, kwargs = widened((args, kwargs))
     # Sizes are static, so a fitted module is another tree: the leaves are the same.
     plain = jax.tree.structure(variables).unflatten(jax.tree.leaves(drawn))
     narrowed = narrow(apply_fn, masks)
-    expected = jax.jit(lambda v: narrowed(v, *args, **kwargs))(plain)
+    expected_fn = jax.jit(lambda v: narrowed(v, *args, **kwargs))
+    expected, allowed = expected_fn(plain), tolerance(expected_fn, plain)
     tried = _scaled(model, eqx.combine(drawn, small_static))
     small_fn, drawn = equinox_apply(tried, batched=batched)
     try:
@@ -98,7 +106,7 @@ def equinox_module(
         raise ValueError(
             _refusal(f"it raises {type(error).__name__}: {text}")
         ) from error
-    gap, allowed = difference(got, expected)
+    gap = difference(got, expected)
     if not gap <= allowed:
         cause = f"it differs from narrow by {gap:.1e}, allowed {allowed:.1e}"
         raise ValueError(_refusal(cause))
@@ -128,9 +136,77 @@ class PrunedModule(Pruned):
     Attributes:
         model: the smaller module. Its arrays are `variables`, but for the queries of
             attention whose heads have lost dimensions, see `equinox_module`.
+        batched: as for `equinox_apply`.
+        sizes: the module before the cut, without its arrays.
     """
 
     model: PyTree = None
+    batched: bool = True
+    sizes: Any = None
+
+    def replace(self, **changes: Any) -> "PrunedModule":
+        """The same with a trained ``model=``, or with other ``variables=``.
+
+        Both stay in step: ``pruned.replace(model=trained).save(folder)``.
+        """
+        if "model" in changes:
+            arrays = _scaled(self.sizes, changes["model"], undo=True)
+            leaves = jax.tree.leaves(eqx.filter(arrays, eqx.is_array))
+            variables = jax.tree.structure(self.variables).unflatten(leaves)
+            changed: Any = super().replace(variables=variables)
+            return dataclasses.replace(changed, **changes)
+        new: Any = super().replace(**changes)
+        return new._with_arrays(self.model) if "variables" in changes else new
+
+    def _with_arrays(self, module: Any) -> "PrunedModule":
+        """The same, as a module of these sizes."""
+        arrays, sizes = eqx.partition(module, eqx.is_array)
+        leaves = jax.tree.leaves(self.variables)
+        arrays = jax.tree.structure(arrays).unflatten(leaves)
+        model = _scaled(self.sizes, eqx.combine(arrays, sizes))
+        return dataclasses.replace(self, model=model)
+
+    def _cut_again(self, **changes: Any) -> "PrunedModule":
+        new: Any = super()._cut_again(**changes)
+        arrays, _ = eqx.partition(self.model, eqx.is_array)
+        masks = jax.tree.structure(arrays).unflatten(jax.tree.leaves(new.last_masks))
+        call = masks, *new.args
+        small = equinox_module(self.model, *call, batched=self.batched, **new.kwargs)
+        return new._with_arrays(small)
+
+
+def pruned_module(
+    model: PyTree, pruned: Pruned, *, batched: bool = True
+) -> PrunedModule:
+    """The smaller Equinox module of what `jaxprune.rounds` or `load` returned.
+
+    Args:
+        model: the original module.
+        pruned: made of ``equinox_apply(model)``, its variables perhaps trained since.
+        batched: as for `equinox_apply`.
+
+    Returns:
+        The same as `prune` returns, with the variables of `pruned` in ``.model``.
+
+    Raises:
+        ValueError: as `equinox_module`.
+    """
+    return _with_model(model, pruned, pruned.args, pruned.kwargs, batched)
+
+
+def _with_model(
+    model: PyTree,
+    pruned: Pruned,
+    args: tuple[PyTree, ...],
+    kwargs: Mapping[str, PyTree],
+    batched: bool,
+) -> PrunedModule:
+    arrays, sizes = eqx.partition(model, eqx.is_array)
+    masks = jax.tree.structure(arrays).unflatten(jax.tree.leaves(pruned.masks))
+    fitted = equinox_module(model, masks, *args, batched=batched, **kwargs)
+    fields = {f.name: getattr(pruned, f.name) for f in dataclasses.fields(Pruned)}
+    found = PrunedModule(**fields, batched=batched, sizes=sizes)
+    return found._with_arrays(fitted)
 
 
 def prune(
@@ -171,15 +247,7 @@ def prune(
             eqx.combine(variables, static), batch
         )
     found = prune_function(apply_fn, variables, *args, **options)
-    kwargs = options.get("kwargs") or {}
-    call = found.masks, *args
-    fitted = equinox_module(model, *call, batched=batched, **kwargs)
-    _, sizes = eqx.partition(fitted, eqx.is_array)
-    leaves = jax.tree.leaves(found.variables)
-    arrays = jax.tree.structure(eqx.filter(fitted, eqx.is_array)).unflatten(leaves)
-    fields = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
-    small = _scaled(model, eqx.combine(arrays, sizes))
-    return PrunedModule(**fields, model=small)
+    return _with_model(model, found, args, options.get("kwargs") or {}, batched)
 
 
 # What the layers of Equinox remember of the sizes of their arrays.
@@ -270,7 +338,7 @@ def _fitted(old: Any, new: Any, kept: Any) -> Any:
     return _mapped(sizes, old, new, kept)
 
 
-def _scaled(old: Any, new: Any) -> Any:
+def _scaled(old: Any, new: Any, *, undo: bool = False) -> Any:
     """The module with queries that make up for another number of dimensions."""
 
     def queries(before: Any, after: Any) -> Mapping[str, Any]:
@@ -279,6 +347,7 @@ def _scaled(old: Any, new: Any) -> Any:
         factor = math.sqrt(after.qk_size / before.qk_size)
         if factor == 1:
             return {}
+        factor = 1 / factor if undo else factor
         projection = after.query_proj
         changes = {"weight": projection.weight * factor}
         if projection.bias is not None:

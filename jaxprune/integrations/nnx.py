@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -12,11 +13,20 @@ from jaxprune.core._leaves import named_leaves
 from jaxprune.core._masks import concrete
 from jaxprune.core._positions import axis_keep
 from jaxprune.core._types import ApplyFn, PyTree
-from jaxprune.integrations._compare import difference, random_input, random_variable
+from jaxprune.integrations._compare import (
+    difference,
+    is_half,
+    random_input,
+    random_variable,
+    tolerance,
+    widened,
+)
+from jaxprune.integrations._nnx_attention import scale_queries
 from jaxprune.integrations._nnx_layers import Kept, fit_sizes, refusal
 from jaxprune.narrowing._narrow import narrow
 from jaxprune.recipes import Pruned
 from jaxprune.recipes import prune as prune_function
+from jaxprune.statistics._recalibration import recalibrate
 from jaxprune.surgery._slicing import slice_opt_state, slice_params
 
 _COLLECTIONS = {  # the first that fits; named as in Linen
@@ -100,6 +110,11 @@ def nnx_module(
     by its own number of features, the masked one by the original number. Such a cut
     is refused; `narrow` carries it.
 
+    `nnx.MultiHeadAttention` divides its logits by the square root of the dimensions of
+    its heads. Where d' of d are left, the kernel and bias of its queries are multiplied
+    by ``sqrt(d' / d)``. Where queries and values keep different numbers of dimensions,
+    which its constructor cannot build, its ``attention_fn`` pads them to one size.
+
     Args:
         model: the module; it is not changed.
         masks: tree like the variables of `nnx_apply`, or like ``nnx.split(model)[1]``;
@@ -142,6 +157,7 @@ def nnx_module(
     }
     _fit_all(small, kept)
     _compare(model, small, masks, args, kwargs)
+    scale_queries(model, small)
     return small
 
 
@@ -207,31 +223,52 @@ def _compare(
     kwargs: dict[str, PyTree],
 ) -> None:
     """Raises unless the module computes what `narrow` computes, on random numbers."""
-    apply_fn, _ = nnx_apply(model)
-    small_fn, variables = nnx_apply(small)
+    apply_fn, _ = nnx_apply(_widened(model))
     rng = np.random.default_rng(0)
-    variables = jax.tree.map(lambda leaf: random_variable(leaf, rng), variables)
+    drawn = jax.tree.map(lambda leaf: random_variable(leaf, rng), _split(small)[2])
+    variables = widened(drawn)
+    graphdef, states, _ = _split(_widened(small))
+    tried = _merge(graphdef, states, variables)
+    scale_queries(model, tried)
+    small_fn, scaled = nnx_apply(tried)
     args, kwargs = jax.tree.map(lambda leaf: random_input(leaf, rng), (args, kwargs))
+    args, kwargs = widened((args, kwargs))
     narrowed = narrow(apply_fn, masks)
-    expected = jax.jit(lambda v: narrowed(v, *args, **kwargs))(variables)
+    expected_fn = jax.jit(lambda v: narrowed(v, *args, **kwargs))
+    expected, allowed = expected_fn(variables), tolerance(expected_fn, variables)
     try:
-        got = jax.jit(lambda v: small_fn(v, *args, **kwargs))(variables)
+        got = jax.jit(lambda v: small_fn(v, *args, **kwargs))(scaled)
     except Exception as error:  # whatever the user's code raises at other shapes
         text = str(error).splitlines()[:1]
         cause = f"it raises {type(error).__name__}: {''.join(text)}"
         raise ValueError(refusal(cause, model, small)) from error
-    gap, allowed = difference(got, expected)
+    gap = difference(got, expected)
     if not gap <= allowed:
         cause = f"it differs from narrow by {gap:.1e}, allowed {allowed:.1e}"
         raise ValueError(refusal(cause, model, small))
+
+
+def _widened(model: nnx.Module) -> nnx.Module:
+    """A copy whose layers compute in float32 where they do in 16 bits."""
+    copy = nnx.clone(model)
+    layer: Any
+    for _, layer in nnx.iter_modules(copy):
+        dtype = getattr(layer, "dtype", None)
+        if dtype is not None and is_half(dtype):
+            layer.dtype = jnp.float32
+    return copy
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class PrunedModel(Pruned):
     """A `Pruned` of an NNX module.
 
+    It follows `model`, which is trained in place: calls, `recalibrate` and `save` take
+    the arrays that `model` has by then.
+
     Attributes:
-        model: the smaller module.
+        model: the smaller module. Its arrays are `variables`, but for the queries of
+            attention whose heads have lost dimensions, see `nnx_module`.
         original: the module before the cut.
     """
 
@@ -245,7 +282,8 @@ class PrunedModel(Pruned):
             optimizer: of the original module, with ``wrt=nnx.Param``.
 
         Returns:
-            The same transformation and step, its state sliced.
+            The same transformation and step, its state sliced. Momentum of queries
+            that were multiplied (see `nnx_module`) is what it was.
 
         Raises:
             ValueError: as `jaxprune.slice_opt_state`.
@@ -266,11 +304,93 @@ class PrunedModel(Pruned):
         small.step[...] = optimizer.step[...]
         return small
 
+    def replace(self, **changes: Any) -> "PrunedModel":
+        """The same with a trained ``model=``, or with other ``variables=``.
+
+        Both stay in step: a model's arrays become the variables, and variables are
+        written into a copy of the model.
+        """
+        if "model" in changes:
+            return dataclasses.replace(self, **changes)._now()
+        new: Any = super().replace(**changes)
+        if "variables" in changes:
+            copy = nnx.clone(self.model)
+            _write(copy, new.variables, self.original)
+            new = dataclasses.replace(new, model=copy)
+        return new
+
     def recalibrate(self, batches: Iterable[PyTree], **kwargs: PyTree) -> "PrunedModel":
-        """The same with BatchNorm statistics measured anew, in `model` too."""
-        new = super().recalibrate(batches, **{"train": True, **kwargs})
-        _write(self.model, new.variables)
-        return dataclasses.replace(self, variables=new.variables)
+        """The same with BatchNorm statistics measured anew, in `model` too.
+
+        What `model` has learnt since the cut stays.
+        """
+        now = self._now()
+        new = recalibrate(
+            now.apply_fn, now.variables, batches, **{"train": True, **kwargs}
+        )
+        statistics = {n: new[n] for n in new if n != "params"}
+        _write_collections(self.model, statistics)
+        return dataclasses.replace(self, variables=new)
+
+    def _now(self) -> "PrunedModel":
+        return dataclasses.replace(self, variables=self._variables_now())
+
+    def _variables_now(self) -> PyTree:
+        copy = nnx.clone(self.model)
+        scale_queries(self.original, copy, undo=True)
+        now = named_leaves(_split(copy)[2])  # training may have sown more
+        treedef = jax.tree.structure(self.variables)
+        return treedef.unflatten(now[path] for path in named_leaves(self.variables))
+
+    def _cut_again(self, **changes: Any) -> "PrunedModel":
+        new: Any = super()._cut_again(**changes)
+        call = new.last_masks, *new.args
+        small = nnx_module(self.model, *call, **new.kwargs)
+        _write(small, new.variables, self.original)
+        return dataclasses.replace(new, model=small)
+
+
+def pruned_model(model: nnx.Module, pruned: Pruned) -> PrunedModel:
+    """The smaller NNX module of what `jaxprune.rounds` or `jaxprune.load` returned.
+
+    Args:
+        model: the original module; it is not changed.
+        pruned: made of ``nnx_apply(model)``, its variables perhaps trained since.
+
+    Returns:
+        The same as `prune` returns, with the variables of `pruned` in ``.model``.
+
+    Raises:
+        ValueError: as `nnx_module`.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp, jaxprune
+        >>> from flax import nnx
+        >>> from jaxprune.integrations import nnx as nnx_integration
+        >>> model = nnx.Sequential(
+        ...     nnx.Linear(3, 8, rngs=nnx.Rngs(0)), nnx.relu,
+        ...     nnx.Linear(8, 2, rngs=nnx.Rngs(1)))
+        >>> folder = tempfile.mkdtemp()
+        >>> x = jnp.ones((1, 3))
+        >>> nnx_integration.prune(model, x, sparsity=0.5).save(folder)
+        >>> apply_fn, _ = nnx_integration.nnx_apply(model)
+        >>> again = jaxprune.load(folder, apply_fn)
+        >>> nnx_integration.pruned_model(model, again).model.layers[0].out_features
+        4
+    """
+    return _with_model(model, pruned, pruned.args, pruned.kwargs)
+
+
+def _with_model(
+    model: nnx.Module,
+    pruned: Pruned,
+    args: tuple[PyTree, ...],
+    kwargs: Mapping[str, PyTree],
+) -> PrunedModel:
+    small = nnx_module(model, pruned.masks, *args, **kwargs)
+    _write(small, pruned.variables, model)
+    fields = {f.name: getattr(pruned, f.name) for f in dataclasses.fields(Pruned)}
+    return PrunedModel(**fields, model=small, original=model)
 
 
 def prune(model: nnx.Module, *args: PyTree, **options: Any) -> PrunedModel:
@@ -308,10 +428,7 @@ def prune(model: nnx.Module, *args: PyTree, **options: Any) -> PrunedModel:
             _merge(graphdef, states, variables), batch
         )
     found = prune_function(apply_fn, variables, *args, **options)
-    small = nnx_module(model, found.masks, *args, **(options.get("kwargs") or {}))
-    _write(small, found.variables)
-    fields = {f.name: getattr(found, f.name) for f in dataclasses.fields(found)}
-    return PrunedModel(**fields, model=small, original=model)
+    return _with_model(model, found, args, options.get("kwargs") or {})
 
 
 def _evaluating(model: nnx.Module) -> nnx.Module:
@@ -320,9 +437,15 @@ def _evaluating(model: nnx.Module) -> nnx.Module:
     return copy
 
 
-def _write(model: nnx.Module, variables: PyTree) -> None:
+def _write(model: nnx.Module, variables: PyTree, original: nnx.Module) -> None:
+    """Gives a smaller module other variables of the narrowed function."""
+    _write_collections(model, variables)
+    scale_queries(original, model)
+
+
+def _write_collections(model: nnx.Module, variables: Mapping[str, PyTree]) -> None:
     """Gives a module other arrays of the same shapes."""
     _, states, _ = _split(model)
-    for name, state in states.items():
-        nnx.replace_by_pure_dict(state, variables[name])
-        nnx.update(model, state)
+    for name in states.keys() & variables.keys():
+        nnx.replace_by_pure_dict(states[name], variables[name])
+        nnx.update(model, states[name])

@@ -1,6 +1,5 @@
 """`prune`: the five questions in one call."""
 
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Never
 
@@ -179,13 +178,13 @@ def _further(
             "this was loaded without the original function, as a compiled program, "
             "which cannot be cut; load it with jaxprune.load(folder, apply_fn)"
         )
+    before = before._now()
     variables = before.variables if variables is None else variables
     args, kwargs = args or before.args, before.kwargs if kwargs is None else kwargs
     problem = problem_of(before.apply_fn, variables, args, kwargs, request)
     again = _cut(problem, variables)
     masks = compose_masks(before.masks, again.masks)
-    return dataclasses.replace(
-        before,
+    return before._cut_again(
         apply_fn=narrow(before.dense_fn, masks),
         variables=again.variables,
         masks=masks,

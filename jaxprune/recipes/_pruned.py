@@ -141,7 +141,7 @@ class Pruned:
 
     def __call__(self, *args: PyTree, **kwargs: PyTree) -> Any:
         """Calls the narrowed function on the sliced variables."""
-        return self.apply_fn(self.variables, *args, **kwargs)
+        return self.apply_fn(self._now().variables, *args, **kwargs)
 
     def replace(self, **changes: Any) -> "Pruned":
         """The same with other values of some attributes, such as trained variables.
@@ -151,6 +151,14 @@ class Pruned:
         """
         if "variables" in changes:
             _check_same_shapes(self.variables, changes["variables"])
+        return dataclasses.replace(self, **changes)
+
+    def _now(self) -> "Pruned":
+        """The same, its variables those of a module that is trained in place."""
+        return self
+
+    def _cut_again(self, **changes: Any) -> "Pruned":
+        """What a further cut makes of it."""
         return dataclasses.replace(self, **changes)
 
     def slice_opt_state(
@@ -187,8 +195,10 @@ class Pruned:
             batches: inputs, each an array or a tuple of positional arguments.
             **kwargs: as for `jaxprune.recalibrate`.
         """
-        new = recalibrate(self.apply_fn, self.variables, batches, **kwargs)
-        return self.replace(variables=new)
+        now = self._now()
+        return now.replace(
+            variables=recalibrate(now.apply_fn, now.variables, batches, **kwargs)
+        )
 
     def measured(self, *args: PyTree, **kwargs: PyTree) -> "Pruned":
         """The same with the seconds of a call before and after.
@@ -230,7 +240,7 @@ class Pruned:
         save_pruned(
             folder,
             self.apply_fn,
-            self.variables,
+            self._now().variables,
             self.masks,
             *self.args,
             groups=self.groups,

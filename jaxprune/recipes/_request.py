@@ -90,7 +90,7 @@ def refuse_unknown(what: str, unknown: Mapping[str, Any], known: Sequence[str]) 
     """
     for name in unknown:
         near = difflib.get_close_matches(name, known, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = f"; did you mean {near[0]}?" if near else "."
         raise TypeError(
             f"{what} has no option {name!r}{hint} Keyword arguments of the function "
             f"itself go into kwargs={{{name!r}: ...}}"
