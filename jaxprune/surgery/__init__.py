@@ -4,6 +4,7 @@ from jaxprune.surgery._compensation import compensate as compensate
 from jaxprune.surgery._composing import compose_masks as compose_masks
 from jaxprune.surgery._composing import units_kept as units_kept
 from jaxprune.surgery._consumers import scale_units as scale_units
+from jaxprune.surgery._factor_ranks import factor_ranks as factor_ranks
 from jaxprune.surgery._factorise import Factorised as Factorised
 from jaxprune.surgery._factorise import factorise as factorise
 from jaxprune.surgery._merging import Merged as Merged
