@@ -8,6 +8,7 @@ import numpy as np
 from jaxprune.core._checks import concrete_array
 from jaxprune.core._groups import Group, Groups, Member
 from jaxprune.core._masks import expand_masks
+from jaxprune.core._members import in_front
 from jaxprune.core._types import Array, ArrayNamespace
 
 
@@ -25,7 +26,7 @@ def units_first(leaf: Array, member: Member) -> Array:
     """
     xp = cast(ArrayNamespace, np if isinstance(leaf, np.ndarray) else jnp)
     size = len(member.index)
-    line = xp.moveaxis(leaf, member.axis, 0)
+    line = in_front(leaf, member)
     flat = member.index.ravel()
     if not np.array_equal(flat, np.arange(line.shape[0])):
         line = xp.take(line, flat, axis=0)

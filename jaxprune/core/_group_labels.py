@@ -65,6 +65,8 @@ def labels_of(
     for name, group in groups.items():
         kernels = _kernels(group, shapes)
         kind = "writer" if group.stream else _kind(kernels)
+        if _is_layers(group, kernels):
+            kind = "layers"
         own = layer_of(group.members[0].path)[0] if group.members else ()
         layers = [k.layer for k in kernels if k.writes or kind != "state"]
         common = _common(layers) if layers else own
@@ -148,6 +150,13 @@ def _is_stream(kernels: Iterable[_Kernel]) -> bool:
         elif is_read and not any(map(_GATES.search, kernel.layer)):
             return True
     return False
+
+
+def _is_layers(group: "Group", kernels: list[_Kernel]) -> bool:
+    """The stacked layers of a scan: the first axis of several leaves."""
+    first = all(m.axis == 0 and m.repeats == 1 for m in group.members)
+    stacked = bool(kernels) and all(kernel.ndim > 2 for kernel in kernels)
+    return group.ordered and first and stacked and len(group.members) > 1
 
 
 def _is_heads(kernel: _Kernel) -> bool:

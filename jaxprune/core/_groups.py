@@ -29,16 +29,20 @@ class Member:
         path: the leaf, as ``jax.tree_util.keystr(simple=True, separator="/")``.
         axis: which axis of that leaf.
         index: int array ``[size, repeats]``; row ``u`` lists the positions that
-            unit ``u`` occupies (several after a flatten or for a fused kernel).
+            unit ``u`` occupies (several after a flatten or for a fused kernel). With
+            `layers` position ``i`` of layer ``l`` is ``l * n + i`` on an axis of ``n``.
         role: ``"producer"`` if it makes the units, one by one (kernels that write
             them, biases, norms); ``"consumer"`` if it reads them (it weighs them in
             a sum); "" if `trace` was not asked for roles.
+        layers: the axis of the stacked layers, if every unit is of one of them alone
+            (see `per_layer` of `trace`); else None.
     """
 
     path: str
     axis: int
     index: np.ndarray
     role: str = ""
+    layers: int | None = None
 
     @property
     def repeats(self) -> int:
@@ -91,7 +95,8 @@ class Group:
             as a rotary frequency, or the program takes the units apart), so units can
             be cut but not reordered.
         blocks: the units come in this many blocks of equal size, one after the other
-            (see `balanced` of `trace`); a cut takes as many from every block.
+            (see `balanced` and `per_layer` of `trace`); a cut takes as many from every
+            block.
         obstacle: why units that are equal cannot be merged (see `merge`); None if they
             can be.
         label: what a person calls it, such as ``"encoder/block1 hidden"`` or
@@ -99,6 +104,8 @@ class Group:
         stream: of the units of a writer (see `writers` of `trace`), which can be cut
             where the residual stream that they are added to keeps them: the name of
             the group of that stream, ``"pinned"`` if it cannot be cut. Else "".
+        layers: of how many layers of a scan every one has units of its own (see
+            `per_layer` of `trace`): the first have those of the first layer. Else 1.
     """
 
     name: str
@@ -111,6 +118,7 @@ class Group:
     obstacle: Reason | None = Reason("roles", "traced without roles=True")
     label: str = ""
     stream: str = ""
+    layers: int = 1
 
     @property
     def why(self) -> str:

@@ -18,7 +18,8 @@ from jax.core import Tracer
 
 from jaxprune.core._groups import Groups
 from jaxprune.core._leaves import named_leaves
-from jaxprune.core._positions import BoolArray, outer_mask
+from jaxprune.core._members import along, count
+from jaxprune.core._positions import BoolArray, both_kept, outer_mask
 from jaxprune.core._types import Array, PyTree
 
 
@@ -61,13 +62,16 @@ def expand_masks(groups: Groups, keep: Mapping[str, BoolArray]) -> PyTree:
         known: dict[int, BoolArray] = {}  # many members share one index
         for member in groups[name].members:
             axes = cuts.setdefault(member.path, {})
-            size = groups.shapes[member.path][member.axis]
+            shape = groups.shapes[member.path]
+            size = count(member, shape)
             kept = known.get(id(member.index))
             if kept is None or len(kept) != size:
                 kept = _kept_positions(member.index, units, size)
                 known[id(member.index)] = kept
-            before = axes.get(member.axis)
-            axes[member.axis] = kept if before is None else before & kept
+            if member.layers is not None:
+                kept = along(kept, member, shape)
+            d, before = member.axis, axes.get(member.axis)
+            axes[d] = kept if before is None else both_kept(before, kept, d)
     return groups.treedef.unflatten(
         outer_mask(cuts.get(path, {}), len(shape))
         for path, shape in groups.shapes.items()
@@ -213,7 +217,15 @@ def _checked_units(groups: Groups, name: str, units: BoolArray) -> BoolArray:
         )
     if groups[name].blocks > 1 and not isinstance(units, Tracer):
         kept = np.asarray(units).reshape(groups[name].blocks, -1).sum(axis=1)
-        if (kept != kept[0]).any():
+        other = int((kept != kept[0]).argmax())
+        if other and groups[name].layers > 1:
+            each = groups[name].blocks // groups[name].layers
+            raise ValueError(
+                f"keep[{name}] keeps {kept[0]} units in layer 0 but {kept[other]} in "
+                f"layer {other // each}; every layer of a scan keeps as many of its "
+                f"{len(units) // len(kept)}"
+            )
+        if other:
             raise ValueError(
                 f"keep[{name}] keeps {', '.join(map(str, kept[:8]))} units of the "
                 f"{len(kept)} blocks of {len(units) // len(kept)}; a balanced group "

@@ -212,6 +212,11 @@ def slice_bits(path: str, bits: Any, mask: np.ndarray) -> Any:
     if mask.ndim == 0:
         raise ValueError(f"masks[{path}] removes the whole leaf, with its packed mask")
     whole, along, kept = bits, None, axis_keep(mask, mask.shape)
+    if any(positions is not None and positions.ndim > 1 for positions in kept):
+        raise ValueError(
+            f"masks[{path}] keeps positions of its own in every layer, by which packed "
+            "masks cannot be sliced; unpack them first"
+        )
     if bits.dtype == jnp.uint8:
         along = _packed_axis(bits.ndim, mask.ndim)
         shape, cut = list(bits.shape[: mask.ndim]), kept[along]

@@ -4,19 +4,25 @@ Masks that `expand_masks` makes are outer products: an entry is kept if its posi
 kept on every axis. That is known when they are made and needed when they are used, by
 `slice_params` and by `narrow`, so it is remembered instead of read back from masks that
 may be as large as the model. Such masks cannot be written to.
+
+Where the layers of a scan keep positions of their own, as many in each, a mask is an
+outer product in every layer. What an axis keeps is then an array of the leaf's rank, of
+size 1 on all axes but its own and that of the layers.
 """
 
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeAlias, cast
 
 import numpy as np
+from jax.core import Tracer
 
 from jaxprune.core._types import Array
 
 BoolArray: TypeAlias = Array  # of bool: numpy where concrete, jax inside jit
-Kept: TypeAlias = tuple[np.ndarray | None, ...]  # for every axis; None = all positions
+# For every axis bool ``[n]``, or of the leaf's rank where layers differ; None = all.
+Kept: TypeAlias = tuple[np.ndarray | None, ...]
 
 # id of a mask -> the mask and what `axis_keep` says of it; gone when the mask is.
 _OUTER: dict[int, tuple[weakref.ref, Kept]] = {}
@@ -37,20 +43,82 @@ def outer_mask(axes: Mapping[int, BoolArray], ndim: int) -> BoolArray:
         >>> outer_mask({1: np.array([True, False, True])}, 2)
         array([[ True, False,  True]])
     """
+    axes = {
+        axis: _line(kept, axis) if isinstance(kept, np.ndarray) else kept
+        for axis, kept in axes.items()
+    }
     # An axis that loses everything empties the leaf; what the others lose would be
     # lost in the outer AND, and no longer matters.
-    left = {axis: _count(kept) for axis, kept in axes.items()}
+    left = {axis: _count(kept, axis) for axis, kept in axes.items()}
     empty = {axis: kept for axis, kept in axes.items() if left[axis] == 0}
     some = (empty or axes).items()
-    cut = {axis: kept for axis, kept in some if left[axis] != len(kept)}
+    cut = {axis: kept for axis, kept in some if left[axis] != _length(kept, axis)}
     mask = np.array(True)
     for axis, kept in cut.items():
-        line = kept.reshape([-1 if other == axis else 1 for other in range(ndim)])
+        line = kept if kept.ndim > 1 else _along(kept, axis, ndim)
         mask = _both(mask, line) if mask.ndim else line
-    if cut and isinstance(mask, np.ndarray) and 1 not in map(len, cut.values()):
+    lengths = [_length(kept, axis) for axis, kept in cut.items()]
+    if cut and isinstance(mask, np.ndarray) and 1 not in lengths:
         lines = tuple(cast(np.ndarray | None, cut.get(d)) for d in range(ndim))
         return _remembered(mask, lines)
     return mask
+
+
+def both_kept(a: BoolArray, b: BoolArray, axis: int) -> BoolArray:
+    """What two cuts of an axis keep, each bool ``[n]`` or of the leaf's rank."""
+    rank = max(a.ndim, b.ndim)
+    return (a if a.ndim == rank else _along(a, axis, rank)) & (
+        b if b.ndim == rank else _along(b, axis, rank)
+    )
+
+
+def count_kept(kept: np.ndarray, axis: int) -> int:
+    """How many positions of an axis stay, in every layer that does."""
+    if kept.ndim == 1:
+        return int(np.count_nonzero(kept))
+    return int(np.count_nonzero(kept, axis=axis).max(initial=0))
+
+
+def cuts(kept: Kept) -> list[tuple[int, np.ndarray]]:
+    """Axis and its kept positions, in an order in which they can be taken.
+
+    Positions are int ``[m]``; or, where layers differ, of the leaf's rank, for
+    `take_along_axis` once the other axes are cut.
+    """
+    lines = [(d, k) for d, k in enumerate(kept) if k is not None and k.ndim == 1]
+    whole = [(d, np.flatnonzero(k)) for d, k in lines]
+    for axis, rows in layer_rows(kept):
+        order = np.argsort(~rows, axis=axis, kind="stable")
+        own = np.take(order, np.arange(count_kept(rows, axis)), axis=axis)
+        whole.append((axis, own))
+    return whole
+
+
+def first_layer(kept: Kept) -> Kept:
+    """What the first layer that stays keeps, for what knows one width for all."""
+    first = dict(layer_rows(kept))
+    lines = [
+        np.moveaxis(first[d], d, -1).reshape(-1, first[d].shape[d])[0]
+        if d in first
+        else k
+        for d, k in enumerate(kept)
+    ]
+    return tuple(lines)
+
+
+def layer_rows(kept: Kept) -> Iterator[tuple[int, np.ndarray]]:
+    """Every axis of which layers keep positions of their own, in the layers that stay.
+
+    Returns:
+        Axis and bool of the leaf's rank.
+    """
+    for axis, rows in enumerate(kept):
+        if rows is None or rows.ndim == 1:
+            continue
+        for d, line in enumerate(kept):
+            if line is not None and line.ndim == 1 and rows.shape[d] == len(line):
+                rows = np.compress(line, rows, axis=d)
+        yield axis, rows
 
 
 def axis_keep(mask: BoolArray, shape: tuple[int, ...]) -> Kept:
@@ -64,7 +132,9 @@ def axis_keep(mask: BoolArray, shape: tuple[int, ...]) -> Kept:
         shape: the shape of the masked leaf.
 
     Returns:
-        For every axis bool ``[shape[axis]]``, or None where all positions are kept.
+        For every axis bool ``[shape[axis]]``, or None where all positions are kept; of
+        the rank of `shape` where the mask is known to keep other positions in every
+        layer (see `recalled`).
 
     Example:
         >>> import numpy as np
@@ -102,6 +172,84 @@ def keeps_whole_positions(mask: np.ndarray, kept: Sequence[np.ndarray | None]) -
     return bool(np.count_nonzero(mask) == math.prod(inside))
 
 
+def kept_of_sliced(mask: np.ndarray, shape: tuple[int, ...], small: tuple) -> Kept:
+    """`axis_keep` of a mask by which a leaf of `shape` was sliced to the shape `small`.
+
+    What a mask keeps in every layer is lost where it is copied or saved; the shape of
+    what it has sliced says it again.
+    """
+    kept = axis_keep(mask, shape)
+    if mask.ndim < 2 or _known(mask) is not None or _sizes(kept, shape) == small:
+        return kept
+    by_layer = _by_layer(mask)
+    return by_layer if by_layer and _sizes(by_layer, shape) == small else kept
+
+
+def _sizes(kept: Kept, shape: tuple[int, ...]) -> tuple[int, ...]:
+    pairs = enumerate(zip(kept, shape, strict=True))
+    return tuple(n if k is None else count_kept(k, d) for d, (k, n) in pairs)
+
+
+def recalled(mask: BoolArray) -> BoolArray:
+    """The mask, known to cut units of layers if it can be read like that.
+
+    A mask of single weights may look the same, as one of blocks does that keeps as many
+    in every row: only the caller knows what it is.
+    """
+    if isinstance(mask, Tracer) or mask.ndim < 2 or _known(mask) is not None:
+        return mask
+    array = np.asarray(mask)
+    kept = _by_layer(array)
+    return mask if kept is None else _remembered(array.copy(), kept)
+
+
+def _by_layer(mask: np.ndarray) -> Kept | None:
+    """What a mask keeps, if it is an outer product in every layer, of other positions.
+
+    As many have to be kept in every layer of which any are.
+    """
+    for layers, size in enumerate(mask.shape):
+        counts = np.moveaxis(mask, layers, 0).reshape(size, -1).sum(axis=1)
+        live = counts > 0
+        if size == 1 or len(np.unique(counts[live])) != 1:
+            continue
+        kept: dict[int, np.ndarray] = {layers: live}
+        left = 1
+        for d in range(mask.ndim):
+            others = tuple(k for k in range(mask.ndim) if k not in (d, layers))
+            if d == layers or mask.shape[d] == 1:
+                continue
+            rows = mask.any(axis=others, keepdims=True)
+            first = np.take(rows, [int(live.argmax())], axis=layers)
+            gone = ~cast(np.ndarray, _along(live, layers, mask.ndim))
+            kept[d] = _line(np.where(gone, first, rows), d)
+            counted = np.count_nonzero(kept[d], axis=d if kept[d].ndim > 1 else None)
+            if len(np.unique(counted)) > 1:
+                break
+            left *= count_kept(kept[d], d)
+        else:
+            if left == counts.max() and any(rows.ndim > 1 for rows in kept.values()):
+                cut = (kept.get(d) for d in range(mask.ndim))
+                return tuple(None if k is None or k.all() else k for k in cut)
+    return None
+
+
+def _line(kept: np.ndarray, axis: int) -> np.ndarray:
+    """Bool ``[n]`` instead of an array of the leaf's rank whose layers are alike."""
+    if kept.ndim == 1:
+        return kept
+    lines = np.moveaxis(kept, axis, -1).reshape(-1, kept.shape[axis])
+    return lines[0] if (lines == lines[:1]).all() else kept
+
+
+def _along(line: BoolArray, axis: int, ndim: int) -> BoolArray:
+    return line.reshape([-1 if other == axis else 1 for other in range(ndim)])
+
+
+def _length(kept: BoolArray, axis: int) -> int:
+    return kept.shape[axis if kept.ndim > 1 else 0]
+
+
 def _both(left: BoolArray, right: BoolArray) -> BoolArray:
     if isinstance(left, np.ndarray) and isinstance(right, np.ndarray):
         # The same as of bools, which numpy broadcasts many times slower.
@@ -109,9 +257,9 @@ def _both(left: BoolArray, right: BoolArray) -> BoolArray:
     return left & right
 
 
-def _count(kept: BoolArray) -> int | None:
+def _count(kept: BoolArray, axis: int) -> int | None:
     """How many positions are kept; None if that is not known yet."""
-    return int(np.count_nonzero(kept)) if isinstance(kept, np.ndarray) else None
+    return count_kept(kept, axis) if isinstance(kept, np.ndarray) else None
 
 
 def _remembered(mask: np.ndarray, kept: Kept) -> np.ndarray:

@@ -130,7 +130,8 @@ def _group_row(group: "Group") -> _Row:
     place = "" if reason is None else reason.place
     if group.blocks > 1:
         each = _plural(group.size // group.blocks, "unit")
-        notes.append(f"{group.blocks} blocks of {each}: cut as many from each")
+        what = "layers" if group.layers == group.blocks else "blocks"
+        notes.append(f"{group.blocks} {what} of {each}: cut as many from each")
     notes += ["units may be pruned but not permuted"] * group.ordered
     label = _tokens(group.label)
     name = split_axis(group.name)

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from jaxprune.core._groups import Groups
+from jaxprune.core._members import on_axis
 from jaxprune.coupling._labels import ALIVE, Axis, Column, Value
 from jaxprune.coupling._ledger import Ledger
 from jaxprune.coupling._solution import NEVER, Solution
@@ -106,7 +107,8 @@ class Units:
         for own, group in zip(self.units, groups.values(), strict=True):
             for member in group.members:
                 place = self._members.setdefault((member.path, member.axis), [])
-                blocks = member.index.reshape(group.blocks, len(own), -1)
+                index = on_axis(member, groups.shapes[member.path])
+                blocks = index.reshape(group.blocks, len(own), -1)
                 each = [np.unique(blocks[:, k]) for k in range(len(own))]
                 place.append((own, np.stack(each)))
 

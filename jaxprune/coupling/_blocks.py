@@ -57,20 +57,25 @@ def _results(rows: Rows, step: Step, states: Sequence[State]) -> Sequence[State]
 
 def _passage(rows: Rows, step: Step) -> Passage[State]:
     """How states pass through inner programs; turns of a loop are tied."""
+    scan = rows.new_scan()
 
     def joined(a: State, b: State) -> State:
+        b = {key: rows.one_turn(x, scan) for key, x in b.items()}
         return {**a, **b, **{key: rows.tie(a[key], b[key]) for key in a.keys() & b}}
 
     def unstacked(state: State) -> State:
         entries = [(key, x) for key, x in state.items() if key[0]]
-        return {(d - 1, number): rows.collapse(x, [0])[0] for (d, number), x in entries}
+        return {(d - 1, number): rows.each_turn(x, scan) for (d, number), x in entries}
+
+    def stacked(state: State) -> State:
+        return {(d + 1, n): rows.all_turns(x, scan) for (d, n), x in state.items()}
 
     return Passage(
         run=lambda k, ins: run(rows, step.subs[k], ins),
         join=joined,
         settled=lambda after, before: list(map(set, after)) == list(map(set, before)),
         unstacked=unstacked,
-        stacked=lambda state: {(d + 1, n): x[None] for (d, n), x in state.items()},
+        stacked=stacked,
     )
 
 

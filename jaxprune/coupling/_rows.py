@@ -12,6 +12,12 @@ tied to the rows of whatever they are computed with. Rows that end up tied lose 
 slots; the others are free to differ. `Rows` collects the ties that
 `jaxprune.coupling._blocks` finds; a primitive that is not declared ends the freedom of
 the groups that it touches.
+
+The layers of a scan are told apart in the same way: a stacked parameter has rows of its
+own in every layer. The body of the scan is one program for all of them, so there a row
+is a variable that stands for the row of the layer whose turn it is (`each_turn`), and a
+tie between two of them is a tie in every layer (`classes`). What is the same in every
+turn, a constant or what is carried, ties all layers that it meets.
 """
 
 import math
@@ -69,6 +75,8 @@ class Rows:
                 self.why[number] = "its units may be pruned but not permuted"
         self._size = NO_ROW + 1
         self._ties: list[tuple[np.ndarray, np.ndarray]] = []
+        # Of every scan its first variable, and their rows ``[variables, turns]``.
+        self._scans: list[tuple[int, np.ndarray]] = []
         self._seen: dict[int, tuple[Axis, dict[int, Slots]]] = {}
 
     # -- what rules are made of
@@ -114,16 +122,62 @@ class Rows:
 
     # -- the states of a program
 
-    def source(self, value: Value) -> State:
-        """The state of a variable: a row for every run through the slots."""
-        state = {}
+    def source(self, value: Value, layers: int | None = None) -> State:
+        """The state of a variable: a row for every run through the slots.
+
+        Args:
+            value: the variable.
+            layers: the axis of its layers, whose rows are their own; None if of none.
+        """
+        state, rank = {}, len(value.shape)
         for d, axis in enumerate(value.axes):
             for number, slots in self.slots(axis).items():
-                fresh = np.arange(self._size, self._size + slots.parts)
-                self._size += slots.parts
-                line = np.where(slots.slot == NONE, NO_ROW, fresh[slots.part])
-                state[d, number] = _compressed(_along(line, d, len(value.shape)))
+                turns, turn = 1, np.zeros(1, int)
+                if layers is not None and layers != d:
+                    turns = value.shape[layers]
+                    turn = _along(np.arange(turns), layers, rank)
+                fresh = self._fresh(turns * slots.parts).reshape(turns, -1)
+                lines = fresh[turn, _along(slots.part, d, rank)]
+                none = _along(slots.slot == NONE, d, rank)
+                state[d, number] = _compressed(np.where(none, NO_ROW, lines))
         return state
+
+    def _fresh(self, n: int) -> np.ndarray:
+        rows = np.arange(self._size, self._size + n)
+        self._size += n
+        return rows
+
+    # -- scans
+
+    def new_scan(self) -> int:
+        """The number of a scan, whose variables are made before those of inner ones."""
+        self._scans.append((self._size, np.zeros((0, 1), int)))
+        return len(self._scans) - 1
+
+    def each_turn(self, rows: np.ndarray, scan: int) -> np.ndarray:
+        """What a turn of a scan sees of rows that differ along axis 0: variables."""
+        if len(rows) == 1:
+            return rows[0]
+        first, turns = self._scans[scan]
+        flat = rows.reshape(len(rows), -1)
+        seen, where = np.unique(flat, axis=1, return_inverse=True)
+        variables = self._fresh(seen.shape[1])
+        known = np.broadcast_to(turns, (len(turns), len(rows)))
+        self._scans[scan] = first, np.concatenate([known, seen.T])
+        variables = np.where((seen == seen[:1]).all(axis=0), seen[0], variables)
+        return variables[where.ravel()].reshape(rows.shape[1:])
+
+    def all_turns(self, rows: np.ndarray, scan: int) -> np.ndarray:
+        """The rows of all turns, along a new axis 0: the inverse of `each_turn`."""
+        first, turns = self._scans[scan]
+        if not _within(rows, first, turns).any():
+            return rows[None]
+        every = _in_turns(rows.ravel(), first, turns).T
+        return every.reshape(-1, *rows.shape)
+
+    def one_turn(self, rows: np.ndarray, scan: int) -> np.ndarray:
+        """The rows of what is the same in every turn: those of all turns are tied."""
+        return self.collapse(self.all_turns(rows, scan), [0])[0]
 
     def leave(self, states: Sequence[State]) -> None:
         """The outputs of the whole program keep one array for all rows."""
@@ -135,6 +189,13 @@ class Rows:
         """For every row the number of those it is tied to."""
         a = np.concatenate([np.zeros(0, int), *(a for a, _ in self._ties)])
         b = np.concatenate([np.zeros(0, int), *(b for _, b in self._ties)])
+        for first, turns in self._scans[::-1]:  # inner scans stand behind outer ones
+            inner = _within(a, first, turns) | _within(b, first, turns)
+            each = [_in_turns(side[inner], first, turns) for side in (a, b)]
+            a, b = (
+                np.concatenate([side[~inner], x.ravel()])
+                for side, x in zip((a, b), each, strict=True)
+            )
         graph = coo_matrix((np.ones(len(a), bool), (a, b)), (self._size, self._size))
         return connected_components(graph, directed=False)[1]
 
@@ -192,6 +253,18 @@ def _parts(slot: np.ndarray, size: int) -> np.ndarray | None:
     counts = np.bincount(part[held] * size + slot[held], minlength=start.sum() * size)
     grid = counts.reshape(-1, size)
     return part if (grid == grid[:, :1]).all() and grid.all() else None
+
+
+def _within(rows: np.ndarray, first: int, turns: np.ndarray) -> np.ndarray:
+    """Which rows are variables of these turns?"""
+    return (rows >= first) & (rows < first + len(turns))
+
+
+def _in_turns(rows: np.ndarray, first: int, turns: np.ndarray) -> np.ndarray:
+    """The rows ``[n, turns]`` that these stand for in every turn."""
+    inner = _within(rows, first, turns)
+    each = turns[np.where(inner, rows - first, 0)]
+    return np.where(inner[:, None], each, rows[:, None])
 
 
 def _along(line: np.ndarray, d: int, rank: int) -> np.ndarray:

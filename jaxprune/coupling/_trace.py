@@ -12,7 +12,8 @@ from jaxprune.core._groups import Groups
 from jaxprune.core._leaves import leaf_names
 from jaxprune.core._names import listed, matching, nearest, patterns
 from jaxprune.core._types import ApplyFn, PyTree
-from jaxprune.coupling._balance import Balance, balance_groups
+from jaxprune.coupling._apart import apart_groups
+from jaxprune.coupling._balance import Balance
 from jaxprune.coupling._branches import find_branches
 from jaxprune.coupling._collect import collect_groups, find_groups
 from jaxprune.coupling._labels import Value, take
@@ -35,6 +36,7 @@ def trace(
     balanced: str | Sequence[str] = (),
     writers: str | Sequence[str] = (),
     layers: bool = False,
+    per_layer: str | Sequence[str] = (),
     roles: bool = False,
     **kwargs: PyTree,
 ) -> Groups:
@@ -76,6 +78,11 @@ def trace(
             stacked parameters and shortens the scan. Where a layer of zeros is not the
             identity, as a residual block is, the axis stays pinned. Masks of such
             groups mean the same to `narrow` whatever was traced.
+        per_layer: names, labels or patterns of groups of which every layer of a scan
+            loses units of its own, as many as the others (``"*"`` for all that can):
+            hidden units, heads, experts. The units of such a group are those of the
+            first layer, then those of the next, and so on; the smaller scan has one
+            shape for all. What is carried from layer to layer stays the same in all.
         roles: also find which members make the units and which read them, and whether
             equal units can be merged (`Member.role`, `Group.obstacle`); it is proven
             on the program, in about half the time again.
@@ -87,9 +94,10 @@ def trace(
 
     Raises:
         TypeError: if `apply_fn` is a module instead of a function of its variables.
-        ValueError: if a pattern matches nothing, or `balanced` nothing that has
-            independent blocks, or if `writers` names what is not added to a stream or
-            does not add 0 where it is removed.
+        ValueError: if a pattern matches nothing, `balanced` nothing that has
+            independent blocks or `per_layer` nothing that has independent layers, or if
+            `writers` names what is not added to a stream or does not add 0 where it is
+            removed.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxprune
@@ -129,10 +137,13 @@ def trace(
     if walked.writers is not None:
         branches = find_branches(walked, arrays, twins, groups)
         groups = dataclasses.replace(groups, branches=branches)
-    if not balanced:
+    if not (balanced or per_layer):
         return groups
-    balance = Balance(solution, walked, find_groups(ledger, solution, ordered))
-    return balance_groups(groups, balance, known, patterns("balanced", balanced))
+    found = find_groups(ledger, solution, ordered)
+    balance = Balance(solution, walked, found, layers=bool(per_layer))
+    apart = {"balanced": balanced, "per_layer": per_layer}
+    options = {option: patterns(option, given) for option, given in apart.items()}
+    return apart_groups(groups, balance, known, options)
 
 
 def _freed(

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxprune.core._groups import Groups
 from jaxprune.core._masks import expand_masks
+from jaxprune.core._members import on_axis
 from jaxprune.core._positions import BoolArray
 from jaxprune.core._tables import split_axis
 from jaxprune.display._colors import PINNED, group_color, readable_on
@@ -139,12 +140,20 @@ def _cut_alike(bar: Bar) -> tuple[Any, ...]:
 
 
 def _all_bars(groups: Groups, units: Mapping[str, np.ndarray]) -> Iterator[Bar]:
-    """Every axis of every leaf that is cut, leaves in program order."""
+    """Every axis of every leaf that is cut, leaves in program order.
+
+    Of layers with units of their own the first, as they all keep as many.
+    """
+    units = {
+        name: units[name][: group.size // group.layers]
+        for name, group in groups.items()
+    }
     cuts: dict[tuple[str, int], list[tuple[str, np.ndarray]]] = {}
     for name, group in groups.items():
         for member in group.members:
             there = cuts.setdefault((member.path, member.axis), [])
-            there.append((name, member.index))
+            index = on_axis(member, groups.shapes[member.path])
+            there.append((name, index[: group.size // group.layers]))
     # The window of a convolution is pinned by nature: no bar.
     windows = {(p.path, p.axis) for p in groups.pinned if p.reason.kind == "window"}
     cut_paths = {path for path, _ in cuts}

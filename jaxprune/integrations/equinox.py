@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxprune.core._leaves import named_leaves
 from jaxprune.core._masks import concrete
-from jaxprune.core._positions import axis_keep
+from jaxprune.core._positions import axis_keep, first_layer
 from jaxprune.core._types import ApplyFn, PyTree
 from jaxprune.integrations._compare import (
     difference,
@@ -117,7 +117,7 @@ def _kept(variables: PyTree, masks: PyTree) -> PyTree:
     """The variables' tree with, for every leaf, which positions of each axis stay."""
     leaves, treedef = jax.tree.flatten(variables)
     kept = [
-        _Axes(axis_keep(concrete(path, mask), np.shape(leaf)))
+        _Axes(first_layer(axis_keep(concrete(path, mask), np.shape(leaf))))
         for (path, mask), leaf in zip(named_leaves(masks).items(), leaves, strict=True)
     ]
     return treedef.unflatten(kept)

@@ -11,7 +11,7 @@ from flax import nnx
 
 from jaxprune.core._leaves import named_leaves
 from jaxprune.core._masks import concrete
-from jaxprune.core._positions import axis_keep
+from jaxprune.core._positions import axis_keep, first_layer
 from jaxprune.core._types import ApplyFn, PyTree
 from jaxprune.integrations._compare import (
     difference,
@@ -150,7 +150,9 @@ def nnx_module(
     masks = _like_variables(variables, masks)
     small = _merge(graphdef, states, slice_params(variables, masks))
     kept = {
-        path.split("/", 1)[1]: axis_keep(concrete(path, mask), np.shape(leaf))
+        path.split("/", 1)[1]: first_layer(
+            axis_keep(concrete(path, mask), np.shape(leaf))
+        )
         for (path, mask), leaf in zip(
             named_leaves(masks).items(), jax.tree.leaves(variables), strict=True
         )

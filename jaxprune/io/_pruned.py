@@ -22,6 +22,7 @@ import numpy as np
 
 from jaxprune.core import Groups, named_leaves
 from jaxprune.core._checks import refuse_traced
+from jaxprune.core._positions import recalled
 from jaxprune.core._types import ApplyFn, PyTree
 from jaxprune.io import checkpoints
 from jaxprune.io._files import first_line
@@ -197,6 +198,8 @@ def load_pruned(
         variables = _read_variables(files[_VARIABLES], about)
         masks = _read_masks(files[_MASKS], about)
         groups = _read_groups(files, about)
+        if groups is not None and any(group.layers > 1 for group in groups.values()):
+            masks = jax.tree.map(recalled, masks)
         program = None
         if apply_fn is None:
             program = _call(about["program"], deserialized(files[_PROGRAM]))

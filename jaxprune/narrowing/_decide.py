@@ -13,8 +13,11 @@ from jaxprune.coupling._solution import FROZEN, INNER, NEVER, NONE, Solution, pi
 from jaxprune.coupling._walk import Walked
 from jaxprune.coupling._writers import Writers
 
-Alive: TypeAlias = np.ndarray | None  # bool[n] of one axis; None = every position lives
+# bool[n] of one axis, or of the rank of the input where the layers of a scan differ;
+# None = every position lives.
+Alive: TypeAlias = np.ndarray | None
 Place: TypeAlias = tuple[int, int]  # number of an input and its axis
+Keep: TypeAlias = dict[Place, Alive]
 SILENT = np.zeros(0, bool)  # in place of a mask: follow the axes it is coupled to
 
 
@@ -46,23 +49,61 @@ def decide(
         for d, mask in enumerate(each)
         if mask is not SILENT
     }
+    inputs = dict(zip(names, walked.ins, strict=False))
+    if any(mask is not None and mask.ndim > 1 for mask in keep.values()):
+        found = find_groups(ledger, solution, inputs)
+        balance = Balance(solution, walked, found, layers=True)
+        keep = _alike_in_layers(balance, walked, names, keep)
     liveness = _Liveness(ledger, solution, walked, names, keep)
     liveness.refuse_frozen()
     wrong = liveness.wrong()
     if wrong is not None:
         # Perhaps every block of a group loses units of its own, but as many as others.
-        inputs = dict(zip(names, walked.ins, strict=False))
         balance = Balance(solution, walked, find_groups(ledger, solution, inputs))
-        every = {
-            (k, d): np.ones(walked.ins[k].shape[d], bool) if mask is None else mask
-            for (k, d), mask in keep.items()
-        }
-        same = balance.canonical(walked.ins, every)
+        same = balance.canonical(walked.ins, _every(walked, keep))
         again = _Liveness(ledger, solution, walked, names, same)
         if again.wrong() is not None:
             liveness.explain(*wrong, balance)
         liveness = again
     return liveness.units()
+
+
+def _every(walked: Walked, keep: Keep) -> dict[Place, np.ndarray]:
+    return {
+        (k, d): np.ones(walked.ins[k].shape[d], bool) if mask is None else mask
+        for (k, d), mask in keep.items()
+    }
+
+
+def _alike_in_layers(
+    balance: Balance, walked: Walked, names: Sequence[str], keep: Keep
+) -> Keep:
+    """The same cut where every layer of a scan loses the same units.
+
+    Raises:
+        ValueError: if layers keep different numbers, or are computed together.
+    """
+    for (k, d), mask in keep.items():
+        layers = balance.layers(walked.ins[k])
+        if mask is not None and mask.ndim > 1 and layers in (None, d):
+            varies = [n for n, size in enumerate(mask.shape) if size > 1]
+            raise ValueError(
+                f"{names[k]} axis {d}: the mask cuts units of their own from the "
+                f"positions of axes {varies}, but no scan iterates over one of them"
+            )
+    alike = balance.canonical(walked.ins, _every(walked, keep))
+    for (k, d), mask in alike.items():
+        if mask.ndim > 1:
+            why = balance.trouble(walked.ins[k], d, mask)
+            raise ValueError(
+                f"{names[k]} axis {d}: the mask cuts units of their own from the "
+                f"layers along axis {balance.layers(walked.ins[k])}, but no one scan "
+                f"computes what is left: {why}"
+            )
+    return {
+        place: mask if keep[place] is not None else None
+        for place, mask in alike.items()
+    }
 
 
 def narrower(
@@ -74,6 +115,7 @@ def narrower(
         for k, (value, each) in enumerate(zip(walked.ins, masks, strict=False))
         for d, mask in enumerate(each)
         if mask is not SILENT and not isinstance(axis := value.axes[d], int)
+        if mask is None or mask.ndim == 1
     ]
     kept = solution.kinds == FROZEN
     for _, _, mask, columns in given:

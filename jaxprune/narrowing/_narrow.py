@@ -11,7 +11,7 @@ from jax.core import Tracer
 from jaxprune.core._functions import check_function
 from jaxprune.core._leaves import leaf_names
 from jaxprune.core._names import listed
-from jaxprune.core._positions import BoolArray, axis_keep
+from jaxprune.core._positions import BoolArray, count_kept, kept_of_sliced
 from jaxprune.core._types import ApplyFn, PyTree, PyTreeDef
 from jaxprune.coupling._trace import twin_of
 from jaxprune.narrowing._decide import SILENT, Alive, untraced
@@ -150,7 +150,7 @@ def _full_shapes(
             full.append(leaf)
             continue
         shape = _full_shape(name, np.shape(leaf), mask)
-        keep: list[Alive] = list(axis_keep(mask, shape))
+        keep: list[Alive] = list(kept_of_sliced(mask, shape, np.shape(leaf)))
         _check_sliced(name, np.shape(leaf), shape, keep)
         if mask.ndim and not mask.any():
             # An emptied leaf: its other axes follow whatever they are coupled to.
@@ -194,7 +194,7 @@ def _check_sliced(
     name: str, small: tuple[int, ...], full: tuple[int, ...], keep: list
 ) -> None:
     for d, (got, mask) in enumerate(zip(small, keep, strict=True)):
-        expected = full[d] if mask is None else int(np.count_nonzero(mask))
+        expected = full[d] if mask is None else count_kept(mask, d)
         if got != expected:
             cause = (
                 "they have not been sliced with these masks (see slice_params)"

@@ -44,6 +44,9 @@ def prune(
     pin: str | Sequence[str] = (),
     unpin: str | Sequence[str] = (),
     balanced: str | Sequence[str] = (),
+    writers: str | Sequence[str] = (),
+    layers: bool = False,
+    per_layer: str | Sequence[str] = (),
     max_sparsity: Each[float] | None = None,
     min_keep: Each[int] | None = None,
     multiple_of: Each[int] | None = None,
@@ -98,6 +101,10 @@ def prune(
         pin: patterns of leaves or axes not to cut, see `trace`.
         unpin: patterns of outputs that may shrink, see `trace`.
         balanced: patterns of groups whose blocks lose units of their own, see `trace`.
+        writers: patterns of writers that lose units their stream keeps, see `trace`.
+        layers: are layers of scans units too? See `trace`.
+        per_layer: patterns of groups of which every layer of a scan loses units of its
+            own, see `trace`.
         max_sparsity: no group loses more than this fraction. This and the next two may
             also be given by name or pattern, ``{"conv*": 0.5}``.
         min_keep: how many units every group keeps at least.

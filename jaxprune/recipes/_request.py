@@ -37,6 +37,9 @@ class Request:
     pin: str | Sequence[str] = ()
     unpin: str | Sequence[str] = ()
     balanced: str | Sequence[str] = ()
+    writers: str | Sequence[str] = ()
+    layers: bool = False
+    per_layer: str | Sequence[str] = ()
     max_sparsity: Each[float] | None = None
     min_keep: Each[int] | None = None
     multiple_of: Each[int] | None = None
@@ -68,8 +71,9 @@ class Request:
     @property
     def patterns(self) -> dict[str, Any]:
         """What `trace` takes."""
-        names = {"pin": self.pin, "unpin": self.unpin, "balanced": self.balanced}
-        return {**names, "roles": self.members == "producers"}
+        names = "pin", "unpin", "balanced", "writers", "layers", "per_layer"
+        given = {name: getattr(self, name) for name in names}
+        return {**given, "roles": self.members == "producers"}
 
     def inputs_of(
         self, args: tuple[PyTree, ...]

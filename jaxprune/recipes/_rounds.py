@@ -13,6 +13,7 @@ import optax
 from jaxprune.core._checks import concrete_bools, whole_number
 from jaxprune.core._masks import expand_masks
 from jaxprune.core._names import nearest
+from jaxprune.core._positions import recalled
 from jaxprune.core._progress import advancing
 from jaxprune.core._types import ApplyFn, PyTree
 from jaxprune.costing import costs
@@ -400,6 +401,8 @@ def _cut(plan: _Plan, now: Progress) -> Progress:
         before = _masks(plan, now)
         # What the new masks say about what the old ones have left.
         further = masks if before is None else slice_params(masks, before)
+        if any(group.layers > 1 for group in problem.groups.values()):
+            further = jax.tree.map(recalled, further)
         state = sliced_state(now.state, plan.tx, further)
     small = narrow(problem.apply_fn, masks)
     state = state._replace(variables=recalibrated(problem, small, state.variables))

@@ -216,6 +216,7 @@ def verify(
     balanced: Sequence[str] = (),
     writers: Sequence[str] = (),
     layers: bool = False,
+    per_layer: Sequence[str] = (),
     **kwargs: PyTree,
 ) -> Proof:
     """Proves a plan on random numbers before it is committed.
@@ -235,6 +236,7 @@ def verify(
         balanced: the groups that the plan cuts block by block, see `trace`.
         writers: those that the plan cuts where their stream stays, see `trace`.
         layers: does the plan cut layers of scans? See `trace`.
+        per_layer: the groups of which it cuts units of every layer, see `trace`.
         **kwargs: further example arguments.
 
     Returns:
@@ -255,7 +257,12 @@ def verify(
         >>> proof.narrowed < 1e-6, proof.permuted["w1:1"] < 1e-6
         (True, True)
     """
-    options = {"balanced": balanced, "writers": writers, "layers": layers}
+    options = {
+        "balanced": balanced,
+        "writers": writers,
+        "layers": layers,
+        "per_layer": per_layer,
+    }
     groups = trace(apply_fn, variables, *args, **options, **kwargs)
     masks = expand_masks(groups, keep)
     key, variables_key, order_key = jax.random.split(key, 3)

@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxprune.core._groups import Groups, Member
 from jaxprune.core._leafwise import numbers, power_of_two, widened
+from jaxprune.core._members import in_front
 from jaxprune.core._placement import on_host, placed_like
 from jaxprune.core._types import Array, ArrayNamespace, PyTree
 from jaxprune.scores._grouping import Members, scored_leaves, scored_members
@@ -85,8 +86,7 @@ def _summed_distances(
 
 def _unit_vectors(xp: ArrayNamespace, member: Member, leaf: Array) -> Array:
     """What every unit holds of a leaf, ``[size, entries]``."""
-    first = xp.moveaxis(leaf, member.axis, 0)
-    return first[member.index].reshape(len(member.index), -1)
+    return in_front(leaf, member)[member.index].reshape(len(member.index), -1)
 
 
 def _squared_distances(xp: ArrayNamespace, vectors: Array) -> Array:

@@ -12,6 +12,7 @@ from jaxprune.core._checks import check_leaves
 from jaxprune.core._groups import Group, Groups, Member
 from jaxprune.core._leafwise import is_float, power_of_two
 from jaxprune.core._leaves import named_leaves, parameter_paths
+from jaxprune.core._members import in_front
 from jaxprune.core._placement import all_placed_like, on_host
 from jaxprune.core._types import Array, ArrayNamespace, PyTree
 from jaxprune.scores._lamp import share_of_larger
@@ -97,11 +98,21 @@ def group_scores(
     _check_choice("reduce", reduce, get_args(Reduce))
     leaves = scored_leaves(groups, scores)
     chosen = [scored_members(group, leaves, members) for group in groups.values()]
-    leaves = {member.path: leaves[member.path] for each in chosen for member in each}
-    places = tuple(tuple((m.path, m.axis) for m in each) for each in chosen)
+    stacked = {_place(m): m for each in chosen for m in each if m.layers is not None}
+    leaves = {m.path: leaves[m.path] for each in chosen for m in each} | {
+        place: in_front(leaves[m.path], m) for (place, _), m in stacked.items()
+    }
+    places = tuple(tuple(map(_place, each)) for each in chosen)
     indices = [[member.index for member in each] for each in chosen]
     found = add_up_units(leaves, indices, places, reduce)
     return normalized(dict(zip(groups, found, strict=True)), normalize)
+
+
+def _place(member: Member) -> tuple[str, int]:
+    """The leaf and axis to add up; of layers with units of their own a leaf in turn."""
+    if member.layers is None:
+        return member.path, member.axis
+    return f"{member.path}:{member.axis} by layer {member.layers}", 0
 
 
 def normalized(

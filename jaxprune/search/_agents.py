@@ -12,6 +12,7 @@ from jax import lax
 from jaxprune.core._checks import whole_number
 from jaxprune.core._groups import Group
 from jaxprune.core._leaves import kernel_paths, parameter_paths
+from jaxprune.core._members import in_front
 
 Params = dict[str, Any]
 
@@ -125,6 +126,6 @@ def unit_weights(group: Group, leaves: dict[str, Any]) -> jax.Array:
         raise ValueError(f"group {group.name} has no parameters that an agent can read")
     rows = []
     for member in chosen:
-        first = jnp.moveaxis(leaves[member.path], member.axis, 0)
+        first = in_front(leaves[member.path], member)
         rows.append(first[member.index].reshape(group.size, -1).astype(jnp.float32))
     return jnp.concatenate(rows, 1)

@@ -13,6 +13,7 @@ from jaxprune.core._functions import check_function
 from jaxprune.core._groups import Groups
 from jaxprune.core._leaves import named_leaves
 from jaxprune.core._masks import expand_masks, pair_masks
+from jaxprune.core._members import refuse_layers
 from jaxprune.core._names import listed, matching, nearest, patterns
 from jaxprune.core._positions import axis_keep
 from jaxprune.core._types import ApplyFn, Array, PyTree
@@ -330,6 +331,7 @@ class _Width:
 
 def _cuts(groups: Groups, widest: PyTree, mask: PyTree) -> dict[str, list[Runs]]:
     """Path -> the positions of a width among those of the widest."""
+    refuse_layers(groups, "slimmable")
     shapes = groups.treedef.unflatten(
         jax.ShapeDtypeStruct(shape, jnp.float32) for shape in groups.shapes.values()
     )

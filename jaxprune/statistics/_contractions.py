@@ -129,6 +129,8 @@ class Contraction:
         found: dict[str, np.ndarray] = {}
         for name, group in groups.items():
             for member in group.members:
+                if member.layers is not None:
+                    continue  # the kernel of a layer is no parameter as it is
                 along = first[member.axis] if member.path == self.path else None
                 if along is None or not np.array_equal(along, last[member.axis]):
                     continue

@@ -327,6 +327,8 @@ def _is_cut(member: Member, by_path: Mapping[str, tuple[Any, Any]]) -> bool:
         )
     leaf, mask = by_path[member.path]
     kept = axis_keep(concrete(member.path, mask), np.shape(leaf))[member.axis]
+    if member.layers is not None:
+        return kept is not None
     return kept is not None and not kept[member.index].all()
 
 

@@ -5,10 +5,17 @@ from typing import Any, cast
 import jax
 import numpy as np
 
-from jaxprune.core._groups import Groups
+from jaxprune.core._groups import Groups, Member
 from jaxprune.core._leaves import named_leaves
 from jaxprune.core._masks import concrete, pair_masks
-from jaxprune.core._positions import axis_keep, keeps_whole_positions, outer_mask
+from jaxprune.core._members import in_front
+from jaxprune.core._positions import (
+    axis_keep,
+    count_kept,
+    keeps_whole_positions,
+    outer_mask,
+    recalled,
+)
 from jaxprune.core._types import PyTree
 from jaxprune.surgery._slicing import unslice_params
 
@@ -49,9 +56,12 @@ def _composed(path: str, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         return first if second else second
     before = tuple(max(a, b) if a == 1 else a for a, b in _axes(path, first, second))
     kept = axis_keep(first, before)
-    sizes = zip(before, kept, strict=True)
-    left = tuple(n if k is None else int(k.sum()) for n, k in sizes)
+    sizes = enumerate(zip(before, kept, strict=True))
+    left = tuple(n if k is None else count_kept(k, d) for d, (n, k) in sizes)
     again = axis_keep(second, left)
+    if any(k is not None and k.ndim > 1 for k in (*kept, *again)):
+        entries = _entries(first, np.broadcast_to(second, left), before)
+        return cast(np.ndarray, recalled(entries))
     if not (
         keeps_whole_positions(first, kept) and keeps_whole_positions(second, again)
     ):
@@ -71,7 +81,7 @@ def _axes(path: str, first: np.ndarray, second: np.ndarray) -> list[tuple[int, i
     kept = axis_keep(first, first.shape)
     for axis, n in enumerate(second.shape if first.ndim == second.ndim else ()):
         own = kept[axis]
-        left = first.shape[axis] if own is None else int(own.sum())
+        left = first.shape[axis] if own is None else count_kept(own, axis)
         if n not in (1, left) and first.shape[axis] != 1:
             raise ValueError(
                 f"the second mask of {path} has size {n} on axis {axis}, but the first "
@@ -87,7 +97,7 @@ def _axes(path: str, first: np.ndarray, second: np.ndarray) -> list[tuple[int, i
 
 def _entries(first: np.ndarray, second: np.ndarray, shape: tuple) -> np.ndarray:
     """Masks of single entries: back where they came from."""
-    whole = np.broadcast_to(first, shape)
+    whole = first if first.shape == shape else np.broadcast_to(first, shape)
     return np.asarray(unslice_params({"": second}, {"": whole})[""]) & whole
 
 
@@ -122,7 +132,20 @@ def units_kept(groups: Groups, masks: PyTree) -> dict[str, np.ndarray]:
                 lines[place] = axis_keep(mask, groups.shapes[member.path])[member.axis]
             line = lines[place]
             if line is not None:
+                line = _counted(line, member, groups.shapes[member.path])
                 # A position that several units share goes with any of them.
                 kept &= line[member.index].any(axis=1)
         found[name] = kept
     return found
+
+
+def _counted(line: np.ndarray, member: Member, shape: tuple[int, ...]) -> np.ndarray:
+    """What an axis keeps, by the positions that `Member.index` counts."""
+    if member.layers is None:
+        others = tuple(d for d in range(line.ndim) if d != member.axis)
+        return np.asarray(line.any(axis=others)) if line.ndim > 1 else line
+    if line.ndim == 1:
+        line = line.reshape([-1 if d == member.axis else 1 for d in range(len(shape))])
+    own = member.axis, member.layers
+    full = [n if d in own else 1 for d, n in enumerate(shape)]
+    return in_front(np.broadcast_to(line, full), member).ravel()

@@ -116,7 +116,7 @@ def can_permute(group: Group) -> bool:
     Nor can a writer be reordered without the stream that it is added to.
     """
     apart = all(len(np.unique(m.index)) == m.index.size for m in group.members)
-    return apart and not group.ordered and not group.stream
+    return apart and not group.ordered and not group.stream and group.layers == 1
 
 
 def refuse_fixed(group: Group) -> None:
@@ -133,6 +133,8 @@ def refuse_fixed(group: Group) -> None:
     )
     if group.stream:
         why = f"they are added to a stream, {group.stream}, and follow its order"
+    elif group.layers > 1:
+        why = "every layer has units of its own, which permute does not know"
     elif not group.ordered:
         why = "two of its units share a position, so they cannot be told apart"
     raise ValueError(f"the units of {group.name} cannot be reordered: {why}")

@@ -27,11 +27,22 @@ from jaxprune.core._masks import (
 )
 from jaxprune.core._packing import ByPath, PackedMasks, slice_bits
 from jaxprune.core._placement import all_placed_like, empty, on_all_cores, on_host
-from jaxprune.core._positions import BoolArray, axis_keep, keeps_whole_positions
+from jaxprune.core._positions import (
+    BoolArray,
+    axis_keep,
+    count_kept,
+    cuts,
+    keeps_whole_positions,
+    kept_of_sliced,
+    layer_rows,
+    recalled,
+)
 from jaxprune.core._types import Array
 
 
-def slice_params(params: PyTree, masks: PyTree, *, mixed: bool = False) -> PyTree:
+def slice_params(
+    params: PyTree, masks: PyTree, *, mixed: bool = False, per_layer: bool = False
+) -> PyTree:
     """Drops every index of an axis whose mask is False throughout.
 
     The result is ``apply_masks(params, masks)`` without its dead rows, columns and
@@ -41,11 +52,17 @@ def slice_params(params: PyTree, masks: PyTree, *, mixed: bool = False) -> PyTre
     are meant to. A sharded leaf stays sharded alike; an axis that its mesh axes no
     longer divide is sharded over fewer of them.
 
+    Where every layer of a scan loses units of its own (`per_layer` of `trace`), each
+    layer of a stacked leaf is sliced by itself. Masks that `expand_masks` returned are
+    known to do so.
+
     Args:
         params: tree of jax or numpy arrays or ShapeDtypeStructs; also variables.
         masks: tree of bools like `params`, True = kept, broadcastable to it; concrete.
         mixed: masks of units, of which some remove single weights as well: what they
             remove inside of what stays is set to zero.
+        per_layer: masks by which layers lose units of their own, but copied or read
+            from elsewhere: such masks look like those of single weights.
 
     Returns:
         Tree like `params`, smaller; dtypes, weak types and numpy leaves stay what
@@ -63,6 +80,8 @@ def slice_params(params: PyTree, masks: PyTree, *, mixed: bool = False) -> PyTre
         {'w': array([[0., 2.], [3., 5.]])}
     """
     paired = pair_masks(params, masks)
+    if per_layer:
+        paired = [(path, leaf, recalled(mask)) for path, leaf, mask in paired]
     if not mixed:
         _refuse_single_weights(paired)
     return jax.tree.structure(params).unflatten(_slice_leaves(paired))
@@ -85,7 +104,8 @@ def _refuse_single_weights(paired: Sequence[tuple[str, Any, Any]]) -> None:
                 f"positions of axis {cut[1]}: slicing by masks of single weights drops "
                 "what they happen to empty. apply_masks(params, masks) keeps all "
                 "shapes; if whole units are cut on purpose (expand_masks) and single "
-                "weights inside them set to zero, pass mixed=True"
+                "weights inside them set to zero, pass mixed=True; if the layers of a "
+                "scan lose units of their own, pass per_layer=True"
             )
 
 
@@ -125,6 +145,7 @@ def slice_opt_state(
     masks: PyTree,
     *,
     mixed: bool = False,
+    per_layer: bool = False,
 ) -> PyTree:
     """Slices every copy of the parameters inside an optimiser state.
 
@@ -154,6 +175,7 @@ def slice_opt_state(
         masks: tree of bools like the parameters `tx` was initialised with,
             True = kept; concrete.
         mixed: as for `slice_params`.
+        per_layer: likewise.
 
     Returns:
         The state for ``slice_params(params, masks)``.
@@ -171,6 +193,8 @@ def slice_opt_state(
         >>> slice_opt_state(tx, tx.init(params), masks)[0].trace
         {'b': Array([0., 0.], dtype=float32)}
     """
+    if per_layer:
+        masks = jax.tree.map(recalled, masks)
     by_path = named_leaves(masks)
     if not mixed:
         _refuse_single_weights([(path, mask, mask) for path, mask in by_path.items()])
@@ -225,9 +249,14 @@ def _slice_remembered(path: str, array: Array, mask: np.ndarray) -> Any:
     """An array that is broadcastable to its leaf, cut where the leaf is cut."""
     if np.ndim(array) == 0 or mask.ndim == 0:
         return array
-    for axis, positions in enumerate(axis_keep(mask, mask.shape)):
-        if positions is not None and np.shape(array)[axis] > 1:
-            array = _take(array, np.flatnonzero(positions), axis)
+    for axis, where in cuts(axis_keep(mask, mask.shape)):
+        if np.shape(array)[axis] == 1:
+            continue
+        if where.ndim > 1:  # of size 1 along the layers, perhaps: now they differ
+            sizes = zip(np.shape(array), where.shape, strict=True)
+            shape = [n if d == axis else max(n, m) for d, (n, m) in enumerate(sizes)]
+            array = jnp.broadcast_to(array, shape)
+        array = _take(array, where, axis)
     return array
 
 
@@ -282,39 +311,54 @@ def _slice_leaf(path: str, leaf: PyTree, mask: BoolArray, here: bool) -> Any:
     kept = axis_keep(mask, np.shape(leaf))
     if isinstance(leaf, jax.ShapeDtypeStruct):
         sizes = zip(leaf.shape, kept, strict=True)
+        pairs = enumerate(sizes)
         return leaf.update(
-            shape=tuple(n if k is None else int(k.sum()) for n, k in sizes)
+            shape=tuple(n if k is None else count_kept(k, d) for d, (n, k) in pairs)
         )
-    cut = [(axis, keep) for axis, keep in enumerate(kept) if keep is not None]
+    cut = cuts(kept)
     if here and cut:
         leaf = np.asarray(leaf)
     take = _take_on_host if here else _take
-    for axis, positions in cut:
-        leaf = take(leaf, np.flatnonzero(positions), axis)
+    for axis, where in cut:
+        leaf = take(leaf, where, axis)
     if keeps_whole_positions(mask, kept):
         return leaf
-    for axis, positions in cut:
+    for axis, where in cut:
         if mask.ndim and mask.shape[axis] > 1:
-            mask = np.compress(positions, mask, axis)
+            mask = np.take(mask, where, axis)
     return zero_removed(leaf, mask)
 
 
 def _take(whole: Any, where: np.ndarray, axis: int) -> Any:
-    place = _place_after(whole, axis, len(where))
-    take = functools.partial(
-        jnp.take,
-        indices=where,
-        axis=axis,
-        unique_indices=True,
-        indices_are_sorted=True,
-        mode="clip",
-    )
+    place = _place_after(whole, axis, where.shape[axis if where.ndim > 1 else 0])
+    if where.ndim > 1:
+        take = functools.partial(
+            jnp.take_along_axis, indices=where, axis=axis, mode="clip"
+        )
+    else:
+        take = functools.partial(
+            jnp.take,
+            indices=where,
+            axis=axis,
+            unique_indices=True,
+            indices_are_sorted=True,
+            mode="clip",
+        )
     if place is None:
         return take(whole)
     if AxisType.Explicit in place.mesh.axis_types:  # types say where arrays lie
-        chosen = whole.at[(slice(None),) * axis + (where,)]
+        chosen = whole.at[_entries_at(whole.shape, where, axis)]
         return chosen.get(mode="clip", out_sharding=place)
     return jax.jit(take, out_shardings=place)(whole)
+
+
+def _entries_at(shape: Sequence[int], where: np.ndarray, axis: int) -> tuple[Any, ...]:
+    """An index of these positions of an axis, which may differ along others."""
+    if where.ndim == 1:
+        return (slice(None),) * axis + (where,)
+    index: list[Any] = list(np.ogrid[tuple(map(slice, shape))])
+    index[axis] = where
+    return tuple(index)
 
 
 def _place_after(whole: Any, axis: int, size: int) -> NamedSharding | None:
@@ -340,6 +384,8 @@ def _place_after(whole: Any, axis: int, size: int) -> NamedSharding | None:
 
 
 def _take_on_host(whole: np.ndarray, where: np.ndarray, axis: int) -> np.ndarray:
+    if where.ndim > 1:
+        return np.take_along_axis(whole, where, axis)
     shape = (*whole.shape[:axis], len(where), *whole.shape[axis + 1 :])
     # In range by construction; "clip" spares numpy a copy of what it writes.
     return whole.take(where, axis, empty(shape, whole.dtype), mode="clip")
@@ -350,10 +396,25 @@ def _unslice_leaf(path: str, leaf: Array, mask: Array) -> Any:
     shape = _shape_before(path, np.shape(leaf), mask)
     if isinstance(leaf, jax.ShapeDtypeStruct):
         return leaf.update(shape=shape)
-    for axis, positions in enumerate(axis_keep(mask, shape)):
-        if positions is not None:
+    kept = kept_of_sliced(mask, shape, np.shape(leaf))
+    for axis, rows in layer_rows(kept):
+        leaf = _spread_rows(leaf, rows, axis)
+    for axis, positions in enumerate(kept):
+        if positions is not None and positions.ndim == 1:
             leaf = _spread(leaf, positions, axis)
     return zero_removed(leaf, mask)
+
+
+def _spread_rows(leaf: Array, rows: np.ndarray, axis: int) -> Any:
+    """Every layer at its own positions; anything where `rows` is False."""
+    shape = (*leaf.shape[:axis], rows.shape[axis], *leaf.shape[axis + 1 :])
+    if 0 in leaf.shape:
+        zeros = np.zeros if isinstance(leaf, np.ndarray) else jnp.zeros
+        return zeros(shape, leaf.dtype)
+    where = np.maximum(np.cumsum(rows, axis=axis) - 1, 0)
+    if isinstance(leaf, np.ndarray):
+        return np.take_along_axis(leaf, where, axis)
+    return jnp.take_along_axis(leaf, where, axis, mode="clip")
 
 
 def _shape_before(path: str, shape: tuple[int, ...], mask: np.ndarray) -> tuple:
@@ -371,8 +432,8 @@ def _shape_before(path: str, shape: tuple[int, ...], mask: np.ndarray) -> tuple:
     before = tuple(
         small if size == 1 else size for small, size in zip(shape, sizes, strict=True)
     )
-    for axis, positions in enumerate(axis_keep(mask, before)):
-        expected = before[axis] if positions is None else int(positions.sum())
+    for axis, positions in enumerate(kept_of_sliced(mask, before, shape)):
+        expected = before[axis] if positions is None else count_kept(positions, axis)
         if shape[axis] != expected:
             raise ValueError(
                 f"{path} axis {axis} has size {shape[axis]}, but masks[{path}] keeps "

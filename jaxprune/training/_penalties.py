@@ -17,6 +17,7 @@ from jax.tree_util import KeyPath
 from jaxprune.core._groups import Group, Groups, Member
 from jaxprune.core._leafwise import widened
 from jaxprune.core._leaves import keystr, named_leaves
+from jaxprune.core._members import count, in_front
 from jaxprune.core._types import PyTree
 from jaxprune.training._auto_axes import shapes_of, under_auto_axes
 from jaxprune.training._hyperparameters import check, current
@@ -218,7 +219,7 @@ def unit_squares(group: Group, leaves: dict[str, jax.Array]) -> tuple[jax.Array,
     members = [member for member in group.members if member.path in leaves]
     squares = _sum(_member_squares(member, leaves[member.path]) for member in members)
     weights = sum(
-        member.repeats * (leaf.size // leaf.shape[member.axis])
+        member.repeats * (leaf.size // count(member, leaf.shape))
         for member in members
         for leaf in [leaves[member.path]]
     )
@@ -226,8 +227,8 @@ def unit_squares(group: Group, leaves: dict[str, jax.Array]) -> tuple[jax.Array,
 
 
 def _member_squares(member: Member, leaf: jax.Array) -> jax.Array:
-    others = tuple(axis for axis in range(leaf.ndim) if axis != member.axis)
-    return jnp.square(widened(leaf)).sum(others)[member.index].sum(1)
+    rows = jnp.square(in_front(widened(leaf), member))
+    return rows.sum(tuple(range(1, rows.ndim)))[member.index].sum(1)
 
 
 def traced_leaves(groups: Groups, leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -13,6 +13,7 @@ from jax.tree_util import KeyPath
 from jaxprune.core._groups import Groups
 from jaxprune.core._leafwise import widened
 from jaxprune.core._leaves import keystr, named_leaves
+from jaxprune.core._members import along, count
 from jaxprune.core._types import PyTree
 from jaxprune.training._auto_axes import shapes_of, under_auto_axes
 from jaxprune.training._hyperparameters import check, current
@@ -173,10 +174,10 @@ def _of_units(
         squares, weights = unit_squares(group, traced)
         factor = _factor(squares, weights, limit)
         for member in members:
-            leaf, axis = traced[member.path], member.axis
-            line = jnp.ones(leaf.shape[axis], widened(leaf).dtype)
+            leaf = traced[member.path]
+            line = jnp.ones(count(member, leaf.shape), widened(leaf).dtype)
             each = jnp.repeat(factor.astype(line.dtype), member.repeats)
             line = line.at[member.index.ravel()].multiply(each)
-            shape = [-1 if a == axis else 1 for a in range(leaf.ndim)]
-            found[member.path] = found[member.path] * line.reshape(shape)
+            every = along(line, member, leaf.shape)
+            found[member.path] = found[member.path] * every
     return dict(zip(leaves, found.values(), strict=True))

@@ -183,6 +183,11 @@ def _atoms_of(
     solution: Solution, group: Group, known: Mapping[str, Value]
 ) -> np.ndarray:
     """The atom of every unit: what is the same at all positions of the unit."""
+    if group.layers > 1:
+        raise ValueError(
+            f"group {group.name} has units of its own in each of {group.layers} layers "
+            "of a scan, whose values no tap sees one by one; trace without per_layer="
+        )
     met = False
     for member in group.members:
         value = known.get(member.path, known.get(member.path.removeprefix("params/")))
