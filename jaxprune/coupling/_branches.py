@@ -8,7 +8,7 @@ leaves which nothing else reads. What is left is the other operand, the shortcut
 import itertools
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from jax.extend.core import DropVar, Literal
 
@@ -19,13 +19,27 @@ from jaxprune.coupling._walk import Walked
 Uses: TypeAlias = set[tuple[int, int]]  # (id of an equation, operand)
 
 
+class Branch(NamedTuple):
+    """A residual branch.
+
+    Attributes:
+        groups: the names of the groups that it consists of.
+        eqn: the sum that it goes into.
+        operand: as which operand.
+    """
+
+    groups: tuple[str, ...]
+    eqn: Any
+    operand: int
+
+
 def find_branches(
     walked: Walked,
     names: Sequence[str],
     twins: Sequence[int | None],
     groups: Mapping[str, Group],
-) -> dict[str, tuple[str, ...]]:
-    """The branches of a program: name -> names of the groups that it consists of.
+) -> dict[str, Branch]:
+    """The branches of a program, by their names.
 
     Args:
         walked: the program, whose writers have units of their own.
@@ -33,7 +47,7 @@ def find_branches(
         twins: for every output the number of the leaf it is the new value of.
         groups: the groups; those of writers know their stream.
     """
-    found: dict[str, tuple[str, ...]] = {}
+    found: dict[str, Branch] = {}
     outs = zip(walked.jaxpr.outvars, twins, strict=True)
     state = {var for var, twin in outs if twin is not None}
     assert walked.writers is not None
@@ -47,7 +61,7 @@ def find_branches(
         ]
         writers = [name for name in own if groups[name].stream]
         if writers:
-            found[_name(groups, own, found)] = tuple(own)
+            found[_name(groups, own, found)] = Branch(tuple(own), eqn, operand)
     return found
 
 

@@ -135,7 +135,8 @@ def trace(
     whole = Whole(walked, arrays, twins) if roles else None
     groups = collect_groups(ledger, solution, ordered, shapes, treedef, whole, walked)
     if walked.writers is not None:
-        branches = find_branches(walked, arrays, twins, groups)
+        found = find_branches(walked, arrays, twins, groups)
+        branches = {name: branch.groups for name, branch in found.items()}
         groups = dataclasses.replace(groups, branches=branches)
     if not (balanced or per_layer):
         return groups

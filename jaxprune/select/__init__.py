@@ -15,6 +15,7 @@ Scores may be traced: then the decision is traced too.
 
 from jaxprune.select import clusters as clusters
 from jaxprune.select import provable as provable
+from jaxprune.select._adaptive import adaptive as adaptive
 from jaxprune.select._bisection import bisect as bisect
 from jaxprune.select._budget import Selection as Selection
 from jaxprune.select._budget import to_budget as to_budget
