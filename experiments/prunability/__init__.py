@@ -1,0 +1,1 @@
+"""Prunability (Kuhn et al. 2021)."""
