@@ -4,9 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pages import Page, check_alone
 
 import jaxprune
-from jaxprune import recipes, scores
+from jaxprune import display, recipes, scores
 from jaxprune.select import clusters
 from jaxprune.statistics import taps
 
@@ -126,6 +127,28 @@ def test_planted_twins_share_a_cluster_and_every_cluster_keeps_a_unit():
     for cluster in set(ids.tolist()):
         own = np.flatnonzero(ids == cluster)
         assert keep[own[np.argmax(felt[own])]]
+
+
+def test_images_go_into_the_report(tmp_path):
+    images = {NAME: RNG.normal(size=(6, 1, 5, 5, 1))}
+    ids, keep = {NAME: np.array([0, 1, 2, 0, 1, 2])}, {NAME: np.arange(6) < 3}
+    figure = display.functions_figure(images, ids, keep)
+    frames = [
+        (axes.get_title(), axes.spines["left"].get_edgecolor()[1] > 0.3)
+        for axes in figure.axes
+        if axes.get_images()
+    ]
+    assert frames == [(str(k), kept) for k in range(3) for kept in (True, False)]
+    pruned = jaxprune.prune(net, PARAMS, X, sparsity=0.5)
+    path = tmp_path / "report.html"
+    pruned.report(path, latency=False, figures={"What filters look for": figure})
+    page = Page(path.read_text())
+    check_alone(page)
+    assert page.tags.count("image") == 6 and "What filters look for" in page.text
+    with pytest.raises(
+        ValueError, match=r"images\[a:2\] have the shape \(7, 2, 1, 1\)"
+    ):
+        display.functions_figure({NAME: np.ones((6, 7, 2, 1, 1))}, ids, keep)
 
 
 @pytest.mark.parametrize("gone", [1, 2, 3])

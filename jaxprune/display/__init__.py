@@ -9,6 +9,7 @@ from jaxprune.display._curves import plot_runs as plot_runs
 from jaxprune.display._environment import as_facts as as_facts
 from jaxprune.display._environment import command as command
 from jaxprune.display._environment import machine as machine
+from jaxprune.display._functions import functions_figure as functions_figure
 from jaxprune.display._intervals import Interval as Interval
 from jaxprune.display._intervals import interval as interval
 from jaxprune.display._pages import write_page as write_page

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from jaxprune.core._groups import Groups
@@ -72,6 +73,7 @@ def write_report(
     title: str,
     call: str = "",
     command: str = "",
+    figures: Mapping[str, Any] = MappingProxyType({}),
 ) -> None:
     """Writes the report of one or several runs as one HTML file.
 
@@ -87,6 +89,7 @@ def write_report(
         title: of the page.
         call: the Python call that made it.
         command: the command that made it.
+        figures: caption -> matplotlib figure.
 
     Raises:
         ValueError: if the runs do not have the same stages.
@@ -104,6 +107,7 @@ def write_report(
         "timed": _timed(runs),
         "curves": _curves(runs),
         "layers": layers(_in_order(groups), shapes),
+        "figures": {text: as_svg(each, text) for text, each in figures.items()},
         "picture": groups_picture(groups, keep),
         "pinned": reasons(groups),
         "call": call,

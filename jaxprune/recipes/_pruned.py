@@ -107,6 +107,7 @@ class Pruned:
         title: str = "What was cut",
         metrics: Mapping[str, Any] | None = None,
         latency: bool = True,
+        figures: Mapping[str, Any] | None = None,
     ) -> None:
         """Writes one HTML file: costs, groups, layers, what is not cut and why.
 
@@ -119,11 +120,13 @@ class Pruned:
             metrics: name -> number after the cut, or ``(before, after)``:
                 ``{"accuracy": (0.98, 0.97)}``.
             latency: measure a call before and after, unless `measured` has.
+            figures: caption -> matplotlib figure, such as `display.functions_figure`
+                of what units look for.
 
         Raises:
             ModuleNotFoundError: if ``jaxprune[report]`` is missing.
         """
-        report_pruned(path, self, title, metrics or {}, latency)
+        report_pruned(path, self, title, metrics or {}, latency, figures or {})
 
     @property
     def is_program(self) -> bool:

@@ -25,6 +25,7 @@ def report_pruned(
     title: str,
     metrics: Mapping[str, Any],
     latency: bool,
+    figures: Mapping[str, Any],
 ) -> None:
     """Writes the report of a pruned function, see `Pruned.report`."""
     with needing("reports", "report"):
@@ -41,7 +42,7 @@ def report_pruned(
         spent = found["parameters"][at], found["FLOPs"][at]
         kept = _kept(pruned) if at else 1.0
         stages.append(Stage(name, kept, *spent, seconds, own))
-    _write(path, [stages], pruned, title, pruned.call)
+    _write(path, [stages], pruned, title, pruned.call, figures)
 
 
 def report_rounds(
@@ -62,7 +63,7 @@ def report_rounds(
         for at, number in tracked(places, "latency", progress):
             times[at, number] = _seconds(runs[at].load(number))
     stages = [_stages(run, metric, times, at) for at, run in enumerate(runs)]
-    _write(path, stages, runs[0].last, title, runs[0].call)
+    _write(path, stages, runs[0].last, title, runs[0].call, {})
 
 
 def _stages(
@@ -124,6 +125,7 @@ def _write(
     pruned: "Pruned",
     title: str,
     call: str,
+    figures: Mapping[str, Any],
 ) -> None:
     from jaxprune.display import command, write_report
 
@@ -137,6 +139,7 @@ def _write(
         title=title,
         call=call,
         command=command(),
+        figures=figures,
     )
 
 
