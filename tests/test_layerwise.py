@@ -134,6 +134,62 @@ def test_streams_that_several_layers_read_and_the_search_for_a_drop():
     assert nothing.metrics[-1] == 0
 
 
+def mixed(p, x):
+    """What every head makes of its values, side by side: ``[..., heads, features]``."""
+    q, k, v = (jnp.einsum("btd,dhf->bthf", x, p[name]) for name in "qkv")
+    weights = jax.nn.softmax(jnp.einsum("bthf,bshf->bhts", q, k) / 2)
+    return jnp.einsum("bhts,bshf->bthf", weights, v)
+
+
+def attention(p, x):
+    return jnp.einsum("bthf,hfn->btn", mixed(p, x), p["o"]) + p["b"][None, None]
+
+
+def test_values_of_attention_are_ranked_as_by_brute_force():
+    """A unit is a position of the values in every head: blocks of two inputs."""
+    p = {name: normal(4, 2, 5) for name in "qkv"} | {"o": normal(2, 5, 3)}
+    p["b"], x = normal(3), normal(9, 6, 4)
+    groups = jaxprune.trace(attention, p, x, roles=True)
+    (name,) = [
+        n
+        for n, g in groups.items()
+        if any((m.path, m.axis) == ("o", 1) for m in g.members)
+    ]
+    found = recipes.reconstruct(groups, attention, p, [x], sparsity={name: 0.6})
+    heads = np.asarray(mixed(p, x), np.float64).reshape(-1, 2, 5)
+    heads -= heads.mean(0)
+    outputs = np.einsum("rhf,hfn->rn", heads, p["o"].astype(np.float64))
+
+    def loss(units):
+        rows = heads[:, :, units].reshape(len(heads), -1)
+        return np.square(outputs - rows @ np.linalg.lstsq(rows, outputs)[0]).sum()
+
+    first = min(range(5), key=lambda u: loss([u]))
+    second = min(set(range(5)) - {first}, key=lambda u: loss([first, u]))
+    assert set(np.flatnonzero(found.keep[name])) == {first, second}
+    missing = attention(found.variables, x) - attention(p, x)
+    error = np.square(np.asarray(missing, np.float64)).sum()
+    assert error == pytest.approx(loss([first, second]), rel=1e-3)
+
+
+def test_sharded_variables_are_reconstructed_where_they_lie():
+    devices = jax.make_mesh((2,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec
+    specs = {"w1": spec(None, "model"), "w2": spec("model"), "w3": spec("model")}
+    place = {n: jax.sharding.NamedSharding(devices, s) for n, s in specs.items()}
+    params = {n: jax.device_put(w, place.get(n)) for n, w in PARAMS.items()}
+    share = {"w2:1": 0.5}
+    found, plain = (
+        recipes.reconstruct(GROUPS, net, p, [X], sparsity=share)
+        for p in (params, PARAMS)
+    )
+    np.testing.assert_array_equal(found.keep["w2:1"], plain.keep["w2:1"])
+    for name, leaf in plain.variables.items():
+        np.testing.assert_allclose(found.variables[name], leaf, rtol=1e-3, atol=1e-4)
+    for name, where in place.items():
+        assert found.variables[name].sharding == where
+
+
 def test_what_cannot_be_reconstructed_is_refused():
     with pytest.raises(ValueError, match="method must be one of .* did you mean lasso"):
         recipes.reconstruct(GROUPS, net, PARAMS, [X], sparsity=0.5, method="laso")

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.reconstruction import study
+from experiments.prunability import study as prunability
+from experiments.reconstruction import bounds, page, study
 
 pytestmark = pytest.mark.once
 
@@ -49,3 +50,37 @@ def test_the_committed_run_has_its_seeds_and_says_where_it_is_from():
             assert found["summary"][f"{net}/{budget}/{method}"]["at once"] == round(
                 float(mean), 4
             )
+
+
+def test_the_page_shows_the_committed_results():
+    document = page.DOCUMENT.read_text()
+    assert page.filled(document, page.texts()) == document
+
+
+def test_a_sampled_layer_is_right_on_average_and_exact_for_one_sum():
+    rng = np.random.default_rng(0)
+    x, kernel = rng.random((5, 6)), rng.random((6, 3))
+    unit = np.array([0, 0, 1, 1, 2, 2])
+    part = bounds.by_unit(x, kernel, unit, 3)
+    np.testing.assert_allclose(part.sum(0), (x @ kernel).ravel())
+    # The sensitivities of a single sum are its parts, so every draw gives it back.
+    one = part[:, :1]
+    off, kept = bounds.sampled([one], one[:, 0] / one.sum(), 4, 50, rng)
+    assert off.max() < 1e-6 and 0 < kept <= 1
+    s = (part / part.sum(0)).max(1)
+    few, many = (bounds.sampled([part], s, n, 200, rng)[0].mean() for n in (10, 1000))
+    assert 0 < many < few / 5  # as one over the root of the draws
+
+
+def test_rank_correlations_of_a_family_are_those_of_its_pairs():
+    records = {}
+    for k, width in enumerate((16, 64)):
+        for j, noise in enumerate((0.0, 0.2)):
+            measures = dict.fromkeys(prunability.MEASURES, -k - 2.0 * j)
+            measures |= {"prunability": k + 2.0 * j, "margin": k - 2.0 * j}
+            records[f"{width}/1/0.1/500/{noise}/0"] = measures | {"gap": k + 2.0 * j}
+    found = prunability.summary(records)
+    assert found["prunability"] == {"all": 1.0, "seeds": [1.0], "within": 1.0}
+    assert found["flatness"]["all"] == found["flatness"]["within"] == -1.0
+    # Right in width, wrong in noise: of 6 pairs 2 agree, of 4 that differ once also 2.
+    assert found["margin"] == {"all": -0.333, "seeds": [-0.333], "within": 0.0}
