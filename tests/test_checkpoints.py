@@ -188,6 +188,9 @@ def test_a_wrong_like_is_no_damage(tmp_path, like, text):
         checkpoints.restore_latest(tmp_path, like)
 
 
+ENDLESS: dict[str, object] = {}
+ENDLESS["itself"] = ENDLESS
+HOLLOW = jax.ShapeDtypeStruct((2,), jnp.float32)
 REFUSED = [
     ({"step": -1}, ValueError, "step must be 0 or more, got step=-1"),
     ({"step": 1.5}, TypeError, "step must be an int, got 1.5 of type float"),
@@ -199,6 +202,8 @@ REFUSED = [
     ({"meta": object()}, TypeError, "meta must be what JSON can hold: .*object"),
     ({"meta": {"a": {1, 2}}}, TypeError, "meta must be what JSON can hold: .*set"),
     ({"meta": {(1, 2): 3}}, TypeError, "meta must be what JSON can hold"),
+    ({"meta": ENDLESS}, TypeError, "meta must be what JSON can hold: Circular"),
+    ({"state": {"w": HOLLOW}}, TypeError, "w is a ShapeDtypeStruct, which has no val"),
     ({"state": {"w": "text"}}, TypeError, "w is of type str; a checkpoint holds"),
     ({"state": {"w": np.array([None])}}, TypeError, "w has dtype object"),
     ({"state": {"w": np.array(["a"])}}, TypeError, "w has dtype <U1"),

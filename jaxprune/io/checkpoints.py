@@ -77,7 +77,8 @@ def save(
         step: number of the step, an int of 0 or more.
         state: tree of arrays, typed keys and Python numbers; arrays may be empty.
         meta: anything JSON can hold: what has to be known before the arrays, such as
-            the units that a pruned model keeps.
+            the units that a pruned model keeps. Keys come back as strings, tuples as
+            lists.
         keep: how many of the newest steps stay.
 
     Raises:
@@ -97,7 +98,7 @@ def save(
     step, keep = _natural("step", step), _natural("keep", keep)
     if keep < 1:
         raise ValueError(f"keep must be 1 or more, got {keep=}")
-    refuse_traced("checkpoints.save", state=state, meta=meta)
+    refuse_traced("checkpoints.save", state=state)
     meta = _as_json(meta)
     arrays, leaves = _described(state)
     folder = Path(folder).absolute()
@@ -231,6 +232,11 @@ def _signature(path: str, leaf: PyTree) -> dict[str, Any]:
         raise TypeError(
             f"{path} is of type {type(leaf).__name__}; a checkpoint holds arrays, "
             "typed keys and Python numbers, and meta the rest"
+        )
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        raise TypeError(
+            f"{path} is a ShapeDtypeStruct, which has no values to save; such leaves "
+            "are for restore_latest(folder, like)"
         )
     objects = isinstance(leaf.dtype, np.dtype) and leaf.dtype.kind in "OUSMm"
     if objects or leaf.dtype == jax.dtypes.float0:

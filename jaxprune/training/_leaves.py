@@ -41,10 +41,14 @@ def select_leaves(
     chosen = _default_mask(params) if mask is None else _as_mask(mask, params, gets)
     selected = {name: None for name in leaves if chosen[name]}
     if not selected:
+        shown = [
+            f"{name} of {jnp.result_type(leaf)}"
+            for name, leaf in list(leaves.items())[:5]
+        ]
         raise ValueError(
-            f"none of the {len(leaves)} leaves ({', '.join(list(leaves)[:5])}, ...) "
-            f"gets {gets}; give a mask that is True for some leaf (the default takes "
-            "kernels of two axes or more)"
+            f"none of the {len(leaves)} leaves ({', '.join(shown)}, ...) gets {gets}; "
+            "give a mask that is True for some leaf (the default takes kernels of "
+            "floats, of two axes or more)"
         )
     for name in selected:
         shape, dtype = leaves[name].shape, leaves[name].dtype
