@@ -255,6 +255,46 @@ def test_trained_rank_loses_less_when_it_is_factorised():
     assert trained < 0.5 * plain
 
 
+# --- force regularisation ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2"])
+def test_forces_are_the_published_sum(norm):
+    """A loop over pairs; lengths stay, and a filter of zeros neither pulls nor turns."""
+    kernel = normal(3, 2, 5)
+    kernel[..., 3] = 0
+    tx = training.force_regularization(0.3, norm)
+    params = {"kernel": jnp.asarray(kernel)}
+    slope = tx.update(none(params), tx.init(params), params)[0]["kernel"]
+    got = -np.asarray(slope).reshape(6, 5) / 0.3
+    filters = kernel.reshape(6, 5).astype(np.float64)
+    expected = np.zeros_like(filters)
+    for i in range(5):
+        for j in set(range(5)) - {i, 3} if i != 3 else ():
+            u, v = (filters[:, k] / np.linalg.norm(filters[:, k]) for k in (i, j))
+            force = (v - u) / (np.linalg.norm(v - u) if norm == "l1" else 1)
+            length = np.linalg.norm(filters[:, i])
+            expected[:, i] += length * (force - force @ u * u)
+    np.testing.assert_allclose(got, expected, atol=1e-5)
+    np.testing.assert_allclose((got * filters).sum(0), 0, atol=1e-5)
+
+
+def test_forces_lower_the_rank_for_an_error():
+    """Wen et al.: fewer filters span nearly the same."""
+    inputs, target = normal(40, 12), normal(12, 10, seed=1)
+
+    def loss(params):
+        return jnp.mean((inputs @ params["w"] - inputs @ target) ** 2)
+
+    def rank(link):
+        tx = optax.chain(link, optax.sgd(0.2))
+        params, _, _ = run(tx, {"w": jnp.asarray(target)}, jax.grad(loss), 60)
+        values = np.linalg.svd(params["w"], compute_uv=False) ** 2
+        return int(np.argmax(np.cumsum(values) >= 0.95 * values.sum())) + 1
+
+    assert rank(training.force_regularization(0.1)) < rank(optax.identity())
+
+
 # --- ramps, copies of weights, selections --------------------------------------------
 
 
@@ -331,6 +371,8 @@ def test_averages_of_weights_hold_zeros_where_weights_are_removed(base):
         (lambda tx: training.bridge_penalty(float("inf")), "finite, got inf"),
         (lambda tx: training.proximal_group_lasso(0.1, -1.0), "at least 0, got -1"),
         (lambda tx: training.growing_regularization(every=0), "1 or more, got 0"),
+        (lambda tx: training.force_regularization(-1.0), "at least 0, got -1"),
+        (lambda tx: training.force_regularization(0.1, "l3"), "norm must be .* 'l3'"),
         (lambda tx: training.trained_rank_pruning(tx, energy=0.0), "energy must"),
         (lambda tx: training.trained_rank_pruning(tx, kind="tall"), "got 'tall'"),
         (

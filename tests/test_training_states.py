@@ -97,6 +97,7 @@ METHODS = {
     "dropconnect": before(training.dropconnect(0.3, key=jax.random.key(1, impl="rbg"))),
     "bridge_penalty": before(training.bridge_penalty(0.1)),
     "growing": before(training.growing_regularization(units, growth=0.1, every=2)),
+    "force": before(training.force_regularization(0.1)),
     "proximal": lambda tx: optax.chain(
         tx, training.proximal_group_lasso(0.1, 0.1, GROUPS)
     ),

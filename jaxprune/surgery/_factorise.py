@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -18,6 +18,9 @@ from jaxprune.core._types import ApplyFn, Array, PyTree, PyTreeDef
 from jaxprune.program._closures import closes_over_tracers
 from jaxprune.program._collector import collector_paused
 from jaxprune.program._jaxprs import Program, call, is_array, trace_program
+from jaxprune.statistics._contractions import contractions
+from jaxprune.statistics._moments import Moments
+from jaxprune.surgery._factor_data import Inputs, inputs_of, on_data
 from jaxprune.surgery._factor_forms import KINDS, FactorKind
 from jaxprune.surgery._factor_program import Split, rewritten, split_of
 from jaxprune.surgery._factor_walk import Uses
@@ -113,7 +116,9 @@ def factorise(
     ranks: Ranks,
     kind: FactorKind = "channel",
     basis_size: int | None = None,
-    share: Sequence[str] = (),
+    share: str | Sequence[str] = (),
+    moments: Iterable[Moments] | None = None,
+    relu: str | Sequence[str] = (),
     **kwargs: PyTree,
 ) -> Factorised:
     r"""Replaces kernels by products of smaller ones, in any JAX function.
@@ -151,6 +156,12 @@ def factorise(
         kind: see above. A matrix has kinds "channel" and "basis" alone.
         basis_size: of kind "basis"; all inputs if None. It divides them.
         share: paths or patterns of leaves that share one basis, that of the first.
+        moments: of the inputs of the kernels (`jaxprune.statistics.moments`), for
+            factors that are the best on these inputs (GSVD) and not of all matrices. Of
+            kind "channel".
+        relu: paths or patterns of kernels that, after their bias, a ReLU follows: their
+            factors and bias are fitted to what is behind it, on responses drawn from
+            the Gaussian of these moments.
         **kwargs: example keyword arguments of `apply_fn`.
 
     Returns:
@@ -177,7 +188,9 @@ def factorise(
         Denton et al., `Exploiting Linear Structure <https://arxiv.org/abs/1404.0736>`_,
         2014; Jaderberg et al., `Speeding up Convolutional Neural Networks with Low Rank
         Expansions <https://arxiv.org/abs/1405.3866>`_, 2014; Li et al., `Learning
-        Filter Basis <https://arxiv.org/abs/1908.08932>`_, ICCV 2019
+        Filter Basis <https://arxiv.org/abs/1908.08932>`_, ICCV 2019; Zhang et al.,
+        `Accelerating Very Deep Convolutional Networks
+        <https://arxiv.org/abs/1505.06798>`_, 2015, for `moments` and `relu`
     """
     check_function(apply_fn)
     if kind not in KINDS:
@@ -191,11 +204,18 @@ def factorise(
     splits, reasons = splits_of(program, named, kind, basis_size)
     found = resolved(ranks, splits, reasons)
     splits = _sharing({path: splits[path] for path in found}, share, found, reasons)
-    factors, errors = _factors(splits, found, named)
+    if moments is None and relu:
+        raise ValueError("relu= needs the moments of the kernels' inputs")
+    if moments is None:
+        factors, errors = _factors(splits, found, named)
+    else:
+        known = inputs_of(splits, list(moments), relu, contractions(program))
+        factors, errors = _factors_on_data(splits, found, named, *known)
     inside = _Inside(treedef, names, splits)
     made = jax.tree.unflatten(treedef, [factors.get(n, named[n]) for n in names])
     small = _transformed(apply_fn, inside)
-    rewritten(program, splits, _in_order(factors))  # complains early
+    pairs = {path: factors[path] for path in splits}
+    rewritten(program, splits, _in_order(pairs))  # complains early
     return Factorised(small, made, found, errors, inside)
 
 
@@ -345,6 +365,33 @@ def _factors(
             missed = np.linalg.norm(whole - left @ part)
             errors[path] = float(missed / (np.linalg.norm(whole) or 1.0))
     return factors, errors
+
+
+def _factors_on_data(
+    splits: Mapping[str, Split],
+    ranks: Mapping[str, int],
+    leaves: Mapping[str, Array],
+    inputs: Mapping[str, Inputs],
+    behind: Collection[str],
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """`_factors` by data; what is new among biases, too."""
+    found: dict[str, Any] = {}
+    errors: dict[str, float] = {}
+    for path, split in splits.items():
+        here, leaf = inputs[path], host(path, leaves[path])
+        bias = host(here.bias_path, leaves[here.bias_path]) if here.bias_path else None
+        left, right, new = on_data(split, leaf, here, path in behind, bias, ranks[path])
+        both = [x.astype(leaves[path].dtype) for x in split.form.factors(left, right)]
+        found[path] = dict(zip((FIRST, SECOND), map(jnp.asarray, both), strict=True))
+        whole = split.matrices(leaf)
+        missed = np.linalg.norm(whole - left @ right)
+        errors[path] = float(missed / (np.linalg.norm(whole) or 1.0))
+        if new is not None and bias is not None:
+            bias = bias.copy()
+            bias.reshape(-1)[here.bias] = new
+            dtype = leaves[here.bias_path].dtype
+            found[here.bias_path] = jnp.asarray(bias.astype(dtype))
+    return found, errors
 
 
 def truncated(matrices: np.ndarray, rank: int) -> tuple[np.ndarray, np.ndarray]:

@@ -4,6 +4,8 @@ from jaxprune.training import distillation as distillation
 from jaxprune.training import schedules as schedules
 from jaxprune.training._centripetal import CentripetalState as CentripetalState
 from jaxprune.training._centripetal import centripetal as centripetal
+from jaxprune.training._force import ForceState as ForceState
+from jaxprune.training._force import force_regularization as force_regularization
 from jaxprune.training._global_sparse_momentum import (
     GlobalSparseMomentumState as GlobalSparseMomentumState,
 )
