@@ -127,4 +127,11 @@ def test_the_page_tells_gains_that_are_sure_and_what_widths_cost():
         "| SP-Net, two bases | 52.0 ± 0.0 | 52.0 ± 0.0 | 52.0 ± 0.0 | 90%, 100%" in text
     )
     assert "| SP-Net, two bases over S-Net | **+2.0 [+2.0, +2.0]** |" in text
-    assert not report.surely_above("+2.0 [-0.1, +4.1]")
+    assert "* SP-Net is better than S-Net: vgg: holds." in text
+    assert report.limits("+2.0 [-0.1, +4.1]") == (-0.1, 4.1)
+    unsure = ["+1.0 [+0.5, +1.5]", "+1.0 [+0.5, +1.5]", "+2.0 [-0.1, +4.1]"]
+    below = ["+1.0 [+0.5, +1.5]", "-1.0 [-1.5, -0.5]", "-2.0 [-4.1, -0.1]"]
+    assert [report.verdict(each) for each in (unsure, below)] == [
+        "not shown",
+        "turned round",
+    ]

@@ -376,3 +376,37 @@ def test_a_gate_learns_to_send_easy_examples_to_the_narrowest_width():
     assert_same(found, jnp.stack(each))
     with pytest.raises(ValueError, match="expected one for each of the 3 widths"):
         search.gate_step(slim, gate, tx, np.ones(2))
+
+
+def test_a_hypernet_makes_the_weights_of_every_width_and_learns_them():
+    """Against its equation, and a loss in which wide and narrow disagree."""
+    variables = {"params": PARAMS}
+    groups = jaxprune.trace(linear, variables, X)
+    one, two = groups
+    net = search.hypernet(groups, variables, hidden=8)
+    own = net.init(jax.random.key(0))
+    made = net.params(own, {one: 3, two: 5})
+    b = own["params/b"]  # cut by both groups
+    middle = jax.nn.relu(jnp.array([0.5, 1.0]) @ b["in"] + b["bias"])
+    assert_same(made["b"], PARAMS["b"] + (middle @ b["out"]).reshape(6, 5))
+    gap = np.abs(made["b"] - PARAMS["b"]).max()
+    assert 0 < gap < 0.2 * np.abs(PARAMS["b"]).max()
+
+    tx = optax.adam(0.02)
+    options = {one: (1, 6), two: (1, 5)}
+
+    def forward(apply_fn, v, batch):
+        wide = (v["params"]["b"][-1] != 0).any()  # are the last units there?
+        logits = apply_fn(v, batch[0])
+        return jnp.where(wide, logits, -logits), {}
+
+    step = jax.jit(search.meta_step(linear, groups, net, tx, forward, options))
+    state = search.JointState({"params": own}, tx.init(own), jax.random.key(1))
+    losses = []
+    with jax.numpy_dtype_promotion("standard"):
+        for _ in range(150):
+            state, loss = step(state, (X, LABELS))
+            losses.append(float(loss))
+    assert np.mean(losses[-30:]) < 0.8 * np.mean(losses[:30])
+    with pytest.raises(ValueError, match="makes the collection 'params'"):
+        search.hypernet(GROUPS, PARAMS)

@@ -2,14 +2,13 @@
 
     python -m experiments.slimmable.report
 
-Everything here is a function of study.json; what the numbers say is written by hand in
-`NOTES`, and holds for the committed results only.
+Everything here is a function of study.json.
 """
 
 import json
 import re
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +30,19 @@ LABELS = {
     "alone": "every width by itself",
 }
 
-NOTES = """\
-"""
+# Whose claims, and what refutes them: the gain of the first arm over the second.
+CLAIMS = {
+    ("sp_net", "s_net"): "SP-Net is better than S-Net",
+    (
+        "one_base",
+        "equal_shares",
+    ): "counts found by pruning are better than equal shares",
+    ("sp_net", "one_base"): "two bases are better than one",
+    ("sp_net", "iterative"): "two bases are better than pruning and tuning by turns",
+    ("zero_padded", "sp_net"): "zero padding match is better than shared masks",
+    ("auto_slim", "s_net_taught"): "widths of AutoSlim are better than equal shares",
+    ("bcnet", "s_net_taught"): "widths of BCNet are better than equal shares",
+}
 
 
 def main() -> None:
@@ -59,8 +69,8 @@ def page(found: Mapping[str, Any]) -> Iterator[str]:
         `experiments/slimmable/study.json`; what the arms are, and what would refute the
         claims, stands in `experiments/slimmable/study.py`."""
     )
-    yield NOTES
     told = summary(found["records"])
+    yield from _verdicts(told)
     for net, own in told.items():
         yield f"## {net}\n"
         yield from _accuracies(net, own, found)
@@ -70,6 +80,42 @@ def page(found: Mapping[str, Any]) -> Iterator[str]:
 def fill(text: str) -> str:
     """A paragraph of the page."""
     return textwrap.fill(" ".join(text.split()), 88) + "\n"
+
+
+def _verdicts(told: Mapping[str, Any]) -> Iterator[str]:
+    """For every claim whether it is borne out: above 0 at both narrower widths."""
+    yield fill(
+        """A claim holds on a net where the whole 95 % interval of the gain lies above 0
+        at both narrower widths, and is turned round where it lies below 0 at both;
+        elsewhere it is not shown. Intervals are not corrected for the number of
+        comparisons."""
+    )
+    for pair, claim in CLAIMS.items():
+        name = " over ".join(pair)
+        words = [
+            f"{net}: {verdict(own['gains'][name])}"
+            for net, own in told.items()
+            if name in own["gains"]
+        ]
+        if words:
+            yield f"* {claim[0].upper()}{claim[1:]}: {'; '.join(words)}."
+    yield ""
+
+
+def verdict(gains: Sequence[str]) -> str:
+    """What the gains at all widths say of a claim."""
+    narrower = [limits(cell) for cell in gains[1:]]
+    if all(low > 0 for low, _ in narrower):
+        return "holds"
+    if all(high < 0 for _, high in narrower):
+        return "turned round"
+    return "not shown"
+
+
+def limits(cell: str) -> tuple[float, float]:
+    """The interval of a gain."""
+    low, high = re.findall(r"[-+][\d.]+", cell)[1:]
+    return float(low), float(high)
 
 
 def _accuracies(net: str, own: Any, found: Mapping[str, Any]) -> Iterator[str]:
@@ -109,14 +155,9 @@ def _gains(own: Any) -> Iterator[str]:
     yield "|---|" + "--:|" * width
     for ours, theirs in pairs:
         cells = own["gains"][f"{ours} over {theirs}"]
-        bold = [f"**{cell}**" if surely_above(cell) else cell for cell in cells]
+        bold = [f"**{cell}**" if limits(cell)[0] > 0 else cell for cell in cells]
         yield f"| {LABELS[ours]} over {LABELS[theirs]} | {' | '.join(bold)} |"
     yield ""
-
-
-def surely_above(cell: str) -> bool:
-    """Does the interval of a gain lie above 0?"""
-    return float(re.search(r"\[([^,]+),", cell)[1]) > 0  # pyright: ignore[reportOptionalSubscript]
 
 
 if __name__ == "__main__":

@@ -19,6 +19,9 @@ from jaxprune.search._evolution import prior_population as prior_population
 from jaxprune.search._evolution import pruning_reward as pruning_reward
 from jaxprune.search._evolution import width_prior as width_prior
 from jaxprune.search._evolution import within as within
+from jaxprune.search._hypernet import Hypernet as Hypernet
+from jaxprune.search._hypernet import hypernet as hypernet
+from jaxprune.search._hypernet import meta_step as meta_step
 from jaxprune.search._joint import JointState as JointState
 from jaxprune.search._joint import calibrate as calibrate
 from jaxprune.search._joint import joint_state as joint_state
