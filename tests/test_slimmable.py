@@ -340,6 +340,7 @@ EVEN = np.arange(8) % 2 == 0
         ([{HIDDEN: EVEN * 1.0}], {}, TypeError, "must be bools .* float64"),
         ([{HIDDEN: True}], {}, TypeError, r"must be a count or bools \[8\], got True"),
         ([{HIDDEN: 2.5}], {}, ValueError, "must be a whole number"),
+        ([{HIDDEN: 8}, None], {}, TypeError, r"keeps\[1\] must be a mapping.*NoneT"),
         ([{HIDDEN: 3}], {"private": "batch_stats/*"}, ValueError, "matches none of th"),
         ([{HIDDEN: 3}], {"order": {"w2:0": EVEN}}, ValueError, "order names the group"),
         ([{HIDDEN: 3}], {"order": {HIDDEN: EVEN[:2]}}, ValueError, "must be 8 finite"),
@@ -354,6 +355,8 @@ def test_bad_use_is_refused_by_name():
     slim = jaxprune.slimmable(mlp, PARAMS, [{HIDDEN: 8}, {HIDDEN: 2}], groups=GROUPS)
     with pytest.raises(IndexError, match="width 2 of 2 widths"):
         slim[2]
+    with pytest.raises(TypeError, match="width is traced, .* call slim.switch"):
+        jax.jit(lambda i: slim[i](slim.variables, X))(1)
     with pytest.raises(ValueError, match="do not have the structure of slim.variables"):
         slim[0]({"w1": PARAMS["w1"]}, X)
     with pytest.raises(TypeError, match="slimmable reads values, but variables"):

@@ -51,6 +51,8 @@ def test_draws_are_uniform_and_the_sandwich_has_both_ends():
     assert {n: int(c) for n, c in widest.items()} == {A: 6, B: 5}
     assert {n: int(c) for n, c in narrowest.items()} == {A: 1, B: 1}
     assert len(others) == 2
+    with pytest.raises(ValueError, match="options.a:1. holds no count to draw from"):
+        search.draw_counts(jax.random.key(0), {A: ()})
 
 
 def test_every_unit_serves_as_many_widths_and_sides():
@@ -103,6 +105,10 @@ def test_greedy_slimming_takes_the_least_error_every_time():
             counts = min(tries, key=error)
         expected.append(counts)
     assert found == expected
+    with pytest.raises(ValueError, match="budgets must be a finite number, got nan"):
+        search.greedy_slimming(GROUPS, error, COST, [math.nan])
+    with pytest.raises(TypeError, match="budgets must be a sequence of costs, got 3"):
+        search.greedy_slimming(GROUPS, error, COST, 3)
     with pytest.raises(
         ValueError, match="a budget of 3 is below the least cost, 7.*a:1 1, b:1 1"
     ):
@@ -256,6 +262,8 @@ def test_the_gate_draws_by_its_probabilities_and_learns_through_the_draw():
         choice = search.gumbel_gate(keys[0], logits)
         return search.gate_loss(logits, choice, right, costs).sum()
 
+    with pytest.raises(ValueError, match="temperature must be"):
+        search.gumbel_gate(keys[0], logits, temperature=0.0)
     grads = jax.grad(loss)(logits)[0]
     assert grads[2] < 0 < grads[0]  # to the narrowest, away from the widest
     wrong = search.gate_loss(logits, jnp.eye(3)[:1], ~right, costs)
@@ -271,6 +279,8 @@ def test_examples_run_at_the_width_chosen_for_them():
     assert_same(found, jnp.stack(each))
     with pytest.raises(IndexError, match="width 3 of 3 widths"):
         search.run_by_width(slim)(slim.variables, X, widths + 1)
+    with pytest.raises(TypeError, match="widths must be whole numbers .* got float64"):
+        search.run_by_width(slim)(slim.variables, X, widths / 2)
     with pytest.raises(ValueError, match="expected one for each of the 8 examples"):
         search.run_by_width(slim)(slim.variables, X, widths[:2])
 

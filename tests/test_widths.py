@@ -206,6 +206,23 @@ def test_thresholds_keep_about_the_ratio_and_counts_grow_with_it():
             "scores are of no group",
         ),
         (
+            lambda: search.threshold_counts(
+                GROUPS, {HIDDEN: np.full(8, np.nan)}, keep_ratio=0.5
+            ),
+            "must be 8 finite numbers, one for every unit",
+        ),
+        (
+            lambda: search.multi_base(GROUPS, [{HIDDEN: 4}, {HIDDEN: 0}]),
+            r"found\[1\]\[.*must be a whole number of at least 1, got 0",
+        ),
+        (lambda: search.multi_base(GROUPS, []), "found holds no width"),
+        (
+            lambda: search.joint_step(
+                slim_of((1.0, 0.75, 0.5)), TX, forward, sample=2.5
+            ),
+            "sample must be a whole number",
+        ),
+        (
             lambda: search.multi_base(GROUPS, [{"nothing": 3}]),
             "'nothing' matches none of the 1 groups",
         ),

@@ -91,7 +91,8 @@ def threshold_counts(
         Group name -> count, for the groups of `scores`; the counts grow with r.
 
     Raises:
-        ValueError: if a ratio is out of range, a name is no group or there are none.
+        ValueError: if a ratio is out of range, a name is no group, there are none, or
+            scores are not finite or of another size.
 
     Example:
         >>> import jax, numpy as np
@@ -120,6 +121,12 @@ def threshold_counts(
             f"scores are of no group; give those of some of the {len(groups)} groups"
         )
     every = {n: concrete_array(f"scores[{n}]", own) for n, own in scores.items()}
+    for name, own in every.items():
+        if own.shape != (groups[name].size,) or not np.isfinite(own).all():
+            raise ValueError(
+                f"scores[{name}] must be {groups[name].size} finite numbers, one for "
+                f"every unit, got shape {own.shape}"
+            )
     if keep_ratio == 1:  # the rule itself would lose the lowest
         return {name: groups[name].size for name in every}
     ranked = np.sort(np.concatenate(list(every.values())))
@@ -147,7 +154,8 @@ def multi_base(groups: Groups, found: Sequence[Mapping[str, int]]) -> list[Count
         For every width, the whole network first, group name -> count.
 
     Raises:
-        ValueError: if a name is no group of the widest network.
+        ValueError: if a name is no group of the widest network, there are none, or a
+            count is no whole number of at least 1.
 
     Example:
         >>> import jax
@@ -164,6 +172,11 @@ def multi_base(groups: Groups, found: Sequence[Mapping[str, int]]) -> list[Count
     names = list(dict.fromkeys(name for each in found for name in each))
     for name in names:
         selected(groups, name, "groups")
+    if not names:
+        raise ValueError("found holds no width; give one for every base")
+    for i, each in enumerate(found):
+        for name, count in each.items():
+            whole_number(f"found[{i}][{name}]", count)
     widths = [{name: groups[name].size for name in names}]
     for each in found:
         before = widths[-1]

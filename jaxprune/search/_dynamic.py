@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxprune.core._types import PyTree
 from jaxprune.search._slimmable import Slimmable
+from jaxprune.training._hyperparameters import check
 from jaxprune.training.distillation import label_loss, soft_cross_entropy
 
 
@@ -73,6 +74,9 @@ def gumbel_gate(
     Returns:
         One-hot ``[batch, widths]``, with the gradient of the softmax.
 
+    Raises:
+        ValueError: if the temperature is not above 0.
+
     Example:
         >>> gumbel_gate(jax.random.key(0), jnp.array([[0.0, 99.0]]))
         Array([[0., 1.]], dtype=float32)
@@ -81,6 +85,7 @@ def gumbel_gate(
         Jang, Gu, Poole, `Categorical Reparameterization with Gumbel-Softmax
         <https://arxiv.org/abs/1611.01144>`_, 2016
     """
+    check("temperature", temperature)
     noise = jax.random.gumbel(key, logits.shape, logits.dtype)
     soft = jax.nn.softmax((logits + noise) / temperature)
     hard = jax.nn.one_hot(soft.argmax(-1), logits.shape[-1], dtype=logits.dtype)
@@ -157,6 +162,11 @@ def run_by_width(
 
     def run(variables: PyTree, inputs: PyTree, widths: Any) -> jax.Array:
         chosen, inputs = np.asarray(widths), np.asarray(inputs)
+        if not np.issubdtype(chosen.dtype, np.integer):
+            raise TypeError(
+                f"widths must be whole numbers of widths, got {chosen.dtype}; the "
+                "argmax of a gate's logits, not the logits?"
+            )
         if chosen.shape != inputs.shape[:1] or not len(chosen):
             raise ValueError(
                 f"widths have shape {chosen.shape}, expected one for each of the "

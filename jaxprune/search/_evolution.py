@@ -141,8 +141,9 @@ class _Search:
             failed = 0 if self.legal(counts) else failed + 1
             yield counts
         raise ValueError(
-            f"{_TRIES} random candidates in a row are not legal; widen the window, or "
-            "give legal ones as first="
+            f"{_TRIES} random candidates in a row are not legal; is the budget below "
+            "what the smallest choices cost? Else widen the window, or give legal ones "
+            "as first="
         )
 
     def mutant(self, parents: Sequence[Counts], rate: float) -> Counts:

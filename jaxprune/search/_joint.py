@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxprune.core._checks import whole_number
 from jaxprune.core._types import PyTree
 from jaxprune.search._slimmable import Slimmable
 from jaxprune.statistics._recalibration import recalibrate
@@ -259,6 +260,7 @@ def _check_sample(slim: Slimmable, sample: int | None) -> int:
     """How many widths between the widest and the narrowest a step draws."""
     if sample is None:
         return 0
+    whole_number("sample", sample)
     if sample < 2 or (sample > 2 and len(slim) < 3):
         raise ValueError(
             f"sample={sample} of {len(slim)} widths: the sandwich rule trains the "

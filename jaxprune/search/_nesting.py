@@ -40,7 +40,7 @@ def nested(
     Raises:
         ValueError: if widths do not nest, a group is missing from one of them or does
             not exist, or a width is out of range.
-        TypeError: if a width is neither bools nor a count.
+        TypeError: if a width is no mapping, or holds neither bools nor a count.
     """
     _check_names(groups, keeps)
     names = list(keeps[0])
@@ -154,6 +154,12 @@ def _check_names(groups: Groups, keeps: Sequence[Mapping[str, Any]]) -> None:
             "keeps must be a sequence of widths, the widest first, each a mapping "
             "group name -> bools or a count"
         )
+    for i, each in enumerate(keeps):
+        if not isinstance(each, Mapping):
+            raise TypeError(
+                f"keeps[{i}] must be a mapping group name -> bools or a count, got "
+                f"{type(each).__name__}"
+            )
     for i, each in enumerate(keeps):
         for name in each:
             if name not in groups.by_name:

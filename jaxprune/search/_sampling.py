@@ -56,10 +56,16 @@ def draw_counts(key: jax.Array, options: Choices) -> dict[str, jax.Array]:
     Returns:
         Group name -> int32 scalar; jit-able.
 
+    Raises:
+        ValueError: if a group has no counts to choose from.
+
     Example:
         >>> int(draw_counts(jax.random.key(0), {"a": (3,)})["a"])
         3
     """
+    empty = [name for name, counts in options.items() if not len(counts)]
+    if empty:
+        raise ValueError(f"options[{empty[0]}] holds no count to draw from")
     keys = jax.random.split(key, max(len(options), 1))
     return {
         name: jax.random.choice(k, jnp.asarray(counts, jnp.int32))

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jaxprune.core._checks import refuse_traced
 from jaxprune.core._functions import check_function
@@ -155,6 +156,11 @@ class Slimmable:
         return tuple(map(compiled, self))
 
     def _number(self, i: int) -> int:
+        if isinstance(i, Tracer):
+            raise TypeError(
+                "the number of a width is traced, but it chooses a program: make it "
+                "static (static_argnums), or call slim.switch(i, variables, *args)"
+            )
         if not -len(self) <= i < len(self):
             raise IndexError(f"width {i} of {len(self)} widths, 0 (the widest) and up")
         return i % len(self)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune.core._checks import finite
 from jaxprune.core._groups import Groups
 from jaxprune.core._limits import selected
 from jaxprune.core._masks import apply_masks, expand_masks
@@ -175,7 +176,8 @@ def greedy_slimming(
         For every budget, the largest first, group name -> count.
 
     Raises:
-        ValueError: if a budget is below the cost of one portion of every group.
+        ValueError: if a budget is below the cost of one portion of every group, or is
+            no finite number.
 
     Example:
         >>> import jax.numpy as jnp, jaxprune
@@ -192,11 +194,14 @@ def greedy_slimming(
         Yu and Huang, `AutoSlim: Towards One-Shot Architecture Search for Channel
         Numbers <https://arxiv.org/abs/1903.11728>`_, 2019
     """
+    if not isinstance(budgets, Iterable):
+        raise TypeError(f"budgets must be a sequence of costs, got {budgets}")
+    limits = sorted((finite("budgets", each) for each in budgets), reverse=True)
     names = selected(groups, only, "groups")
     portion = {name: _portion(groups, name, steps) for name in names}
     counts = {name: groups[name].size for name in names}
     found = []
-    for budget in sorted(budgets, reverse=True):
+    for budget in limits:
         while cost.value(counts) > budget:
             tries = [
                 {**counts, name: counts[name] - portion[name]}
