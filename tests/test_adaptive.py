@@ -26,8 +26,7 @@ def block(p, name, h):
 
 def net(p, x):
     h = x @ p["stem"]
-    first = {path: leaf for path, leaf in p.items() if path.startswith("first")}
-    h = jax.jit(block, static_argnums=1)(first, "first", h)
+    h = jax.jit(block, static_argnums=1)(p, "first", h)  # given all, reads its own
     h = block(p, "second", h)
     return h @ p["head"]
 
@@ -38,6 +37,12 @@ for name, width in (("first", 4), ("second", 6)):
     PARAMS |= {f"{name}/scale": normal(width), f"{name}/bias": normal(5)}
 X = normal(7, 3)
 GROUPS = jaxprune.trace(net, PARAMS, X, writers="*")
+UP = {
+    member.path.split("/")[0]: name
+    for name, group in GROUPS.items()
+    for member in group.members
+    if member.path.endswith("/up") and member.axis == 1
+}
 
 
 def test_a_gate_scales_what_its_block_adds():
@@ -102,8 +107,8 @@ def test_training_with_a_proximal_step_switches_a_useless_block_off():
 
 
 SCALES = {
-    "first/up:1": np.array([4.0, 0.1, 2.0, -0.3]),
-    "second/up:1": np.array([0.01, 0.02, 0.05, 0.04, 0.003, 0.001]),
+    UP["first"]: np.array([4.0, 0.1, 2.0, -0.3]),
+    UP["second"]: np.array([0.01, 0.02, 0.05, 0.04, 0.003, 0.001]),
 }
 GATES = {"first": 0.2, "second": -1.0}
 
@@ -111,7 +116,7 @@ GATES = {"first": 0.2, "second": -1.0}
 @pytest.mark.parametrize("alpha", [0.0, 0.15, 0.3, 1.0])
 def test_thresholds_are_of_each_layer_and_of_all_branches(alpha):
     keep = select.adaptive(GROUPS, SCALES, GATES, threshold=alpha)
-    for name, branch in (("first/up:1", "first"), ("second/up:1", "second")):
+    for branch, name in UP.items():
         size = np.abs(SCALES[name])
         kept = size >= alpha * size.max()
         kept &= abs(GATES[branch]) >= alpha * 1.0
@@ -138,7 +143,7 @@ def test_a_budget_is_met_by_the_smallest_threshold_of_all():
 
 def test_a_branch_of_few_channels_goes_and_what_is_wrong_is_refused():
     keep = select.adaptive(GROUPS, SCALES, {}, threshold=0.6, least=0.3)
-    assert not keep["first/up:1"].any() and keep["second/up:1"].any()
+    assert not keep[UP["first"]].any() and keep[UP["second"]].any()
     with pytest.raises(ValueError, match="give either threshold, or cost and budget"):
         select.adaptive(GROUPS, SCALES, GATES)
     with pytest.raises(ValueError, match="'third' is no branch; the branches are"):

@@ -14,7 +14,8 @@ from jax.extend.core import DropVar, Literal
 
 from jaxprune.core._group_labels import layer_of
 from jaxprune.core._groups import Group
-from jaxprune.coupling._walk import Walked
+from jaxprune.coupling._walk import Step, Walked
+from jaxprune.program._interpret import CALLS, REMATS
 
 Uses: TypeAlias = set[tuple[int, int]]  # (id of an equation, operand)
 
@@ -130,8 +131,9 @@ def _needed_only_by(walked: Walked, uses: Uses, state: Collection[Any]) -> set[i
             and not any(other[var] for var in outs)
             and any(var in read for var in outs)
         )
+        unread = _unread(step)
         for k, var in enumerate(step.eqn.invars):
-            if isinstance(var, Literal):
+            if isinstance(var, Literal) or k in unread:
                 continue
             if alone or (id(step.eqn), k) in uses:
                 read.add(var)
@@ -140,3 +142,16 @@ def _needed_only_by(walked: Walked, uses: Uses, state: Collection[Any]) -> set[i
     return {
         k for k, var in enumerate(walked.jaxpr.invars) if var in read and not other[var]
     }
+
+
+def _unread(step: Step) -> set[int]:
+    """The operands of a call that its program does not read: whole trees are given."""
+    if step.eqn.primitive.name not in CALLS | REMATS or len(step.subs) != 1:
+        return set()
+    jaxpr = step.subs[0].jaxpr
+    reads = {
+        var for eqn in jaxpr.eqns for var in eqn.invars if not isinstance(var, Literal)
+    }
+    reads |= {var for var in jaxpr.outvars if not isinstance(var, Literal)}
+    shift = len(step.eqn.invars) - len(jaxpr.invars)
+    return {shift + k for k, var in enumerate(jaxpr.invars) if var not in reads}
