@@ -313,6 +313,23 @@ def test_a_pin_may_be_one_pattern(params):
             "read 4 times",
         ),
         ({"rounds": 0}, ValueError, "rounds must be at least 1"),
+        ({"exact": "no"}, TypeError, "exact must be True or False, got 'no'"),
+        ({"recalibrate": 1}, TypeError, "recalibrate must be True or False, got 1"),
+        (
+            {"min_keep": {"w9*": 1}},
+            ValueError,
+            r"min_keep names 'w9\*', which matches none of the 2 groups",
+        ),
+        (
+            {"sparsity": None, "budget": "3ms"},
+            ValueError,
+            "budget '3ms' is in seconds, but cost='flops'; give cost='seconds'",
+        ),
+        (
+            {"score": "taylor", "loss_fn": lambda v, x: mlp(v, x), "batches": [X]},
+            TypeError,
+            r"loss_fn must return one floating-point number.* got float32\[2, 2\]",
+        ),
         (
             {"scope": "global", "sparsity": {"w1:1": 0.5}},
             ValueError,

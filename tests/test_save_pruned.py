@@ -226,9 +226,12 @@ def test_damaged_files_are_named(contents, tmp_path, name, damage):
 
 
 def test_what_is_not_there_is_told(tmp_path, pruned):
-    for path in (tmp_path, tmp_path / "nowhere"):
-        with pytest.raises(ValueError, match=r"holds no pruned model: pruned\.json is"):
-            load_pruned(path)
+    with pytest.raises(ValueError, match=r"holds no pruned model: pruned\.json is"):
+        load_pruned(tmp_path)
+    with pytest.raises(ValueError, match="holds no pruned model: .*nowhere does not"):
+        load_pruned(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="it is a file, not a folder"):
+        load_pruned(__file__)
     (tmp_path / "thesis.tex").write_text("")
     words = pruned.apply_fn, pruned.variables, pruned.masks
     with pytest.raises(ValueError, match=r"holds something else, such as thesis\.tex"):
@@ -243,6 +246,15 @@ def test_what_is_not_there_is_told(tmp_path, pruned):
         save_pruned(tmp_path / "it", *words, X, rngs={"a": jax.random.key(0)})
     with pytest.raises(TypeError, match="JSON"):
         save_pruned(tmp_path / "it", *words, facts={"a": object()})
+
+
+def test_another_function_is_refused(folder):
+    with pytest.raises(ValueError, match=r"not the function .* it returns float32\["):
+        load_pruned(folder, lambda variables, x, train: x)
+    with pytest.raises(
+        ValueError, match="not the function .* it raises KeyError: 'no'"
+    ):
+        load_pruned(folder, lambda variables, x, train: variables["no"])
 
 
 class Killed(BaseException):

@@ -68,9 +68,9 @@ def limits_of(
 ) -> dict[str, Limits]:
     """The limits of every group."""
     columns = {
-        "min_keep": _each(names, min_keep, 1),
-        "multiple_of": _each(names, multiple_of, 1),
-        "max_sparsity": _each(names, max_sparsity, 1.0),
+        "min_keep": _each("min_keep", names, min_keep, 1),
+        "multiple_of": _each("multiple_of", names, multiple_of, 1),
+        "max_sparsity": _each("max_sparsity", names, max_sparsity, 1.0),
     }
     found = {}
     for name in names:
@@ -85,17 +85,23 @@ def limits_of(
     return found
 
 
-def _each(names: Collection[str], value: Each[T], default: T) -> dict[str, T]:
+def _each(
+    option: str, names: Collection[str], value: Each[T], default: T
+) -> dict[str, T]:
     if not isinstance(value, Mapping):
         return dict.fromkeys(names, value)
     found = dict.fromkeys(names, default)
     for pattern, own in value.items():
-        found |= dict.fromkeys(selected(names, pattern), own)
+        chosen = selected(names, pattern, "groups", f"{option} names ")
+        found |= dict.fromkeys(chosen, own)
     return found
 
 
 def selected(
-    names: Collection[str], only: str | Sequence[str] | None, what: str = "groups"
+    names: Collection[str],
+    only: str | Sequence[str] | None,
+    what: str = "groups",
+    naming: str = "",
 ) -> list[str]:
     """The names that any of the patterns matches, in their own order.
 
@@ -109,7 +115,8 @@ def selected(
         found = matching(pattern, names)
         if not found:
             raise ValueError(
-                f"{pattern!r} matches none of the {len(names)} {what}: "
+                f"{naming}{pattern!r}{', which' if naming else ''} matches none of "
+                f"the {len(names)} {what}: "
                 f"{listed(names, 5)}{nearest(pattern, names)}"
             )
         chosen.update(found)

@@ -258,7 +258,8 @@ def _ranges(numbers: list[str]) -> str:
 def _some(places: list[str]) -> str:
     if not places:
         return ""
-    more = f" and {len(places) - 1} more places" if len(places) > 1 else ""
+    rest = len(places) - 1
+    more = f" and {rest} more place{'s' * (rest > 1)}" if rest else ""
     return f"({places[0]}{more})"
 
 

@@ -53,9 +53,15 @@ def write_page(
     environment.filters |= {"quantity": quantity, "breakable": _breakable}
     page = environment.get_template(template).render(values)
     path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give the name of a file, {path}/x.html")
+    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f"{path.name}.tmp")
-    aside.write_text(page, "utf-8")
-    aside.replace(path)
+    try:
+        aside.write_text(page, "utf-8")
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def _breakable(name: str) -> Any:

@@ -27,6 +27,12 @@ from jaxprune.io._files import (
 
 _LARGEST_JSON = 2**28
 _AT_ONCE = 2**20
+# By the file that describes it: a folder of another kind is told apart.
+_HOLDS = {
+    "pruned.json": "a pruned model, see jaxprune.load",
+    "model.json": "an exported model, see io.load_exported",
+    "widths.json": "several widths, see io.load_widths",
+}
 _NAME = re.compile(r"(?P<stem>[a-z]+)(\.\d+)?(?P<suffix>\.[a-z]+|)")
 
 Writer = Callable[[Path], None]
@@ -87,13 +93,15 @@ def read_folder(
         ValueError: if the folder does not hold this, or what is damaged.
     """
     if not (folder / manifest).exists():
-        raise ValueError(f"{folder} holds no {kind}: {manifest} is missing")
+        raise ValueError(f"{folder} holds no {kind}: {_missing(folder, manifest)}")
     with naming_damage(folder, kind):
         try:
             about = json.loads(read_regular(folder / manifest, _LARGEST_JSON))
             right = isinstance(about, dict) and about == sealed(about)
         except RecursionError:
             raise ValueError(f"{manifest} is nested too deeply") from None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{manifest} is no JSON: {error}") from None
         if not right:
             raise ValueError(f"{manifest} is not what was saved")
         files = about["files"]
@@ -113,6 +121,17 @@ def naming_damage(folder: Path, kind: str) -> Iterator[None]:
         raise ValueError(
             f"the {kind} in {folder} is damaged: {first_line(error)}"
         ) from error
+
+
+def _missing(folder: Path, manifest: str) -> str:
+    """Why the JSON is not there, as far as can be told."""
+    if not folder.exists():
+        return f"{folder} does not exist"
+    if not folder.is_dir():
+        return "it is a file, not a folder"
+    others = [name for name in _HOLDS if (folder / name).exists()]
+    held = f"; it holds {_HOLDS[others[0]]}" if others else ""
+    return f"{manifest} is missing{held}"
 
 
 def sealed(about: Mapping[str, Any]) -> dict[str, Any]:

@@ -208,6 +208,8 @@ def load_pruned(
     chosen = program if apply_fn is None else narrow(apply_fn, masks)
     assert chosen is not None
     call = _example(about["program"]) if "program" in about else ((), {})
+    if apply_fn is not None and call[0]:
+        _check_same_results(folder, chosen, variables, call, about["program"])
     told = about["plan"], about["facts"]
     return Loaded(chosen, variables, masks, groups, *told, *call)
 
@@ -248,6 +250,7 @@ def _program(
     }
     outputs = jax.eval_shape(of_arrays, shapes_of(variables), *map(shapes_of, given))
     about["outputs"] = describe(outputs)
+    about["results"] = [_described(leaf) for leaf in jax.tree.leaves(outputs)]
     flat = _flat(of_arrays, variables, given)
     leaves, inputs = jax.tree.leaves(variables), jax.tree.leaves(given)
     try:
@@ -353,6 +356,31 @@ def _example(about: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]
         return args, {name: ast.literal_eval(text) for name, text in keywords}
     except (KeyError, ValueError, SyntaxError):
         return (), {}
+
+
+def _check_same_results(
+    folder: Path, narrowed: ApplyFn, variables: PyTree, call: Any, about: Any
+) -> None:
+    """Raises if the function cannot be the one that was pruned."""
+    args, kwargs = call
+    try:
+        found = jax.eval_shape(
+            lambda variables, *args: narrowed(variables, *args, **kwargs),
+            shapes_of(variables),
+            *args,
+        )
+    except Exception as error:  # whatever the user's function raises
+        cause = f"it raises {type(error).__name__}: {first_line(error)}"
+    else:
+        results = [_described(leaf) for leaf in jax.tree.leaves(found)]
+        if results == about.get("results", results):
+            return
+        cause = f"it returns {', '.join(results)}, not {', '.join(about['results'])}"
+    raise ValueError(
+        f"apply_fn is not the function whose pruning {folder} holds: for the saved "
+        f"example {cause}; give the original function, not a narrowed one, or none "
+        "for the program in the folder"
+    )
 
 
 def _described(leaf: PyTree) -> str:

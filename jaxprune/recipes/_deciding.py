@@ -150,7 +150,7 @@ def _selected(
         )
     full = float(problem.cost.full)
     assert request.budget is not None  # what the cost is for
-    target = budget_of(request.budget, full)
+    target = budget_of(request.budget, full, request.cost)
     options = dict(request.limits)
     if request.method is not None:
         options["method"] = request.method

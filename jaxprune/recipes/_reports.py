@@ -89,7 +89,8 @@ def _ends(metrics: Mapping[str, Any]) -> tuple[dict[str, float], dict[str, float
     before, after = {}, {}
     for name, value in metrics.items():
         pair = (None, value) if np.ndim(value) == 0 else tuple(value)
-        if len(pair) != 2 or pair[1] is None:
+        numbers = [each for each in pair if isinstance(each, str) is False]
+        if len(pair) != 2 or pair[1] is None or len(numbers) != 2:
             raise ValueError(
                 f"metrics[{name!r}] must be the number after the cut, or (before, "
                 f"after), got {value!r}"

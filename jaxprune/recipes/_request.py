@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from jaxprune import scores as scoring
 from jaxprune.core._checks import number
 from jaxprune.core._limits import Each, fraction
@@ -54,6 +56,9 @@ class Request:
             raise ValueError(f"rounds must be a whole number, got {self.rounds!r}")
         if self.rounds < 1:
             raise ValueError(f"rounds must be at least 1, got {self.rounds}")
+        _check_flags(exact=self.exact, progress=self.progress)
+        if not isinstance(self.recalibrate, Mapping):
+            _check_flags(recalibrate=self.recalibrate)
         check_score(self.score, self.loss_fn, self.batches)
         if self.batches is not None:
             check_batches(self.batches)
@@ -99,6 +104,12 @@ def refuse_unknown(what: str, unknown: Mapping[str, Any], known: Sequence[str]) 
             f"{what} has no option {name!r}{hint} Keyword arguments of the function "
             f"itself go into kwargs={{{name!r}: ...}}"
         )
+
+
+def _check_flags(**flags: Any) -> None:
+    for name, value in flags.items():
+        if not (isinstance(value, bool | np.bool_) or value is DEFAULTS[name]):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
 
 
 def _check_target(sparsity: Any, budget: Any) -> None:

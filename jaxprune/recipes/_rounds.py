@@ -559,7 +559,7 @@ def _left(request: Request, problem: Problem) -> float:
     if request.budget is not None:
         assert problem.cost is not None  # there is one wherever there is a budget
         full = float(problem.cost.full)
-        return budget_of(request.budget, full) / full
+        return budget_of(request.budget, full, request.cost) / full
     if isinstance(request.sparsity, Mapping):
         return 1 - max(request.sparsity.values(), default=0.0)
     assert request.sparsity is not None  # one of the two was given

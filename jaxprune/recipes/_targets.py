@@ -35,19 +35,23 @@ _UNITS = {
 _BUDGET = re.compile(r"\s*([0-9.]+(?:[eE][-+]?[0-9]+)?)\s*([a-zA-Z%]*)\s*")
 
 
-def budget_of(budget: float | str, full: float) -> float:
+def budget_of(
+    budget: float | str, full: float, cost: CostName | Cost | None = None
+) -> float:
     """A budget as a cost.
 
     Args:
         budget: up to 1 a fraction of the whole, above 1 a cost; or text, a number with
             a unit: ``"50%"``, ``"1.5M"``, ``"3ms"``.
         full: the cost of the whole.
+        cost: what it is of, if its name is known: a budget in seconds is none of FLOPs.
 
     Returns:
         The highest cost allowed.
 
     Raises:
-        ValueError: if it is no positive number, or text that is none.
+        ValueError: if it is no positive number, text that is none, or has the unit of
+            another cost.
         TypeError: if it is neither a number nor text.
 
     Example:
@@ -62,6 +66,7 @@ def budget_of(budget: float | str, full: float) -> float:
                 "0.5, '50%', '1.5M' or '3ms'"
             )
         number = float(found[1]) * _UNITS[found[2]]
+        _check_unit(budget, found[2], cost)
         if found[2] in ("%", ""):
             return budget_of(number, full)
         return _positive(number)
@@ -69,6 +74,16 @@ def budget_of(budget: float | str, full: float) -> float:
         raise TypeError(f"budget must be a number or text, got {budget!r}")
     number = _positive(float(budget))
     return number * full if number <= 1 else number
+
+
+def _check_unit(budget: str, unit: str, cost: CostName | Cost | None) -> None:
+    """A unit of time is of seconds alone, and one of bytes of bytes."""
+    of = "seconds" if unit in ("s", "ms", "us") else "bytes" if unit[-1:] == "B" else ""
+    if of and isinstance(cost, str) and of not in cost:
+        raise ValueError(
+            f"budget {budget!r} is in {of}, but cost={cost!r}; give cost={of!r}, or a "
+            "fraction of the whole such as 0.5"
+        )
 
 
 def _positive(number: float) -> float:

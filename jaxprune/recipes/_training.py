@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxprune.core._types import ApplyFn, PyTree
@@ -73,6 +74,21 @@ def loss_alone(loss_fn: Callable[..., PyTree] | None) -> ApplyFn | None:
     return loss
 
 
+def one_number(loss: PyTree) -> Any:
+    """The loss, if it can be differentiated.
+
+    Raises:
+        TypeError: if it is no floating-point scalar.
+    """
+    shape, dtype = np.shape(loss), getattr(loss, "dtype", None)
+    if shape == () and (dtype is None or jnp.issubdtype(dtype, jnp.floating)):
+        return loss
+    raise TypeError(
+        f"loss_fn must return one floating-point number, the mean loss over the batch, "
+        f"got {dtype}{list(shape)}"
+    )
+
+
 def default_step(
     loss_fn: Callable[..., PyTree], tx: optax.GradientTransformation, masks: PyTree
 ) -> Any:
@@ -91,7 +107,8 @@ def default_step(
     def step(state: State, batch: PyTree) -> State:
         def loss(params: PyTree) -> tuple[jax.Array, Any]:
             found = narrowed(with_trained(state.variables, params), batch)
-            return found if isinstance(found, tuple) else (found, {})
+            value, new = found if isinstance(found, tuple) else (found, {})
+            return one_number(value), new
 
         params = trained(state.variables)
         slopes, new = jax.grad(loss, has_aux=True)(params)

@@ -1,6 +1,7 @@
 """Scores by name: one number per unit from weights, from a program, or from data."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from jaxprune.core._groups import Groups
 from jaxprune.core._leaves import named_leaves
 from jaxprune.core._names import nearest
 from jaxprune.core._types import ApplyFn, PyTree
+from jaxprune.recipes._training import one_number
 from jaxprune.scores._published import REDUCTIONS
 
 Score = str | Callable[[PyTree], PyTree] | PyTree
@@ -46,6 +48,11 @@ class Subject:
         """The outputs for a batch."""
         return self.apply_fn(variables, *self.inputs(batch), **self.kwargs)
 
+    @functools.cached_property
+    def loss(self) -> Callable[[PyTree, PyTree], Any]:
+        """`loss_fn`, checked to return one number."""
+        return lambda variables, batch: one_number(self.loss_fn(variables, batch))
+
 
 Scored = tuple[PyTree, scoring.Reduce]
 
@@ -67,7 +74,7 @@ def _of_loss(name: str) -> Callable[[Subject], Scored]:
 
     def score(subject: Subject) -> Scored:
         found = getattr(scoring, name)(
-            subject.loss_fn,
+            subject.loss,
             subject.variables,
             subject.batches,
             progress=subject.progress,
@@ -103,7 +110,7 @@ def _activations(name: str) -> Callable[[Subject], Mapping[str, jax.Array]]:
 
 
 def _group_fisher(subject: Subject) -> Mapping[str, jax.Array]:
-    data = subject.groups, subject.loss_fn, subject.variables, subject.batches
+    data = subject.groups, subject.loss, subject.variables, subject.batches
     return scoring.group_fisher(*data, progress=subject.progress)
 
 
