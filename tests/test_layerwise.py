@@ -195,6 +195,8 @@ def test_what_cannot_be_reconstructed_is_refused():
         recipes.reconstruct(GROUPS, net, PARAMS, [X], sparsity=0.5, method="laso")
     with pytest.raises(ValueError, match="the group 'w9:1', which does not exist"):
         recipes.reconstruct(GROUPS, net, PARAMS, [X], sparsity={"w9:1": 0.5})
+    with pytest.raises(ValueError, match="is an iterator .generator. that is empty"):
+        recipes.reconstruct(GROUPS, net, PARAMS, (x for x in [X]), sparsity=0.5)
     with pytest.raises(ValueError, match="batches is empty"):
         recipes.reconstruct(GROUPS, net, PARAMS, [], sparsity=0.5)
     with pytest.raises(ValueError, match="drop must be 0 or more"):

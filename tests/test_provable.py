@@ -259,7 +259,9 @@ def test_one_error_meets_a_budget_to_one_unit_and_spares_what_matters_evenly():
         )
         assert {n: int(k.sum()) for n, k in keep.items()} == found.sizes
         assert keep["1:1"][: min(3, found.sizes["1:1"])].all()
-    with pytest.raises(ValueError, match="budget=1 is between no two ends"):
+    with pytest.raises(
+        ValueError, match="budget=1 cannot be met: between the two ends"
+    ):
         provable.allocate(groups, s, cost.parameters, budget=1)
 
 

@@ -251,7 +251,9 @@ def test_bisection_meets_the_budget_to_one_step():
     found = select.bisect(widths, cost, budget=budget, low=1e-3, high=1e3)
     assert cost.value(found) <= budget
     assert any(cost.value({**found, n: found[n] + 1}) > budget for n in sizes)
-    with pytest.raises(ValueError, match="budget=1 is between no two ends"):
+    with pytest.raises(
+        ValueError, match="budget=1 cannot be met: between the two ends"
+    ):
         select.bisect(widths, cost, budget=1, low=1e-3, high=1e3)
     assert select.bisect(widths, cost, budget=cost.full, low=1e-3, high=1e3) == sizes
 

@@ -148,6 +148,7 @@ def test_scores_of_split_parameters_are_the_same(split):
         lambda p: scores.wanda(net, p, batches),
         lambda p: scores.mean_activation(groups, net, p, batches),
         lambda p: scores.group_fisher(groups, loss, p, batches),
+        lambda p: scores.contribution(groups, loss, p, batches),
     ):
         got, expected = score(params), score(plain)
         jax.tree.map(

@@ -245,9 +245,9 @@ class _Work:
         batches: Batches,
         progress: bool | None,
     ) -> None:
-        first, batches = peeked(batches)
-        self.groups, self.variables, self.progress = groups, variables, progress
         self.batches = twice(batches, "pruning one layer after the other")
+        first, _ = peeked(self.batches)
+        self.groups, self.variables, self.progress = groups, variables, progress
         self.found = contractions(trace_program(apply_fn, variables, first))
         self.whole = named_leaves(variables)
         self.steps = Steps(apply_fn, self.found)

@@ -93,12 +93,12 @@ def sparse_gpt(
         "ridge": ridge,
         "block": whole_number("block", block, 1),
     }
-    first, batches = peeked(batches)
+    first, again = peeked(batches)
     found = contractions(trace_program(apply_fn, variables, first))
     some = {one.name: one for one in chosen(found, layers)}
     each = list(waves(_items(some, named_leaves(variables))))
     if len(each) > 1:
-        batches = twice(batches, "sparse_gpt, which prunes one layer after the other,")
+        twice(batches, "sparse_gpt, which prunes one layer after the other,")
     leaves = dict(named_leaves(variables))
     kept = {
         one.path: np.ones(np.shape(leaves[one.path]), bool) for one in some.values()
@@ -108,7 +108,7 @@ def sparse_gpt(
         names = list(dict.fromkeys(item.name for item in wave))
         step, title = observing(apply_fn, names), f"sparse_gpt {names[0]}"
         current = treedef.unflatten(leaves.values())
-        sums = streamed(step, (current,), batches, title, progress)
+        sums = streamed(step, (current,), again, title, progress)
         known = dict(zip(names, sums, strict=True))
         for item in wave:
             _prune(some[item.name], item, known[item.name], leaves, kept, options)

@@ -69,8 +69,8 @@ def ends(
     low, high = sorted((low, high), key=lambda number: cost.value(widths(number)))
     if cost.value(widths(low)) > budget:
         raise ValueError(
-            f"budget={budget:g} is between no two ends: the costs there are "
-            f"{cost.value(widths(high)):g} and {cost.value(widths(low)):g}"
+            f"budget={budget:g} cannot be met: between the two ends costs go from "
+            f"{cost.value(widths(high)):g} down to {cost.value(widths(low)):g}"
         )
     if cost.value(widths(high)) <= budget:
         return dict(widths(high)), dict(widths(high))

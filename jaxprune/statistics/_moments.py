@@ -115,14 +115,14 @@ def moments(
         1979; Xie et al., `Pruning with Compensation
         <https://arxiv.org/abs/2108.13728>`_, 2021
     """
-    first, batches = peeked(batches)
+    first, again = peeked(batches)
     found = contractions(trace_program(apply_fn, variables, first))
     passes = list(_passes(chosen(found, layers), memory))
     if len(passes) > 1:
-        batches = twice(batches, "moments, which do not fit in one pass,")
+        twice(batches, "moments, which do not fit in one pass,")
     for held in passes:
         step = observing(apply_fn, [one.name for one in held])
-        sums = streamed(step, (variables,), batches, "moments", progress)
+        sums = streamed(step, (variables,), again, "moments", progress)
         for one, each in zip(held, sums, strict=True):
             units = {} if groups is None else one.units(groups)
             covariance = each.scatter / each.count

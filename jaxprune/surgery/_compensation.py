@@ -135,7 +135,7 @@ def compensate(
         raise ValueError(
             f"unfitted must be 'warn', 'raise' or 'ignore', got {unfitted!r}"
         )
-    first, batches = peeked(batches)
+    first, again = peeked(batches)
     found = contractions(trace_program(apply_fn, variables, first))
     kept = kept_weights(found, variables, masks)
     whole = named_leaves(variables)
@@ -143,8 +143,8 @@ def compensate(
     refused += _unread(groups, variables, masks, found)
     _tell(refused, unfitted)
     if len(list(waves(items))) > 1:
-        batches = twice(batches, "compensate, which fits one layer after the other,")
-    data = apply_masks(variables, masks), variables, batches
+        twice(batches, "compensate, which fits one layer after the other,")
+    data = apply_masks(variables, masks), variables, again
     options = {"ridge": ridge, "rescale": rescale}
     steps = Steps(apply_fn, found)
     current = fit_in_waves(items, kept, steps, *data, progress, **options)
