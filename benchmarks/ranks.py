@@ -58,16 +58,12 @@ def net_by_hand(params: Any, x: jax.Array) -> jax.Array:
 
 def factors(batch: int, repeats: int, widths: Sequence[int] = WIDTHS) -> dict[str, Any]:
     """`factorise` against the net by hand: inference, and a gradient."""
-    rng = np.random.default_rng(0)
-    pairs = zip((3, *widths), widths, strict=False)
-    shapes = [(3, 3, before, after) for before, after in pairs]
-    params = {
-        "kernels": [jnp.asarray(rng.normal(size=s) * 0.1, jnp.float32) for s in shapes],
-        "head": jnp.asarray(rng.normal(size=(widths[-1], 10)), jnp.float32),
-    }
-    x = jnp.asarray(rng.normal(size=(batch, 32, 32, 3)), jnp.float32)
+    params, x = inputs(batch, widths)
     small = jaxprune.factorise(plain_net, params, x, ranks={"kernels/*": 0.25})
-    found = {}
+    whole = plain_net(small.compose(small.variables), x)
+    found: dict[str, Any] = {
+        "difference": float(jnp.abs(net_by_hand(small.variables, x) - whole).max())
+    }
     for name, of in {"inference": _same, "gradient": _gradient}.items():
         calls = {
             "whole": _compiled(of(plain_net), params, x),
@@ -76,6 +72,18 @@ def factors(batch: int, repeats: int, widths: Sequence[int] = WIDTHS) -> dict[st
         }
         found[name] = _against(_in_turns(calls, repeats), "factorised", "by hand")
     return found
+
+
+def inputs(batch: int, widths: Sequence[int]) -> tuple[Any, jax.Array]:
+    """Parameters of `plain_net`, and images."""
+    rng = np.random.default_rng(0)
+    pairs = zip((3, *widths), widths, strict=False)
+    kernels = [rng.normal(size=(3, 3, *pair)) * 0.1 for pair in pairs]
+    params = {
+        "kernels": [jnp.asarray(kernel, jnp.float32) for kernel in kernels],
+        "head": jnp.asarray(rng.normal(size=(widths[-1], 10)), jnp.float32),
+    }
+    return params, jnp.asarray(rng.normal(size=(batch, 32, 32, 3)), jnp.float32)
 
 
 def _same(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -128,16 +136,7 @@ def _steps(step: Callable[..., Any], args: Any) -> Callable[[], Any]:
 
 def candidates(batch: int, repeats: int) -> dict[str, Any]:
     """Candidates in one vmapped step against one call after the other."""
-    rng = np.random.default_rng(0)
-    pairs = zip((3, *WIDTHS), WIDTHS, strict=False)
-    params = {
-        "kernels": [
-            jnp.asarray(rng.normal(size=(3, 3, *pair)) * 0.1, jnp.float32)
-            for pair in pairs
-        ],
-        "head": jnp.asarray(rng.normal(size=(WIDTHS[-1], 10)), jnp.float32),
-    }
-    x = jnp.asarray(rng.normal(size=(batch, 32, 32, 3)), jnp.float32)
+    (params, x), rng = inputs(batch, WIDTHS), np.random.default_rng(1)
     groups = jaxprune.trace(plain_net, params, x, roles=True)
 
     def metric(params: Any, x: jax.Array) -> jax.Array:
@@ -207,8 +206,9 @@ def show(result: dict[str, Any]) -> None:
     table = rich.table.Table()
     for column in ("", "ms", "ratio, wall", "ratio, cpu"):
         table.add_column(column)
-    parts = {**result["factors"], "training": result["training"]}
-    for part, found in {**parts, "candidates": result["candidates"]}.items():
+    parts = {name: result["factors"][name] for name in ("inference", "gradient")}
+    parts |= {name: result[name] for name in ("training", "candidates")}
+    for part, found in parts.items():
         table.add_row(part, "", *(f"{r:.3f}" for r in found["ratio"].values()))
         for name, each in found["time"].items():
             table.add_row(f"  {name}", f"{1e3 * each['wall']:.1f}", "", "")
