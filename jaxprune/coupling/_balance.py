@@ -32,6 +32,7 @@ class Blocks(NamedTuple):
         """Positions ``[parts, size, copies]``: run by run, unit by unit."""
         slot, part = self.slots
         held = np.flatnonzero(slot != NONE)
+        # By run, then by unit, then by position: every unit has as many in every run.
         order = np.lexsort((held, slot[held], part[held]))
         return held[order].reshape(self.slots.parts, int(slot.max()) + 1, -1)
 
@@ -203,11 +204,14 @@ class Balance:
             }
             if of_layers and all(keep[place].ndim == 1 for place in places):
                 continue
+            # [block, slot]: does the block keep the unit, on any axis?
             kept = np.zeros((len(self._classes), size), bool)
             for place, (slots, block) in places.items():
                 rows = lines[place] & (slots.slot != NONE)
                 slot = np.broadcast_to(slots.slot, rows.shape)
                 kept[block[rows], slot[rows]] = True
+            # `order[b, s]` is the slot whose fate slot s of block b takes over: those
+            # kept come first, so that every block gives up its last.
             order = np.argsort(~kept, axis=1, kind="stable")
             for place, blocks in places.items():
                 table = blocks.table()

@@ -134,6 +134,8 @@ def _place(rows: Rows, signature: Signature, k: int, x: np.ndarray) -> np.ndarra
             held = signature.at.get((k, f))
             full = signature.sizes[f] if held is None else len(held)
             shape.append(full if n > 1 else 1)
+    # Axes split into factors, then in the order of their numbers; what the operand does
+    # not have gets size 1, so that all operands broadcast against each other.
     x = x.reshape(shape).transpose(np.argsort(order))
     sizes = dict(zip(sorted(order), x.shape, strict=True))
     x = x.reshape([sizes.get(f, 1) for f in range(len(signature.sizes))])
@@ -141,6 +143,8 @@ def _place(rows: Rows, signature: Signature, k: int, x: np.ndarray) -> np.ndarra
         if j == k:
             full = list(x.shape)
             full[f] = signature.sizes[f]
+            # The operand holds a part of this factor only. `spread` refuses what is too
+            # large.
             line = np.full(rows.spread(np.zeros(1, int), full).shape, NO_ROW)
             line[(slice(None),) * f + (positions,)] = x
             x = line

@@ -107,6 +107,8 @@ def _places(columns: list[tuple[int, np.ndarray]]) -> _Places:
         return _Places(*(np.zeros(0, int) for _ in range(5)))
     sizes = [len(column) for _, column in columns]
     unit = np.concatenate([column for _, column in columns])
+    # One number for each (line, unit), in the order of lines: a single stable sort then
+    # gathers the positions of a unit on a line, ascending.
     size = int(unit.max()) + 1
     key = np.repeat(np.array([line for line, _ in columns]) * size, sizes)
     key += unit
@@ -166,6 +168,7 @@ def _words(numbers: np.ndarray, salt: int) -> np.ndarray:
 
 def _parts(places: _Places, axes: list[Axes], rows: np.ndarray) -> Found:
     """The group of some rows of `places`."""
+    # `rows` is [units * lines], unit by unit; all units of a group have one width.
     width = np.count_nonzero(places.unit[rows] == places.unit[rows[0]])
     rows = rows.reshape(-1, width)  # every unit is on the same lines
     first = places.positions[places.start[rows[:, 0]]]
@@ -188,6 +191,7 @@ def _parts(places: _Places, axes: list[Axes], rows: np.ndarray) -> Found:
 def _named(ledger: Ledger, solution: Solution, found: list[Found]) -> dict[str, Group]:
     units = np.concatenate([np.zeros(0, int), *[each.units for each in found]])
     starts = np.cumsum([0, *[len(each.units) for each in found]])[:-1]
+    # The earliest reason stands for the group: `NEVER` is larger than any unit.
     doubts = np.minimum.reduceat(solution.doubt[units], starts).tolist()
     ordered = np.logical_or.reduceat(solution.ordered[units], starts).tolist()
     groups: dict[str, Group] = {}

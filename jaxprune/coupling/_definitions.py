@@ -28,6 +28,7 @@ def live_factors(classes: Classes, record: Record) -> np.ndarray:
     right = classes.of[record.right]
     live = (classes.why[right] == NEVER) & record.rows
     for k, j in itertools.combinations(range(len(right)), 2):
+        # k < j: of factors that are one class the first stands for all.
         live[j] &= ~((right[k] == right[j]) & live[k])
     return live
 
@@ -74,6 +75,8 @@ class Agreement:
 
     def _one_to_one(self, x: np.ndarray, y: np.ndarray) -> bool:
         a, b = self.classes.of[x].astype(int), self.classes.of[y]
+        # As many pairs as there are values on either side: each meets one other alone.
+        # `astype(int)`: the product of two int32 numbers would overflow.
         pairs = len(np.unique(a * len(self.classes.why) + b))
         return pairs == len(np.unique(a)) == len(np.unique(b))
 
@@ -105,6 +108,7 @@ class Agreement:
         _, b = np.unique(self.classes.of[y], return_inverse=True)
         n = int(a.max()) + 1
         size = n + int(b.max()) + 1
+        # Bipartite: the classes of x are nodes 0 to n - 1, those of y come after them.
         graph = coo_matrix((np.ones(len(a), bool), (a, n + b)), (size, size))
         count, parts = connected_components(graph, directed=False)
         if count == 1:

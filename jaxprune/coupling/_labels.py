@@ -196,6 +196,7 @@ def merge(axes: list[Axis], sizes: list[int]) -> Axis:
     for d, axis in enumerate(axes):
         if isinstance(axis, int):
             continue
+        # Row-major: coordinate d of position p is (p // inner) % sizes[d].
         inner = math.prod(sizes[d + 1 :])
         outer = total // (inner * sizes[d])
         for units, zero in axis:

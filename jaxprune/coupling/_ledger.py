@@ -166,6 +166,7 @@ class Ledger:
         if len(a) > 1:
             a, b = b, a
         single, several = next(iter(a)), b
+        # A position of `single` lives if its units in all columns do: [n, columns].
         matrix = np.stack([column.units for column in several], axis=1)
         self.definitions.append((single.units, matrix))
 
@@ -200,6 +201,7 @@ class Ledger:
         self.tie(a, b)
         if isinstance(a, int) or isinstance(b, int):
             return  # nothing dies here
+        # 0 * x = 0: the product is 0 at a dead position if either factor is.
         flags = [column.zero for column in a]
         product = list(map(either, flags, flags_on(a, b)))
         self.sum_over(with_flags(a, product), kind, eqn, completes)
@@ -256,6 +258,8 @@ class Ledger:
             line = grid[tuple(slice(None) if k == d else 0 for k in range(len(sizes)))]
             found[d] = (Column(line, False),)
         else:
+            # u[i, j] = all of (a[i], b[j]): the factor of each varying part, broadcast
+            # over the grid, is one column of the definition.
             right = np.empty((*sizes, len(varying)), int)
             for k, d in enumerate(varying):
                 part = self.fresh(sizes[d])
@@ -268,5 +272,6 @@ class Ledger:
 def _split_zero(zero: Zero, sizes: tuple[int, ...], d: int) -> Zero:
     if isinstance(zero, bool):
         return zero
+    # A unit of part d dies at all positions with its coordinate: 0 at every one.
     others = tuple(k for k in range(len(sizes)) if k != d)
     return np.asarray(zero.reshape(sizes).all(axis=others))

@@ -121,6 +121,7 @@ def _held(reasons: np.ndarray, starts: np.ndarray) -> Iterator[tuple[int, int, i
     """Lines with a reason at some position: number, how many positions, the first."""
     if not len(starts):
         return
+    # No line is empty (see `Lines.classes`), or `reduceat` would read the next one.
     counts = np.add.reduceat(reasons != NEVER, starts, dtype=int)
     held = np.flatnonzero(counts)
     first = np.minimum.reduceat(reasons, starts)

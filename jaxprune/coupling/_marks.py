@@ -256,12 +256,16 @@ class Marking:
             if grid is None or grid.shape[1] == 1:
                 continue
             size, repeats = grid.shape
+            # For every position of the axis: the unit that it belongs to, and its rank
+            # among the positions of that unit; -1 where the group is not.
             unit = np.full(grid.max() + 1, -1)
             rank = np.zeros_like(unit)
             unit[grid] = np.arange(size)[:, None]
             rank[grid] = np.arange(repeats)
             held = positions[(positions >= 0) & (positions < len(unit))]
             held = held[unit[held] >= 0]
+            # Equal units stay equal if the result holds the same ranks of each, in one
+            # order.
             ranks = rank[held[np.argsort(unit[held], kind="stable")]]
             even = np.bincount(unit[held], minlength=size)
             if (even != even[0]).any() or np.ptp(ranks.reshape(size, -1), axis=0).any():

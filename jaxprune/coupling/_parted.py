@@ -63,6 +63,8 @@ def parted(
         columns = [c for each in axis for c in solution.atoms(each.units)]
         if not columns:
             continue
+        # How often every class stands on the axis; `NONE`, which is -1, is shifted
+        # away.
         counts = np.bincount(np.concatenate(columns) + 1, minlength=len(of))[1:]
         for number in set(of[:-1][counts > 0].tolist()) - found - {NONE}:
             own = counts[groups[number]]

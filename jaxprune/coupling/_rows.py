@@ -98,12 +98,15 @@ class Rows:
             new = (a != b) & (a != NO_ROW) & (b != NO_ROW)
             if new.any():
                 self._ties.append((a[new], b[new]))
+            # Either row stands for both once they are tied; `NO_ROW`, which is 0, gives
+            # way.
             result = np.maximum(a, b)
         return _compressed(result)
 
     def collapse(self, rows: np.ndarray, axes: Sequence[int]) -> np.ndarray:
         """Ties the rows along axes that a value is mixed along; these get size 1."""
         for d in axes:
+            # `NO_ROW` is 0, the least: the maximum is a row wherever there is one.
             first = rows.max(axis=d, keepdims=True)
             self.tie(first, rows)
             rows = first
@@ -187,6 +190,8 @@ class Rows:
 
     def classes(self) -> np.ndarray:
         """For every row the number of those it is tied to."""
+        # Rows are the nodes, ties the edges; the empty array is for a program without
+        # ties.
         a = np.concatenate([np.zeros(0, int), *(a for a, _ in self._ties)])
         b = np.concatenate([np.zeros(0, int), *(b for _, b in self._ties)])
         for first, turns in self._scans[::-1]:  # inner scans stand behind outer ones
@@ -248,8 +253,10 @@ def _parts(slot: np.ndarray, size: int) -> np.ndarray | None:
     """
     held = slot != NONE
     before = np.r_[NONE, slot[:-1]]
+    # A run begins where slots begin, or where their number falls back.
     start = held & ((before == NONE) | (slot < before))
     part = np.where(held, np.cumsum(start) - 1, NONE)
+    # [runs, slots]: how many positions of a run hold a slot; even within every run.
     counts = np.bincount(part[held] * size + slot[held], minlength=start.sum() * size)
     grid = counts.reshape(-1, size)
     return part if (grid == grid[:, :1]).all() and grid.all() else None

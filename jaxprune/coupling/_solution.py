@@ -64,6 +64,8 @@ class Solution:
 
 def pass_on(factors: np.ndarray, doubt: np.ndarray, ordered: np.ndarray) -> None:
     """What is said of a conjunction holds for each of its factors."""
+    # A conjunction dies as soon as one factor does, so what is true of cutting it is
+    # true of cutting the factor; level by level, as factors may be defined in turn.
     told = np.flatnonzero((factors[:, 0] >= 0) & ((doubt != NEVER) | ordered))
     while len(told):
         for inner in factors[told].T:

@@ -108,9 +108,13 @@ class _State:
         order = np.argsort(whole, kind="stable")
         which = np.repeat(np.arange(len(rows)), list(map(len, rows)))[order]
         owner, whole = np.concatenate(rows)[order], whole[order]
+        # Sorted by class, the definitions of one class are a run: every row of it is
+        # made to agree with the first. `head` marks the first, `first` finds it for
+        # every row.
         head = np.r_[True, whole[1:] != whole[:-1]]
         first = np.flatnonzero(head)[np.cumsum(head) - 1]  # the row to agree with
         others = np.flatnonzero(~head)
+        # Rows of the same two records agree together: one number for each such pair.
         pair = which[first[others]] * len(rows) + which[others]
         order = np.argsort(pair, kind="stable")
         ends = np.flatnonzero(np.diff(pair[order])) + 1
@@ -137,6 +141,8 @@ class _State:
         right = np.concatenate([batch.right[k, row] for batch, k, row in found])
         whole, factor = self.classes.of[left], self.classes.of[right]
         size = len(defined)
+        # An arrow from a class to each of its factors. Classes on a cycle are those of
+        # one strongly connected component.
         graph = coo_matrix((np.ones(len(whole), bool), (whole, factor)), (size, size))
         _, part = connected_components(graph, directed=True, connection="strong")
         same = part[whole] == part[factor]
@@ -153,6 +159,8 @@ class _State:
             rows = np.flatnonzero(batch.rows)
             right, live = batch.factors[:, rows], batch.live[:, rows]
             if not live.all():
+                # Living factors first: `factors[:, 0]` then says whether a class is
+                # defined.
                 first = np.argsort(~live, axis=0, kind="stable")
                 right = np.take_along_axis(np.where(live, right, NONE), first, 0)
             factors[: len(right), batch.whole[rows]] = right

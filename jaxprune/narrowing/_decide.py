@@ -208,6 +208,8 @@ class _Liveness:
         if len(self.columns) < 2:
             return
         dead = ~self.alive
+        # [factors, cut positions]: one of the classes in every column has to be dead.
+        # In each step below, columns that a dead class accounts for leave `rows`.
         rows = np.stack([column[~self.keep] for column in self.columns])
         lone = _one_of(rows, dead[rows])
         needed = np.zeros(len(dead), bool)
@@ -219,6 +221,7 @@ class _Liveness:
         needed[rows[own[rows]]] = True
         rows = rows[:, ~own[rows].any(axis=0)]
         exact = dead.copy()
+        # The last entry is that of `NONE` and lives, see `__init__`.
         exact[:-1] &= self.solution.doubt == NEVER
         some = exact[rows]
         needed[rows[some]] = True
@@ -253,6 +256,7 @@ class _Liveness:
         factors = [column[rows] for column in self.solution.factors.T]
         before = None
         while before is None or (alive[rows] != before).any():
+            # Factors may be conjunctions themselves: repeat until nothing changes.
             before = alive[rows]
             alive[rows] = np.logical_and.reduce([alive[factor] for factor in factors])
         return np.concatenate([alive[each] for each in pieces(self.solution.classes)])
@@ -337,6 +341,7 @@ def untraced(name: str) -> str:
 def _one_of(rows: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     """For each column of `rows` the class that is chosen, if it is one, or `NONE`."""
     classes = np.where(chosen, rows, NONE)
+    # `NONE` is below every class, so the maximum is a chosen one wherever there is one.
     most = classes.max(axis=0)
     same = (classes == most) | ~chosen
     return np.where(same.all(axis=0), most, NONE)

@@ -43,6 +43,7 @@ def by_own_count(
     def shrunk(x: jax.Array) -> Any:
         return lax.sub(x, np.asarray(gone).astype(x.dtype))
 
+    # `number` is N or N - 1: less what is gone it is n or n - 1.
     return [total, *emitter.traced(shrunk, [count])]
 
 

@@ -176,11 +176,13 @@ def spread_positions(x: jax.Array, places: np.ndarray, d: int, size: int) -> Any
     steps = np.unique(np.diff(places))
     zero = np.zeros((), x.dtype)
     if len(steps) <= 1:
+        # Evenly spaced places are interior padding; only others need a gather.
         step = int(steps[0]) if len(steps) else 1
         rest = size - 1 - int(places[-1])
         config = [(0, 0, 0)] * x.ndim
         config[d] = (int(places[0]), rest, step - 1)
         return lax.pad(x, zero, config)
+    # An index out of range reads `fill_value`: 0 where nothing is placed.
     source = np.full(size, len(places))
     source[places] = np.arange(len(places))
     return jnp.take(x, source, axis=d, mode="fill", fill_value=0)

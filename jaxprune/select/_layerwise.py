@@ -147,6 +147,7 @@ def lamp(
 def _lamp(scores: np.ndarray) -> np.ndarray:
     order = np.argsort(scores, axis=None, kind="stable")
     squares = np.square(scores.ravel()[order])
+    # w² over the sum of the squares that are at least as large, itself included.
     left = np.cumsum(squares[::-1])[::-1]
     rated = np.empty_like(squares)
     rated[order] = squares / np.where(left > 0, left, 1.0)

@@ -289,6 +289,8 @@ def _pooled(leaf: Array, shape: tuple[int, int], pool: Pool) -> Array:
     lead = leaf.shape[:-2]
 
     def total(values: Array, fill: float, how: str) -> Array:
+        # Blocks at the edge are filled up with what does not change their score; for a
+        # mean the ones below count how many entries are real.
         edge = [(0, -n % b) for n, b in zip(leaf.shape[-2:], shape, strict=True)]
         full = xp.pad(values, [(0, 0)] * len(lead) + edge, constant_values=fill)
         tiles = full.reshape(*lead, rows, shape[0], columns, shape[1])

@@ -94,6 +94,7 @@ def _apart(second: np.ndarray, units: np.ndarray, size: int) -> np.ndarray:
     places = [np.flatnonzero(units == unit) for unit in range(size)]
     for tap in range(min(map(len, places))):
         own = np.array([place[tap] for place in places])
+        # |a - b|² = |a|² + |b|² - 2 a·b, which rounding may leave below 0.
         gram = second[np.ix_(own, own)]
         total += gram.diagonal()[:, None] + gram.diagonal() - 2 * gram
     return np.maximum(total, 0.0)
@@ -193,5 +194,6 @@ def _cut(tree: np.ndarray, threshold: float) -> np.ndarray:
     ids = np.arange(len(tree) + 1)
     if threshold >= 0:
         ids = scipy.cluster.hierarchy.fcluster(tree, threshold, criterion="distance")
+    # `unique` sorts clusters by id; they are renumbered by where they begin.
     _, first, inverse = np.unique(ids, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[inverse].astype(np.int32)

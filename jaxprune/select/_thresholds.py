@@ -46,6 +46,8 @@ def wide(count: int | jax.Array) -> Wide:
 def wide_share(share: Scalar, total: int) -> Wide:
     """``round(share * total)`` for a traced share, as exact as float32 is."""
     product = jnp.asarray(share, jnp.float32) * total
+    # The product may exceed 2^32, which no uint32 holds: the halves are converted
+    # apart.
     high = jnp.floor(product / 65536)
     low = jnp.round(product - high * 65536).astype(jnp.uint32)
     return Wide(high.astype(jnp.uint32) + (low >> 16), low & 0xFFFF)
@@ -180,6 +182,8 @@ def _smallest(
     digits = jnp.arange(1, 4, dtype=kind)
 
     def settle(k: jax.Array, found: Array) -> Array:
+        # Two bits a turn, the highest first: of the digits 1, 2, 3 those with too few
+        # keys below them are passed over, and their number is the digit.
         shift = (bits - 2 - 2 * k).astype(kind)
         candidates = found[:, None] | (digits << shift)[None]
         below = [[key < each for each in row] for key, row in _zip(keys, candidates)]

@@ -132,6 +132,7 @@ def expected_unique(probabilities: Any, draws: float) -> float:
     """
     p = np.asarray(probabilities, np.float64)
     with np.errstate(divide="ignore"):
+        # 1 - (1 - p)^m = -expm1(m log1p(-p)): no digits are lost where p is small.
         return float(-np.expm1(draws * np.log1p(-np.minimum(p, 1.0))).sum())
 
 

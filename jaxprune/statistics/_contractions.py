@@ -103,6 +103,8 @@ class Contraction:
             _, n, width = (1, *notes[site].shape)[-3:]
             each = notes[site].reshape(len(blocks), n, width)
             if not np.array_equal(blocks, np.arange(len(self.at))):
+                # Blocks may be met in any order, each several times: gathered block by
+                # block.
                 each = each[np.argsort(blocks, kind="stable")]
             found.append(each.reshape(len(self.at), -1, width))
         return jnp.concatenate(found, 1) if len(found) > 1 else found[0]
@@ -273,6 +275,8 @@ class _Walk:
         carry, stacked = values[consts : consts + carries], values[consts + carries :]
         for value in carry:
             self.read_elsewhere(value, self.place(eqn))
+        # A parameter that is carried may change from step to step: it is data from here
+        # on.
         carry = [_Data(_before([value])) for value in carry]
         length, body = eqn.params["length"], inner_jaxprs(eqn)[0]
         made: list[Any] = []

@@ -225,6 +225,8 @@ def _combined(a: Sums | None, b: Sums) -> Sums:
     if b.count == 0:
         return a
     count = a.count + b.count
+    # With d the difference of the means, sums of squares about the common mean are S =
+    # S_a + S_b + d dᵀ n_a n_b / n: no square of a mean is ever subtracted.
     share, weight = b.count / count, a.count * b.count / count
     x, y = b.mean - a.mean, b.target - a.target
     return Sums(

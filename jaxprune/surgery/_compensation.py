@@ -387,6 +387,8 @@ def fit(
         second, cross = sums.scatter[k] / sums.count, sums.cross[k] / sums.count
         spread = sums.spread[k] / sums.count
         if one.bias is None:
+            # Without a bias nothing takes up the means: moments about 0, not about
+            # them. E[x xᵀ] = Cov(x) + E[x] E[x]ᵀ.
             second = second + np.outer(sums.mean[k], sums.mean[k])
             cross = cross + np.outer(sums.mean[k], sums.target[k])
             spread = spread + sums.target[k] ** 2
@@ -398,6 +400,7 @@ def fit(
             kernel = matched_spread(kernel, second, spread)
         kernels.append(kernel)
         live = kept[k].any(0)
+        # The best bias for a kernel W is E[y] - E[x] W; outputs that are cut have none.
         shifts.append(np.where(live, sums.target[k] - sums.mean[k] @ kernel, 0.0))
     leaves[one.path] = put(leaves[one.path], one.at[item.blocks], np.stack(kernels))
     if one.bias is not None:

@@ -135,6 +135,7 @@ def _mixed(leaf: Array, member: Member, matrix: Any) -> Any:
             "without leaving its range, so merge before quantising"
         )
     xp: Any = np if isinstance(leaf, np.ndarray) else jnp
+    # Summed in the wider type, rounded once at the end.
     wide = wide_dtype(leaf.dtype)
     where = (slice(None),) * member.axis + (member.index,)
     rows = xp.moveaxis(leaf[where], member.axis, 0).astype(wide)

@@ -167,6 +167,8 @@ def greedy_backward(gram: np.ndarray, keep: int) -> np.ndarray:
     for _ in range(len(gram) - keep):
         pick = int(np.argmin(np.where(kept, grows, np.inf)))
         kept[pick] = False
+        # |sum of what goes|² = sum of all gram[i, j] in it: unit i adds its diagonal
+        # and twice its products with those that are gone.
         grows += 2 * gram[pick]
     return kept
 
@@ -350,6 +352,7 @@ def _roots(blocks: np.ndarray, least: np.ndarray) -> np.ndarray:
     if blocks.shape[1] == 1:
         values, vectors = blocks[:, 0], np.ones_like(blocks)
     else:
+        # A block B = V Λ Vᵀ has the pseudo-inverse R Rᵀ with R = V Λ^(-1/2).
         values, vectors = np.linalg.eigh(blocks)
     varies = values > least[:, None]
     inverse = np.where(varies, 1 / np.sqrt(np.where(varies, values, 1)), 0)
@@ -388,6 +391,7 @@ def lasso(gram: np.ndarray, target: np.ndarray, keep: int) -> np.ndarray:
     else:
         for _ in range(50):
             middle = (low + high) / 2
+            # Few units stay where the penalty is high: bisection, from a warm start.
             factors = soft_factors(gram, target, middle, many)
             if np.count_nonzero(factors) > keep:
                 low, many = middle, factors
@@ -432,6 +436,7 @@ def soft_factors(
             own = slope[i] + gram[i, i] * factors[i]
             new = np.sign(own) * max(abs(own) - penalty, 0.0) / gram[i, i]
             if new != factors[i]:
+                # `slope` stays target - gram @ factors, at the cost of one row.
                 slope -= gram[i] * (new - factors[i])
                 largest = max(largest, abs(new - factors[i]))
                 factors[i] = new

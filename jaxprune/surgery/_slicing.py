@@ -321,6 +321,7 @@ def _slice_leaf(path: str, leaf: PyTree, mask: BoolArray, here: bool) -> Any:
     take = _take_on_host if here else _take
     for axis, where in cut:
         leaf = take(leaf, where, axis)
+    # The mask may also zero single weights among the positions that stay.
     if keeps_whole_positions(mask, kept):
         return leaf
     for axis, where in cut:

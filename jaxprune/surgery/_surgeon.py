@@ -120,6 +120,7 @@ def _chosen(
     saliency: np.ndarray, sparsity: float, pattern: tuple[int, int] | None
 ) -> np.ndarray:
     if pattern is not None:
+        # The inverse of a sorting permutation is the rank of every entry.
         ranks = np.argsort(np.argsort(-saliency, axis=0, kind="stable"), axis=0)
         return ranks < pattern[0]
     kept, count = np.ones(saliency.size, bool), round(sparsity * saliency.size)

@@ -28,7 +28,9 @@ def _narrow_scatter(
         alive = kept.positions(step.ins[0].axes[d])
         where = write.positions
         if alive is not None:
+            # The new number of a position that lives: how many live before it.
             where = np.searchsorted(alive, where[np.isin(where, alive)])
+        # A window is written from its first position on, the others one by one.
         columns.append(where[:1] if write.window else where)
     if columns:
         moved = np.stack(columns, axis=-1).astype(index.dtype)
