@@ -764,7 +764,7 @@ def test_a_schedule_out_of_range_is_seen_where_it_is_known(net):
             ValueError,
             "none of the 4 leaves",
         ),
-        ({"one": True}, ValueError, "mask is no prefix of params"),
+        ({"one": True}, ValueError, "mask is not a tree prefix of params"),
         (
             lambda p: jax.tree.map(lambda w: w > 0, p),
             TypeError,

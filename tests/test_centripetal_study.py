@@ -90,5 +90,5 @@ def test_settings_of_the_paper():
     scale = centripetal.Config(dataset="cifar10").scale
     assert (scale.net, scale.epochs, scale.batch_size) == ("resnet56", 600, 64)
     assert scale.pulls == ((3e-2, 3e-3),)
-    with pytest.raises(ValueError, match="--seeds must be 1 or more, got 0"):
+    with pytest.raises(ValueError, match="--seeds must be at least 1, got 0"):
         centripetal.Config(seeds=0)

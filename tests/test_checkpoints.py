@@ -192,7 +192,7 @@ ENDLESS: dict[str, object] = {}
 ENDLESS["itself"] = ENDLESS
 HOLLOW = jax.ShapeDtypeStruct((2,), jnp.float32)
 REFUSED = [
-    ({"step": -1}, ValueError, "step must be 0 or more, got step=-1"),
+    ({"step": -1}, ValueError, "step must be at least 0, got step=-1"),
     ({"step": 1.5}, TypeError, "step must be an int, got 1.5 of type float"),
     ({"step": True}, TypeError, "step must be an int, got True of type bool"),
     ({"step": "2"}, TypeError, "step must be an int, got '2'"),

@@ -135,7 +135,7 @@ def test_variables_of_a_checkpoint(module, tmp_path, capsys):
     ("words", "parts"),
     [
         (["inspect", "nowhere_at_all:make"], ["there is no module 'nowhere_at_all'"]),
-        (["inspect", "{module}"], ["no module:factory"]),
+        (["inspect", "{module}"], ["not of the form module:factory"]),
         (["inspect", "{module}:mak"], ["no factory in", "did you mean make?"]),
         (
             ["inspect", "{module}:two"],
@@ -157,7 +157,7 @@ def test_variables_of_a_checkpoint(module, tmp_path, capsys):
         (["inspect", "{module}:make", "--jsn"], ["no option '--jsn'", "mean --json?"]),
         (
             ["prune", "{module}:make", "--out", "x"],
-            ["give one of --budget and --sparsity"],
+            ["give either --budget or --sparsity"],
         ),
         (["prune", "{module}:make", "--sparsity", ".5"], ["Missing", "--out"]),
         (

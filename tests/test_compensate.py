@@ -340,7 +340,9 @@ def test_consumers_are_rewritten_by_a_matrix_and_a_shift():
     turned["w1"], turned["b1"] = params["w1"] @ turn, (params["b1"] - shift) @ turn
     assert isinstance(turned["w2"], np.ndarray)
     np.testing.assert_allclose(linear(turned, x), linear(params, x), atol=2e-5)
-    with pytest.raises(ValueError, match="w2 axis 0 reads w1:1, but is no contraction"):
+    with pytest.raises(
+        ValueError, match="w2 axis 0 reads w1:1, but is not a contraction"
+    ):
         rewrite_consumers(params, groups, "w1:1", turn, shift)
 
 

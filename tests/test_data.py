@@ -688,7 +688,9 @@ def test_normalize_is_the_formula_on_every_rank():
 
 
 def test_normalize_refuses_other_channels():
-    with pytest.raises(ValueError, match=r"\(2, 8, 8, 1\) have not the 3 channels of"):
+    with pytest.raises(
+        ValueError, match=r"\(2, 8, 8, 1\) do not have the 3 channels of"
+    ):
         data.normalize(tiny(2).images, data.DATASETS["cifar10"])
 
 

@@ -402,7 +402,7 @@ def test_kernels_are_told_by_name():
             ["--quirks", "kernel_alone"],
             "no quirk 'kernel_alone'; did you mean kernels_",
         ),
-        (["--seeds", "0"], "--seeds must be 1 or more, got 0"),
+        (["--seeds", "0"], "--seeds must be at least 1, got 0"),
         (["--batch-sise", "3"], "no option '--batch-sise'; did you mean --batch-size?"),
     ],
 )

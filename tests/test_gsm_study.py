@@ -94,5 +94,5 @@ def test_settings_of_the_paper():
     assert scale.sparse == (hyper_of(5e-3, 1e-4, 0.98),)
     with pytest.raises(ValueError, match="no net 'resnet56'; did you mean resnet8"):
         gsm.Config(net="resnet56")
-    with pytest.raises(ValueError, match="--seeds must be 1 or more, got 0"):
+    with pytest.raises(ValueError, match="--seeds must be at least 1, got 0"):
         gsm.Config(seeds=0)

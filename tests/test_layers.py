@@ -115,7 +115,7 @@ def test_layers_that_are_no_identity_stay(turn):
     groups = jaxprune.trace(net(turn), PARAMS, X, layers=True)
     assert "up:0" not in groups
     (why,) = {p.why for p in groups.pinned if (p.path, p.axis) == ("up", 0)}
-    assert "a layer of zeros is no identity" in why
+    assert "zero layers are not the identity" in why
     masks = {
         name: np.arange(5).reshape(-1, *[1] * (leaf.ndim - 1)) < 3
         if name != "head"

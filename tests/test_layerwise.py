@@ -199,7 +199,7 @@ def test_what_cannot_be_reconstructed_is_refused():
         recipes.reconstruct(GROUPS, net, PARAMS, (x for x in [X]), sparsity=0.5)
     with pytest.raises(ValueError, match="batches is empty"):
         recipes.reconstruct(GROUPS, net, PARAMS, [], sparsity=0.5)
-    with pytest.raises(ValueError, match="drop must be 0 or more"):
+    with pytest.raises(ValueError, match="drop must be at least 0"):
         recipes.search_with_compensation(
             GROUPS, net, PARAMS, [X], lambda v: 0.0, drop=-1.0
         )

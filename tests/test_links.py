@@ -370,7 +370,7 @@ def test_averages_of_weights_hold_zeros_where_weights_are_removed(base):
         (lambda tx: training.bridgeout(q=float("inf")), "q must .* finite, got inf"),
         (lambda tx: training.bridge_penalty(float("inf")), "finite, got inf"),
         (lambda tx: training.proximal_group_lasso(0.1, -1.0), "at least 0, got -1"),
-        (lambda tx: training.growing_regularization(every=0), "1 or more, got 0"),
+        (lambda tx: training.growing_regularization(every=0), "at least 1, got 0"),
         (lambda tx: training.force_regularization(-1.0), "at least 0, got -1"),
         (lambda tx: training.force_regularization(0.1, "l3"), "norm must be .* 'l3'"),
         (lambda tx: training.trained_rank_pruning(tx, energy=0.0), "energy must"),

@@ -165,7 +165,7 @@ def other_functions_of_other_units(p, x):
 REFUSED = {
     mean_over_units: "a sum over the group counts",
     softmax_over_units: "a sum over the group counts",
-    largest_of_units: "a reduction over the group counts what is at removed",
+    largest_of_units: "a reduction over the group counts values at removed",
     product_over_units: "a reduction over the group counts",
     square_of_consumers: "a sum over the group counts",
     shifted_consumers: "a sum over the group counts",

@@ -80,9 +80,9 @@ def broken(**changes):
 
 
 NO_PLANS = {
-    "": "is no plan: Expecting value",
-    "\x00": "is no plan",
-    "[" * 100_000: "is no plan",
+    "": "is not a plan: Expecting value",
+    "\x00": "is not a plan",
+    "[" * 100_000: "is not a plan",
     "null": "no plan of format 1",
     '{"format": true, "groups": {}}': "no plan of format 1",
     '{"format": 2, "groups": {}}': "no plan of format 1",

@@ -63,7 +63,7 @@ def test_another_cut_and_bad_numbers():
         return {**params, "w1": params["w1"] * (np.arange(10) < 10 * share)}
 
     assert recipes.prunability(loss, PARAMS, cut=first, tolerance=1e6) < 0.01
-    with pytest.raises(ValueError, match="tolerance must be 0 or more, got -1"):
+    with pytest.raises(ValueError, match="tolerance must be at least 0, got -1"):
         recipes.prunability(loss, PARAMS, tolerance=-1)
     with pytest.raises(ValueError, match="step must be between 0 and 1, got 2"):
         recipes.prunability(loss, PARAMS, step=2)

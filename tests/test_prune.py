@@ -272,7 +272,7 @@ def test_a_pin_may_be_one_pattern(params):
         ({"pin": [3]}, TypeError, "pin takes patterns, which are text; got 3"),
         ({"sparsity": 1.0}, ValueError, "sparsity=1 cuts every unit"),
         ({"sparsity": None}, ValueError, "give sparsity=, .* or budget="),
-        ({"budget": 0.5}, ValueError, "give one"),
+        ({"budget": 0.5}, ValueError, "give only one"),
         (
             {"sparsity": None, "budget": 0.01},
             ValueError,

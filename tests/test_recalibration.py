@@ -189,7 +189,7 @@ def test_frozen_layers_and_counters_stay_as_they_are(inputs):
 def test_what_is_no_running_average_is_refused_by_path_or_left_out(inputs):
     net = Spectral()
     variables = start(net, inputs[0])
-    match = r"SpectralNorm_0/\S+/u.*is no running average.*only="
+    match = r"SpectralNorm_0/\S+/u.*is not a running average.*only="
     with pytest.raises(ValueError, match=match):
         recalibrate(net.apply, variables, inputs)
     found = recalibrate(net.apply, variables, inputs, only="BatchNorm_0/*")

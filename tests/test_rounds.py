@@ -243,7 +243,7 @@ def test_a_run_that_is_done_is_read_back(tmp_path):
         ),
         ({"steps": [1, 2]}, ValueError, "steps must be one number or 4"),
         ({"schedule": "cubic"}, ValueError, "'geometric' or 'linear'"),
-        ({"rewind": 6}, ValueError, "rewind=6 is no step of round 0, which has 6"),
+        ({"rewind": 6}, ValueError, "rewind=6 is not a step of round 0, which has 6"),
         ({"scor": "l1"}, TypeError, "rounds has no option 'scor'; did you mean score"),
     ],
 )

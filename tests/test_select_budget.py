@@ -202,7 +202,7 @@ def test_a_saving_is_computed_anew_after_every_step():
         assert gone == min(ratio, key=lambda n: ratio[n])
         order.append(gone)
     assert set(order) == {"a", "b"}
-    with pytest.raises(ValueError, match="allow no group to lose another unit"):
+    with pytest.raises(ValueError, match="no group can lose another unit"):
         select.remove_one(groups, scores, cost, keep)
 
 

@@ -115,7 +115,10 @@ def test_limits_and_patterns_of_the_selection_hold():
 
 def test_bad_input_is_refused():
     params, groups, scores, data = case()
-    with pytest.raises(ValueError, match=r"must ascend, and be some, got \[0.5, 0.1\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"must be one or more numbers in ascending order, got \[0.5, 0.1\]",
+    ):
         jaxprune.sensitivity(accuracy, params, groups, scores, sparsities=[0.5, 0.1])
     with pytest.raises(ValueError, match="data has no batches"):
         jaxprune.sensitivity(accuracy, params, groups, scores, data=[])

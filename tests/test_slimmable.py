@@ -364,7 +364,7 @@ def test_bad_use_is_refused_by_name():
             PARAMS
         )
     with pytest.raises(
-        ValueError, match=r"order\[w1:1\] of shape \(2,\) is no permuta"
+        ValueError, match=r"order\[w1:1\] of shape \(2,\) is not a permuta"
     ):
         jaxprune.permute(PARAMS, GROUPS, {HIDDEN: [1, 0]})
     with pytest.raises(ValueError, match="'w2:1', which does not exist"):

@@ -499,7 +499,7 @@ def test_a_step_after_slicing_is_the_masked_step_sliced():
         (
             lambda tx: gradual_pruning(tx, {"kernel": 0.5}, prunable=PRUNABLE),
             ValueError,
-            "says itself what is prunable",
+            "both select leaves; give only one",
         ),
         (
             lambda tx: gradual_pruning(tx, {"w": 0.5}),

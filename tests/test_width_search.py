@@ -220,7 +220,9 @@ def test_adapruner_meets_the_budget_to_one_unit_and_takes_the_best_criterion():
     assert found.values[found.criterion] == max(found.values.values())
     assert found.values[found.criterion] == measure(found.keep)
     assert {n: int(k.sum()) for n, k in found.keep.items()} == found.counts
-    with pytest.raises(ValueError, match="units of a:1 have the mean importance 0.0"):
+    with pytest.raises(
+        ValueError, match="mean importance of the units of a:1 must be above 0, got 0.0"
+    ):
         adapruner(
             GROUPS,
             {A: np.zeros(6)},

@@ -230,7 +230,7 @@ def test_a_branch_is_what_only_it_computes():
     assert not jaxprune.trace(net, PARAMS, X).branches
     assert pickle.loads(pickle.dumps(groups)).branches == groups.branches
     with pytest.raises(
-        ValueError, match=r"'up' is no branch; the branches are up1, up2"
+        ValueError, match=r"'up' is not a branch; the branches are up1, up2"
     ):
         jaxprune.without_branches(groups, "up")
 

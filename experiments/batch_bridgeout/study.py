@@ -139,7 +139,7 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 option = "--" + name.replace("_", "-")
-                raise UsageError(f"{option} must be 1 or more, got {value}")
+                raise UsageError(f"{option} must be at least 1, got {value}")
         if self.exposure is not None and not 0 < self.exposure < float("inf"):
             raise UsageError(f"--exposure must be above 0, got {self.exposure}")
 

@@ -136,7 +136,7 @@ class Config:
         known("data set", self.dataset, CLASSIFICATION)
         known("net", self.net, SMALL)
         if self.seeds < 1:
-            raise UsageError(f"--seeds must be 1 or more, got {self.seeds}")
+            raise UsageError(f"--seeds must be at least 1, got {self.seeds}")
 
     @property
     def scale(self) -> Scale:

@@ -73,7 +73,7 @@ class Config:
         for model in self.models:
             known("model", model, MODELS)
         if self.seeds < 1:
-            raise UsageError(f"--seeds must be 1 or more, got {self.seeds}")
+            raise UsageError(f"--seeds must be at least 1, got {self.seeds}")
 
 
 @dataclasses.dataclass(frozen=True)

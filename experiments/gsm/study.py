@@ -154,7 +154,7 @@ class Config:
         if self.net:
             known("net", self.net, (CIFAR if self.on_cifar else SMALL).nets)
         if self.seeds < 1:
-            raise UsageError(f"--seeds must be 1 or more, got {self.seeds}")
+            raise UsageError(f"--seeds must be at least 1, got {self.seeds}")
 
     @property
     def on_cifar(self) -> bool:

@@ -68,7 +68,9 @@ def load_model(spec: str, variables: Path | None = None) -> Model:
 def _factory(spec: str) -> Any:
     module_name, colon, name = spec.partition(":")
     if not (module_name and colon and name):
-        raise UsageError(f"{spec!r} is no module:factory, such as my_model:make")
+        raise UsageError(
+            f"{spec!r} is not of the form module:factory, such as my_model:make"
+        )
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
@@ -82,7 +84,7 @@ def _factory(spec: str) -> Any:
     return getattr(module, name)
 
 
-def _called(factory: Callable[[], Any], spec: str) -> Any:
+def _called(factory: Callable[[], object], spec: str) -> Any:
     try:
         return factory()
     except Exception as error:  # whatever the user's code raises

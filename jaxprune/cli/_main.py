@@ -117,7 +117,7 @@ def _run(words: list[str]) -> None:
         experiment(config)
 
 
-def parse(experiment: Callable[[Any], Any], prog: str, words: Sequence[str]) -> Any:
+def parse(experiment: Callable[[Any], object], prog: str, words: Sequence[str]) -> Any:
     """Parses the settings of an experiment, with errors of one line.
 
     Args:

@@ -115,7 +115,7 @@ def _rounds_table(history: Sequence[Mapping[str, Any]]) -> str:
 
 def _check_target(config: Prune | Run) -> None:
     if (config.budget is None) == (config.sparsity is None):
-        raise UsageError("give one of --budget and --sparsity")
+        raise UsageError("give either --budget or --sparsity")
     if config.out.exists() and not config.out.is_dir():
         raise UsageError(f"{config.out} is a file; give another --out")
 
@@ -175,7 +175,7 @@ def export(config: Export) -> None:
         print(f"written to {config.out}")
 
 
-def _told(run: Callable[..., Any], made: Model, **options: Any) -> Any:
+def _told(run: Callable[..., object], made: Model, **options: object) -> Any:
     """Calls; what is wrong with the options is told in one line."""
     try:
         return run(made.apply_fn, made.variables, *made.args, **options)

@@ -51,7 +51,7 @@ def without_branches(groups: Groups, *names: str) -> dict[str, np.ndarray]:
         if name not in groups.branches:
             known = listed(list(groups.branches)) if groups.branches else "none"
             raise ValueError(
-                f"{name!r} is no branch; the branches are {known}"
+                f"{name!r} is not a branch; the branches are {known}"
                 f"{nearest(name, list(groups.branches))}; trace with writers='*' finds "
                 "those whose value nothing but one sum reads"
             )

@@ -45,7 +45,7 @@ def check_leaves(tree: PyTree, what: str = "params") -> None:
             raise TypeError(
                 f"{what}[{name}] is a {_kind(leaf)}, not an array; convert "
                 "numbers and lists of numbers with jnp.asarray, and put None where a "
-                "leaf is no parameter"
+                "leaf is not a parameter"
             )
 
 

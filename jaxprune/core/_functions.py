@@ -1,7 +1,5 @@
 """What is given as the function to prune, if it is none."""
 
-from typing import Any
-
 _LIBRARIES = {
     "flax.nnx": "an NNX module; use jaxprune.integrations.nnx.prune(model, ...), or "
     "jaxprune.integrations.nnx.nnx_apply(model) for a function and its variables",
@@ -12,7 +10,7 @@ _LIBRARIES = {
 }
 
 
-def check_function(apply_fn: Any) -> None:
+def check_function(apply_fn: object) -> None:
     """Raises unless this can be called as ``apply_fn(variables, *args)``.
 
     Raises:

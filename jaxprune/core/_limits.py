@@ -148,7 +148,9 @@ def fractions(
     if not isinstance(sparsity, Mapping):
         return dict.fromkeys(selected(names, only, what), sparsity)
     if only is not None:
-        raise ValueError(f"only and a sparsity by name both select {what}: give one")
+        raise ValueError(
+            f"only and a sparsity by name both select {what}; give only one"
+        )
     labels, by_name = labels_in(names), {}
     for given, share in sparsity.items():
         for name in selected(names, given, what):

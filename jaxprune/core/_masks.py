@@ -229,7 +229,7 @@ def _checked_units(groups: Groups, name: str, units: BoolArray) -> BoolArray:
             raise ValueError(
                 f"keep[{name}] keeps {', '.join(map(str, kept[:8]))} units of the "
                 f"{len(kept)} blocks of {len(units) // len(kept)}; a balanced group "
-                "loses as many from every block"
+                "loses the same number from every block"
             )
     return units
 

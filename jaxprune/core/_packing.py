@@ -29,7 +29,7 @@ class PackedMasks(NamedTuple):
             broadcast; otherwise uint8, eight entries in a byte.
     """
 
-    bits: Any
+    bits: object
 
 
 class ByPath(NamedTuple):
@@ -40,7 +40,7 @@ class ByPath(NamedTuple):
             it. They are sliced as the leaves are.
     """
 
-    arrays: Any
+    arrays: object
 
 
 def pack_masks(

@@ -95,7 +95,7 @@ def _common(layers: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
 
 
 def _inputs_alone(
-    walked: Walked, eqn: Any, operand: int, state: Collection[Any] = ()
+    walked: Walked, eqn: object, operand: int, state: Collection[object] = ()
 ) -> set[int] | None:
     """The inputs of a program that only this operand needs; None if it is not here."""
     for step in walked.steps:
@@ -110,7 +110,7 @@ def _inputs_alone(
     return None
 
 
-def _needed_only_by(walked: Walked, uses: Uses, state: Collection[Any]) -> set[int]:
+def _needed_only_by(walked: Walked, uses: Uses, state: Collection[object]) -> set[int]:
     """The inputs of a program that only these uses need.
 
     Args:

@@ -154,11 +154,11 @@ def _is_index(dtype: np.dtype) -> bool:
     return getattr(dtype, "kind", "") in "iub"
 
 
-def _cast(eqn: Equation, result: Any) -> np.ndarray:
+def _cast(eqn: Equation, result: object) -> np.ndarray:
     return np.asarray(result).astype(eqn.outvars[0].aval.dtype)
 
 
-def _ufunc(function: Callable[..., Any]) -> Callable[..., np.ndarray]:
+def _ufunc(function: Callable[..., object]) -> Callable[..., np.ndarray]:
     return lambda eqn, *xs: _cast(eqn, function(*xs))
 
 

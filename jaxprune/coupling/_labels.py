@@ -16,7 +16,7 @@ wherever the column's unit is dead.
 import math
 from collections.abc import Callable
 from operator import is_
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -58,7 +58,7 @@ class Value(NamedTuple):
     axes: tuple[Axis, ...]
     is_zero: bool = False
     data: bool = False
-    origin: Any = None
+    origin: object = None
     uniform: frozenset[int] = frozenset()
 
 

@@ -14,6 +14,7 @@ from jax.extend.core import Literal as Number
 
 from jaxprune.program._interpret import PLAIN, inner_jaxprs, interpret
 from jaxprune.program._jaxprs import opened, scan_counts
+from jaxprune.program._types import Equation, Jaxpr
 from jaxprune.program.primitives import declaration
 
 
@@ -34,7 +35,7 @@ State: TypeAlias = Literal["zero"] | Carried | None  # None: unknown
 _SAME = frozenset("convert_element_type copy copy_p name sharding_constraint".split())
 
 
-def zeros_of_idle_step(eqn: Any, zero: Sequence[bool]) -> list[bool] | None:
+def zeros_of_idle_step(eqn: Equation, zero: Sequence[bool]) -> list[bool] | None:
     """For each value that a scan stacks, is it 0 for a layer of zeros?
 
     Args:
@@ -55,20 +56,20 @@ def zeros_of_idle_step(eqn: Any, zero: Sequence[bool]) -> list[bool] | None:
     return [state == "zero" for state in outs[n_carry:]]
 
 
-def _run(jaxpr: Any, ins: Sequence[State]) -> list[State]:
-    def step(number: int, eqn: Any, operands: list[State]) -> Sequence[State]:
+def _run(jaxpr: Jaxpr, ins: Sequence[State]) -> list[State]:
+    def step(number: int, eqn: Equation, operands: list[State]) -> Sequence[State]:
         if not any(state is not None for state in operands):
             return [None] * len(eqn.outvars)
         return _step(eqn, operands)
 
-    def constant(var: Any) -> State:
+    def constant(var: object) -> State:
         is_zero = isinstance(var, Number) and np.ndim(var.val) == 0 and var.val == 0
         return "zero" if is_zero else None
 
     return interpret(opened(jaxpr)[0], ins, step, constant)
 
 
-def _step(eqn: Any, operands: list[State]) -> Sequence[State]:
+def _step(eqn: Equation, operands: list[State]) -> Sequence[State]:
     name = eqn.primitive.name
     unknown: list[State] = [None] * len(eqn.outvars)
     if name in PLAIN:
@@ -87,7 +88,7 @@ def _step(eqn: Any, operands: list[State]) -> Sequence[State]:
     return [_result(eqn, operands)]
 
 
-def _result(eqn: Any, operands: list[State]) -> State:
+def _result(eqn: Equation, operands: list[State]) -> State:
     name, first = eqn.primitive.name, operands[0]
     if name in _SAME and isinstance(first, Carried):
         made = eqn.outvars[0].aval.dtype

@@ -11,11 +11,11 @@ _REASONS = {
         free_ref freeze get log_extend log_read new_box new_log new_ref pin run_state
         swap unpin
     """,
-    "it leaves the program": """
+    "it has an effect outside the program": """
         after_all call_exported check create_token dce_sink debug_callback debug_print
         ffi_call inspect_sharding io_callback pure_callback stage tie unreachable
     """,
-    "its parts go to devices one by one": """
+    "it is one half of a transfer between devices": """
         all_gather_done all_gather_reduced_start all_gather_start all_to_all_done
         all_to_all_start pbroadcast_done pbroadcast_dynamic pbroadcast_start
         ppermute_done ppermute_start precv psend psum_done psum_invariant_start
@@ -29,20 +29,24 @@ _REASONS = {
         dot_product_attention_fwd dot_product_attention_fwd_wrapper scaled_dot
         scaled_matmul scaled_matmul_wrapper
     """,
-    "the program inside has rules of its own, which a smaller one would not keep": """
+    "its inner program has rules of its own, which a smaller one would lose": """
         call call_hi_primitive_linearized core_map custom_jvp_call_jaxpr custom_lin
         custom_partitioning custom_vmap_call eval_jaxpr linear_call platform_index
         shard_map
     """,
     "it reduces by a function of the caller": "reduce reduce_window select_and_scatter",
-    "a pooling window picks positions": "select_and_gather_add select_and_scatter_add",
-    "its largest positions are picked": "approx_top_k",
+    "it selects positions of a pooling window": """
+        select_and_gather_add select_and_scatter_add
+    """,
+    "it selects the largest positions": "approx_top_k",
     "it has no operand that can be cut": """
         axis_index dim_as_value dimension_size empty empty2 iota_2x32_shape
         shape_assertion
     """,
-    "it carries a note to the compiler": "xla_metadata_call xla_metadata_value",
-    "a random key": "from_edtype philox2x32 philox4x32 threefry4x32 to_edtype",
+    "it annotates the program for the compiler": "xla_metadata_call xla_metadata_value",
+    "it operates on random keys": """
+        from_edtype philox2x32 philox4x32 threefry4x32 to_edtype
+    """,
 }
 
 REFUSED: dict[str, str] = {

@@ -14,7 +14,7 @@ from jaxprune.program.primitives import DECLARATIONS, Declaration
 def register_rule(
     primitive: Primitive | str,
     declaration: Declaration,
-    narrow: Callable[..., Any] | None = None,
+    narrow: Callable[..., object] | None = None,
     *,
     resize: Callable[..., dict[str, Any] | None] | None = None,
 ) -> None:

@@ -8,11 +8,14 @@ primitive whose parameters name no sizes.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
-from jaxprune.core._types import ApplyFn
+from jaxprune.coupling._labels import Value
 from jaxprune.program._types import Equation
+
+Label: TypeAlias = Callable[..., Value | Sequence[Value]]
+Resize: TypeAlias = Callable[..., Mapping[str, object] | None]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -29,9 +32,9 @@ class Rule:
             the rule only hands them on to inner programs.
     """
 
-    label: Callable[..., Any]
-    narrow: Callable[..., Any] | None = None
-    resize: Callable[..., dict[str, Any] | None] | None = None
+    label: Label
+    narrow: Callable[..., object] | None = None
+    resize: Resize | None = None
     inline: bool = False
     whole: Callable[[Equation], int] = lambda eqn: 0
 
@@ -40,10 +43,10 @@ RULES: dict[str, Rule] = {}
 
 
 def register_label(
-    label: Callable[..., Any],
+    label: Label,
     *names: str,
-    narrow: Callable[..., Any] | None = None,
-    resize: Callable[..., dict[str, Any] | None] | None = None,
+    narrow: Callable[..., object] | None = None,
+    resize: Resize | None = None,
     inline: bool = False,
     whole: Callable[[Equation], int] = lambda eqn: 0,
 ) -> None:
@@ -55,7 +58,7 @@ def register_label(
 def rule(*names: str, **halves: Any):
     """Decorator: registers a labelling function for the named primitives."""
 
-    def register(label: Callable[..., Any]) -> ApplyFn:
+    def register(label: Label) -> Label:
         register_label(label, *names, **halves)
         return label
 

@@ -174,7 +174,7 @@ class Walk:
             for k in range(rule.whole(eqn), len(values)):
                 values[k] = self.view(values[k])
         results = rule.label(self, eqn, *values)
-        outs = (results,) if type(results) is Value else tuple(results)
+        outs = (results,) if isinstance(results, Value) else tuple(results)
         return Step(eqn, tuple(values), outs, tuple(self._subs))
 
 

@@ -35,7 +35,7 @@ class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             homepage="https://doi.org/10.24432/C50P49",
         )
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+    def _split_generators(self, dl_manager: object) -> dict[str, Any]:
         del dl_manager  # nothing to download
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
@@ -53,6 +53,6 @@ class Digits(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _generate_examples(
         self, rows: np.ndarray, images: np.ndarray, labels: np.ndarray
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
+    ) -> Iterator[tuple[int, dict[str, object]]]:
         for row in rows.tolist():
             yield row, {"image": images[row], "label": int(labels[row])}

@@ -69,7 +69,7 @@ def _missing(sources: Sequence[str], downloads: Path) -> list[str]:
     ]
 
 
-def _require_reachable(spec: Spec, builder: Any, folder: Path) -> None:
+def _require_reachable(spec: Spec, builder: object, folder: Path) -> None:
     """Raises within seconds when a download cannot work.
 
     TFDS would try ten times with growing pauses, more than two minutes in all. The

@@ -38,7 +38,7 @@ def normalize(images: jax.typing.ArrayLike, spec: Spec) -> jax.Array:
     images = jnp.asarray(images)
     if images.shape[-1:] != (len(spec.mean),):
         raise ValueError(
-            f"images of shape {images.shape} have not the {len(spec.mean)} channels "
+            f"images of shape {images.shape} do not have the {len(spec.mean)} channels "
             f"of {spec.name} on their last axis"
         )
     over_channels = (1,) * (images.ndim - 1) + (-1,)

@@ -86,7 +86,7 @@ class Scenes(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             supervised_keys=("image", "label"),
         )
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+    def _split_generators(self, dl_manager: object) -> dict[str, Any]:
         del dl_manager  # nothing to download
         return {
             split: self._generate_examples(index, size)
@@ -95,7 +95,7 @@ class Scenes(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _generate_examples(
         self, split: int, size: int
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
+    ) -> Iterator[tuple[int, dict[str, object]]]:
         for start in range(0, size, _BLOCK):
             rng = np.random.default_rng((_SEED, split, start // _BLOCK))
             images, labels = draw(min(_BLOCK, size - start), rng)

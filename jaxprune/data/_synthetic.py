@@ -227,7 +227,7 @@ class Shapes32(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             supervised_keys=("image", "label"),
         )
 
-    def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
+    def _split_generators(self, dl_manager: object) -> dict[str, Any]:
         del dl_manager  # nothing to download
         return {
             split: self._generate_examples(index, size)
@@ -236,7 +236,7 @@ class Shapes32(tfds.core.GeneratorBasedBuilder, skip_registration=True):
 
     def _generate_examples(
         self, split: int, size: int
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
+    ) -> Iterator[tuple[int, dict[str, object]]]:
         for start in range(0, size, _BLOCK):
             positions = np.arange(start, min(start + _BLOCK, size))
             labels = positions % (len(SHAPES) * len(TEXTURES))

@@ -163,7 +163,7 @@ def _write(axes: Axes, x: float, y: float, text: str, on: str, fontsize: float) 
     axes.text(x, y, text, color=readable_on(on), **style)
 
 
-def _removed(color: Any) -> dict[str, Any]:
+def _removed(color: object) -> dict[str, Any]:
     return {"facecolor": "white", "edgecolor": color, "hatch": "//////", "linewidth": 0}
 
 

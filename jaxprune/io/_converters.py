@@ -187,6 +187,6 @@ def _converting(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise ValueError(
-            f"{what}: the converter cannot do it, so nothing was written: "
+            f"{what}: the converter failed, so nothing was written: "
             f"{type(error).__name__}: {first_line(error)}"
         ) from error

@@ -39,7 +39,10 @@ Writer = Callable[[Path], None]
 
 
 def write_folder(
-    folder: Path, manifest: str, about: Mapping[str, Any], writers: Mapping[str, Writer]
+    folder: Path,
+    manifest: str,
+    about: Mapping[str, object],
+    writers: Mapping[str, Writer],
 ) -> None:
     """Writes a folder, or replaces what is in it.
 
@@ -149,7 +152,7 @@ def _facts(path: Path) -> dict[str, Any]:
 
 def _checked(folder: Path, name: str, facts: Mapping[str, Any]) -> Path:
     if _logical(facts["name"]) != name:
-        raise ValueError(f"{facts['name']} is no name for {name}")
+        raise ValueError(f"{facts['name']} is not a valid name for {name}")
     path = folder / facts["name"]
     if "crc32" not in facts:
         if not path.is_dir():

@@ -118,7 +118,7 @@ def on_device(leaf: PyTree) -> Any:
 
 
 def check_agreement(
-    what: str, expected: PyTree, found: Sequence[Any], tolerance: float | None
+    what: str, expected: PyTree, found: Sequence[object], tolerance: float | None
 ) -> float:
     """The largest difference, relative to the largest entry of each output.
 

@@ -72,7 +72,7 @@ class Loaded:
     variables: PyTree
     masks: PyTree
     groups: Groups | None
-    plan: Any
+    plan: object
     facts: Mapping[str, Any]
     args: tuple[PyTree, ...] = ()
     kwargs: Mapping[str, PyTree] = dataclasses.field(default_factory=dict)
@@ -85,8 +85,8 @@ def save_pruned(
     masks: PyTree,
     *args: PyTree,
     groups: Groups | None = None,
-    plan: Any = None,
-    facts: Mapping[str, Any] | None = None,
+    plan: object = None,
+    facts: Mapping[str, object] | None = None,
     tolerance: float | None = None,
     **kwargs: PyTree,
 ) -> None:
@@ -265,7 +265,7 @@ def _program(
 
 
 def _fixed(
-    flat: Callable[..., Any], leaves: list[PyTree], inputs: list[Any], tolerance: Any
+    flat: Callable[..., object], leaves: list[PyTree], inputs: list[Any], tolerance: Any
 ) -> jax.export.Exported:
     """The program for exactly these shapes."""
     program = on_all_platforms(flat, shapes_of(leaves), *shapes_of(inputs))
@@ -290,7 +290,7 @@ def _as_array(leaf: PyTree) -> Any:
 
 
 def _flat(
-    of_arrays: Callable[..., Any], variables: PyTree, given: Sequence[Any]
+    of_arrays: Callable[..., object], variables: PyTree, given: Sequence[object]
 ) -> Callable[..., list[Any]]:
     """Takes and returns leaves, so that no container has to be known to JAX."""
     treedef, argdef = jax.tree.structure(variables), jax.tree.structure(tuple(given))
@@ -395,7 +395,7 @@ def _shape(text: str) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, like.dtype)
 
 
-def _all_arrays(arg: Any) -> bool:
+def _all_arrays(arg: object) -> bool:
     leaves = jax.tree.leaves(arg)
     flags = {is_array(leaf) for leaf in leaves}
     if flags == {True, False}:

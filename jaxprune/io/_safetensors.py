@@ -42,7 +42,7 @@ class Weights(NamedTuple):
     """
 
     variables: PyTree
-    plan: Any
+    plan: object
     facts: Mapping[str, Any]
 
 
@@ -50,8 +50,8 @@ def save_safetensors(
     path: str | Path,
     variables: PyTree,
     *,
-    plan: Any = None,
-    facts: Mapping[str, Any] | None = None,
+    plan: object = None,
+    facts: Mapping[str, object] | None = None,
 ) -> None:
     """Writes arrays under their paths; other programs read them as a flat dict.
 

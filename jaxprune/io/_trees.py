@@ -32,7 +32,7 @@ def describe(tree: PyTree) -> Any:
     return ["dict", [[_key(path[0]), describe(child)] for path, child in children]]
 
 
-def rebuild(structure: Any, leaves: Iterator[Any]) -> Any:
+def rebuild(structure: Any, leaves: Iterator[object]) -> Any:
     """The tree that `describe` saw, with these leaves in its order.
 
     Raises:
@@ -58,10 +58,10 @@ def rebuild(structure: Any, leaves: Iterator[Any]) -> Any:
             [rebuild(child, leaves) for child in children]
         )
     except (TypeError, KeyError) as error:
-        raise ValueError(f"its tree is none: {str(structure)[:60]}") from error
+        raise ValueError(f"its tree is not a tree: {str(structure)[:60]}") from error
 
 
-def _key(entry: Any) -> str | int:
+def _key(entry: object) -> str | int:
     for name in ("key", "name", "idx"):
         if hasattr(entry, name):
             key = getattr(entry, name)

@@ -53,8 +53,8 @@ def save_widths(
     path: str | Path,
     slim: Slimmable,
     variables: PyTree,
-    *args: Any,
-    facts: Mapping[str, Any] | None = None,
+    *args: object,
+    facts: Mapping[str, object] | None = None,
     tolerance: float | None = None,
 ) -> None:
     """Writes a slimmable network: a program for every width, the weights once.

@@ -97,7 +97,7 @@ def save(
     """
     step, keep = _natural("step", step), _natural("keep", keep)
     if keep < 1:
-        raise ValueError(f"keep must be 1 or more, got {keep=}")
+        raise ValueError(f"keep must be at least 1, got {keep=}")
     refuse_traced("checkpoints.save", state=state)
     meta = _as_json(meta)
     arrays, leaves = _described(state)
@@ -191,7 +191,7 @@ def _natural(name: str, value: SupportsIndex) -> int:
             f"{name} must be an int, got {value!r} of type {type(value).__name__}"
         ) from None
     if number < 0:
-        raise ValueError(f"{name} must be 0 or more, got {name}={number}")
+        raise ValueError(f"{name} must be at least 0, got {name}={number}")
     return number
 
 
@@ -378,7 +378,7 @@ def _write(path: Path, arrays: list[Array], sealed: dict[str, Any]) -> None:
         orbax.save(path, args=ocp.args.Composite(**items))
 
 
-def _restore(path: Path, **items: Any) -> Any:
+def _restore(path: Path, **items: object) -> Any:
     ocp = _orbax()
     checkpointer = ocp.Checkpointer(ocp.CompositeCheckpointHandler())
     with _ONE_AT_A_TIME, checkpointer as orbax:
@@ -391,7 +391,7 @@ def _read_sealed(path: Path) -> dict[str, Any]:
             regular_size(file)  # a device, read to its end, would fill the memory
     sealed = _restore(path, meta=_orbax().args.JsonRestore())["meta"]
     if not isinstance(sealed, dict) or sealed.get("format") != FORMAT:
-        raise OSError(f"it is no checkpoint of format {FORMAT}")
+        raise OSError(f"it is not a checkpoint of format {FORMAT}")
     if _sealed(sealed["leaves"], sealed["meta"])["crc32"] != sealed["crc32"]:
         raise OSError("its JSON is not what was saved")
     return sealed

@@ -65,7 +65,7 @@ def save_exported(
     apply_fn: Callable[..., PyTree],
     variables: PyTree,
     *args: PyTree,
-    facts: Mapping[str, Any] | None = None,
+    facts: Mapping[str, object] | None = None,
     tolerance: float | None = None,
 ) -> None:
     """Writes a model that computes every example of a batch by itself.
@@ -172,7 +172,7 @@ def any_batch(
 
 
 def on_all_platforms(
-    function: Callable[..., Any], *shapes: PyTree
+    function: Callable[..., object], *shapes: PyTree
 ) -> jax.export.Exported:
     """The function as StableHLO, for arguments of these shapes."""
     with without_folders():
@@ -226,7 +226,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
-def write_npz(path: Path, leaves: Mapping[str, Any]) -> None:
+def write_npz(path: Path, leaves: Mapping[str, object]) -> None:
     """As `numpy.savez`, which takes no leaf named ``file`` or ``allow_pickle``."""
     with zipfile.ZipFile(path, "w") as archive:
         for name, leaf in leaves.items():

@@ -140,11 +140,11 @@ def check_dropout(rate: float, target: float) -> None:
             raise ValueError(f"{name} must be in [0, 1], got {value}")
 
 
-def _is_positive_int(number: Any) -> bool:
+def _is_positive_int(number: object) -> bool:
     return isinstance(number, int) and not isinstance(number, bool) and number > 0
 
 
-def check_positive(name: str, numbers: Sequence[Any]) -> None:
+def check_positive(name: str, numbers: Sequence[object]) -> None:
     """Raises if an entry is not a positive int, naming its place."""
     for index, number in enumerate(numbers):
         if not _is_positive_int(number):
@@ -172,7 +172,7 @@ def check_stages(stage_sizes: Sequence[int], **per_stage: Sequence[int]) -> None
         check_positive(name, values)
 
 
-def check_blocks(name: str, values: Sequence[Any] | None, blocks: int) -> None:
+def check_blocks(name: str, values: Sequence[object] | None, blocks: int) -> None:
     """Raises unless `values` is None or has one entry for each block."""
     if values is not None and len(values) != blocks:
         raise ValueError(

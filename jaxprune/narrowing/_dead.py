@@ -26,13 +26,14 @@ from jaxprune.coupling._dead import (
     parts,
 )
 from jaxprune.coupling._labels import Value
+from jaxprune.coupling._walk import Step
 from jaxprune.program._types import Atom
 
 _FOLDS = {"reduce_max": lax.max, "reduce_min": lax.min}
 _SIZES = {"broadcast_in_dim": "shape", "reshape": "new_sizes"}  # parameters of a shape
 
 
-def complete(emitter: Any, scope: Scope, step: Any, results: list[Any]) -> list[Atom]:
+def complete(emitter: Any, scope: Scope, step: Step, results: list[Any]) -> list[Atom]:
     """The results of a reduction as they are in the masked program.
 
     Args:
@@ -78,7 +79,7 @@ def _dead(emitter: Any, scope: Scope, var: Atom, value: Value, dims: Dims) -> An
     return made
 
 
-def _write_call(emitter: Any, scope: Scope, step: Any) -> None:
+def _write_call(emitter: Any, scope: Scope, step: Step) -> None:
     """Writes a call that was not: nothing of its results lives, but some is dead."""
     env = emitter.envs[id(scope)]
     invars = step.eqn.invars
@@ -111,7 +112,7 @@ def _shape(emitter: Any, value: Value, dims: Dims) -> tuple[int, ...]:
 def _joined(
     emitter: Any,
     scope: Scope,
-    step: Any,
+    step: Step,
     dims: Dims,
     found: Sequence[Part],
     living: Any = None,
@@ -165,7 +166,7 @@ def _joined(
     return made
 
 
-def _count(emitter: Any, step: Any, part: Part) -> int:
+def _count(emitter: Any, step: Step, part: Part) -> int:
     """How many combinations of dead positions a part stands for."""
     return math.prod(
         step.ins[k].shape[d] - emitter.kept.shape(step.ins[k])[d]

@@ -152,7 +152,7 @@ class Kept:
             found = self._programs[id(walked)] = walked, build(self, walked)
         return found[1]
 
-    def replay(self, walked: Walked, args: Sequence[Any]) -> list[Atom]:
+    def replay(self, walked: Walked, args: Sequence[object]) -> list[Atom]:
         """Evaluates what remains of a program, one equation after another."""
         return jaxpr_as_fun(self.program(walked))(*args)
 

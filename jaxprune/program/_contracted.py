@@ -68,7 +68,7 @@ def contracted_axes(
     return {path: axes for path, axes in pairs if path is not None}
 
 
-def contracted_axes_of(program: Any, chosen: Sequence[bool]) -> list[tuple[int, ...]]:
+def contracted_axes_of(program: Jaxpr, chosen: Sequence[bool]) -> list[tuple[int, ...]]:
     """`contracted_axes` of a jaxpr: for every input; () for those not chosen."""
     jaxpr, _ = opened(program)
     shapes = [getattr(var.aval, "shape", ()) for var in jaxpr.invars]
@@ -84,7 +84,9 @@ def contracted_axes_of(program: Any, chosen: Sequence[bool]) -> list[tuple[int, 
     return [tuple([d for k, d in order if k == own]) for own in range(len(ins))]
 
 
-def _run(jaxpr: Jaxpr, ins: Sequence[_Axes], found: dict[Any, bool]) -> list[_Axes]:
+def _run(
+    jaxpr: Jaxpr, ins: Sequence[_Axes], found: dict[tuple[int, int], bool]
+) -> list[_Axes]:
     jaxpr, _ = opened(jaxpr)
 
     def step(number: int, eqn: Equation, operands: list[_Axes]) -> list[_Axes]:
@@ -98,7 +100,7 @@ def _run(jaxpr: Jaxpr, ins: Sequence[_Axes], found: dict[Any, bool]) -> list[_Ax
     return interpret(jaxpr, ins, step, constant)
 
 
-def _passage(eqn: Equation, found: dict[Any, bool]) -> Passage[_Axes]:
+def _passage(eqn: Equation, found: dict[tuple[int, int], bool]) -> Passage[_Axes]:
     programs = inner_jaxprs(eqn)
     return Passage(
         run=lambda k, ins: _run(programs[k], ins, found),
@@ -120,7 +122,7 @@ def _join(a: _Axes, b: _Axes) -> _Axes:
 
 
 def _equation(
-    eqn: Equation, operands: list[_Axes], found: dict[Any, bool]
+    eqn: Equation, operands: list[_Axes], found: dict[tuple[int, int], bool]
 ) -> list[_Axes]:
     known = declaration(eqn)
     free = any(value.free for value in operands)
@@ -144,7 +146,9 @@ def _equation(
     ]
 
 
-def _note(signature: Any, k: int, value: _Axes, found: dict[Any, bool]) -> None:
+def _note(
+    signature: Any, k: int, value: _Axes, found: dict[tuple[int, int], bool]
+) -> None:
     """Notes which axes of chosen inputs a product sums over in operand `k`."""
     if value.free:
         return

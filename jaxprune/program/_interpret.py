@@ -7,7 +7,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from jax.extend.core import Literal
 
 from jaxprune.program._jaxprs import scan_counts
-from jaxprune.program._types import Atom, Equation, Jaxpr
+from jaxprune.program._types import Atom, Equation, Jaxpr, Var
 
 T = TypeVar("T")
 
@@ -24,8 +24,8 @@ HOLDERS = PLAIN | LOOPS | {"cond"}
 def interpret(
     jaxpr: Jaxpr,
     ins: Sequence[T],
-    step: Callable[[int, Any, list[T]], Iterable[T]],
-    constant: Callable[[Any], T],
+    step: Callable[[int, Equation, list[T]], Iterable[T]],
+    constant: Callable[[Atom], T],
     equations: Sequence[Equation] | None = None,
 ) -> list[T]:
     """Carries a value of any kind for every variable through a program.
@@ -37,7 +37,7 @@ def interpret(
         constant: the value of a literal, or of a variable that no equation makes.
         equations: those to go through, if not those of the jaxpr.
     """
-    env: dict[Any, T] = dict(zip(jaxpr.invars, ins, strict=True))
+    env: dict[Var, T] = dict(zip(jaxpr.invars, ins, strict=True))
 
     def read(var: Atom) -> T:
         return constant(var) if isinstance(var, Literal) or var not in env else env[var]
@@ -62,7 +62,7 @@ def inner_jaxprs(eqn: Equation) -> list[Any]:
     return list(p["branches"]) if name == "cond" else []
 
 
-def _same(value: Any) -> Any:
+def _same(value: T) -> T:
     return value
 
 
@@ -86,7 +86,7 @@ class Passage(NamedTuple, Generic[T]):
     carried: Callable[[T], T] = _same
     unstacked: Callable[[T], T] = _same
     stacked: Callable[[T], T] = _same
-    deciding: Callable[[T], Any] = _same
+    deciding: Callable[[T], object] = _same
 
 
 def through(eqn: Equation, operands: Sequence[T], passage: Passage[T]) -> list[T]:

@@ -79,7 +79,7 @@ def scan_counts(params: Mapping[str, Any]) -> tuple[int, int]:
     return len(consts), len(carry)
 
 
-def bind(eqn: Equation, *operands: jax.Array, **changed: Any) -> list[PyTree]:
+def bind(eqn: Equation, *operands: jax.Array, **changed: object) -> list[PyTree]:
     """Runs one equation, with these parameters changed; always a list of results."""
     with eqn.ctx.manager:
         params = eqn.primitive.get_bind_params(eqn.params | changed)
@@ -102,7 +102,7 @@ class Program:
     closed: Any
     paths: list[str]
     out_paths: list[str]
-    out_tree: Any
+    out_tree: object
     memory: dict[Any, Any] = dataclasses.field(default_factory=dict)
 
     @property
@@ -145,7 +145,7 @@ def input_name(path: str) -> str:
 
 
 def _jitted(
-    fn: ApplyFn, tree: PyTree, static: Sequence[Any]
+    fn: ApplyFn, tree: PyTree, static: Sequence[object]
 ) -> tuple[Any, dict[Any, Any]]:
     """`fn` of its array leaves alone, jitted, and what is remembered of its programs.
 
@@ -181,7 +181,7 @@ _MOST = 4
 
 
 def _jit_flat(
-    refer: Callable[[], Any], fn: Any, tree: PyTree, static: Sequence[Any]
+    refer: Callable[[], Any], fn: ApplyFn, tree: PyTree, static: Sequence[object]
 ) -> Any:
     def flat(*arrays: Any) -> Any:
         rest = iter(arrays)

@@ -81,15 +81,15 @@ def adapruner(
         importance to keep ratios is this one in spirit, not to the letter.
     """
     if not candidates:
-        raise ValueError("candidates is empty; give one criterion or more")
+        raise ValueError("candidates is empty; give at least one criterion")
     for name in importance:
         selected(groups, name, "groups")
     means = {name: float(np.mean(own)) for name, own in importance.items()}
     low = [name for name, mean in means.items() if not mean > 0]
     if low:
         raise ValueError(
-            f"the units of {low[0]} have the mean importance {means[low[0]]}; a share "
-            "of the group to keep needs one above 0"
+            f"the mean importance of the units of {low[0]} must be above 0, got "
+            f"{means[low[0]]}"
         )
     top = max(means.values())
 

@@ -215,7 +215,7 @@ def _scored(
     return jax.device_get(found)
 
 
-def _placed(scores: Any, kept: np.ndarray | None, size: int) -> np.ndarray:
+def _placed(scores: object, kept: np.ndarray | None, size: int) -> np.ndarray:
     """Scores of the units that are left, back in their places."""
     if scores is None:  # one unit is left and no longer seen as a group of its own
         return np.ones(size, np.float32)
@@ -263,7 +263,7 @@ def recalibrated(problem: Problem, apply_fn: Any, variables: PyTree) -> PyTree:
 
 
 def training_kwargs(
-    kwargs: Mapping[str, PyTree], given: bool | Mapping[str, Any]
+    kwargs: Mapping[str, PyTree], given: bool | Mapping[str, object]
 ) -> dict[str, Any]:
     """The keyword arguments that put a function into training mode.
 

@@ -203,7 +203,7 @@ def search_with_compensation(
         Convolutional Neural Networks <https://arxiv.org/abs/2108.13728>`_, 2021
     """
     if not drop >= 0:
-        raise ValueError(f"drop must be 0 or more, got {drop}")
+        raise ValueError(f"drop must be at least 0, got {drop}")
     most = fraction("max_sparsity", max_sparsity)
     work = _Work(groups, apply_fn, variables, batches, progress)
     order = work.order(work.readers)

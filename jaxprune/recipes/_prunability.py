@@ -64,13 +64,13 @@ def prunability(
     """
     for name, given in (("tolerance", tolerance), ("slack", slack)):
         if not number(name, given) >= 0:
-            raise ValueError(f"{name} must be 0 or more, got {given}")
+            raise ValueError(f"{name} must be at least 0, got {given}")
     if not 0 < number("step", step) < 1:
         raise ValueError(f"step must be between 0 and 1, got {step}")
     cut, whole = cut or _largest, float(loss(params))
     most = (1 + tolerance) * whole + slack
     if not most < float("inf"):
-        raise ValueError(f"the loss of the whole net is {whole}, so nothing compares")
+        raise ValueError(f"the loss of the whole network must be finite, got {whole}")
 
     def is_good(share: float) -> bool:
         return float(loss(cut(params, share))) <= most

@@ -23,7 +23,7 @@ def report_pruned(
     path: str | Path,
     pruned: "Pruned",
     title: str,
-    metrics: Mapping[str, Any],
+    metrics: Mapping[str, object],
     latency: bool,
     figures: Mapping[str, Any],
 ) -> None:
@@ -148,8 +148,8 @@ def as_call(
     name: str,
     apply_fn: ApplyFn,
     args: Sequence[PyTree],
-    options: Mapping[str, Any],
-    defaults: Mapping[str, Any],
+    options: Mapping[str, object],
+    defaults: Mapping[str, object],
 ) -> str:
     """A call as Python text, with the options that are not the default.
 
@@ -174,7 +174,7 @@ def as_call(
     return f"{name}({', '.join(words)})"
 
 
-def _is(value: object, default: Any) -> bool:
+def _is(value: object, default: object) -> bool:
     plain = str, int, float, bool, tuple, type(None)
     return value is default or (isinstance(value, plain) and value == default)
 

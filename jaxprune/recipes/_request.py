@@ -120,7 +120,8 @@ def _check_target(sparsity: Any, budget: Any) -> None:
         )
     if sparsity is not None and budget is not None:
         raise ValueError(
-            f"sparsity={sparsity} and budget={budget} both say how much goes: give one"
+            f"sparsity={sparsity} and budget={budget} both say how much to "
+            "remove; give only one"
         )
     if isinstance(sparsity, Mapping) and not sparsity:
         raise ValueError(

@@ -475,13 +475,17 @@ def _kept(problem: Problem, keep: Mapping[str, np.ndarray]) -> float:
 # --- what is asked for ---------------------------------------------------------------
 
 
-def _refuse_both(sparsity: Any, budget: Any) -> None:
+def _refuse_both(sparsity: object, budget: object) -> None:
     for name, given in (("sparsity", sparsity), ("budget", budget)):
         if given is not None:
-            raise ValueError(f"{name}={given} and decide= both say what goes: give one")
+            raise ValueError(
+                f"{name}={given} and decide= both say what to remove; give only one"
+            )
 
 
-def _targets(sparsity: Any, budget: Any, rounds: int | None) -> list[tuple[Any, Any]]:
+def _targets(
+    sparsity: object, budget: object, rounds: int | None
+) -> list[tuple[Any, Any]]:
     """Sparsity and budget of every round."""
     for name, given in (("sparsity", sparsity), ("budget", budget)):
         if isinstance(given, Sequence) and not isinstance(given, str):
@@ -506,12 +510,12 @@ def _targets(sparsity: Any, budget: Any, rounds: int | None) -> list[tuple[Any, 
 def _check_rewind(rewind: int | None, lengths: Sequence[int]) -> None:
     if rewind is not None and not 0 <= rewind < lengths[0]:
         raise ValueError(
-            f"rewind={rewind} is no step of round 0, which has {lengths[0]}; give 0 "
+            f"rewind={rewind} is not a step of round 0, which has {lengths[0]}; give 0 "
             "for the initial variables, and steps for round 0"
         )
 
 
-def _check_evaluate(evaluate: Any, request: Request) -> None:
+def _check_evaluate(evaluate: object, request: Request) -> None:
     if evaluate is None or callable(evaluate):
         return
     if evaluate != "loss":
@@ -538,8 +542,8 @@ def _shares(
     problem: Problem,
     rounds: int,
     schedule: str,
-    sparsity: Any,
-    budget: Any,
+    sparsity: object,
+    budget: object,
 ) -> tuple[float, ...]:
     """How far every round goes towards its own target."""
     if schedule not in ("geometric", "linear"):
@@ -588,6 +592,6 @@ def _text(value: object) -> str:
     return str(value) if isinstance(value, plain) else type(value).__name__
 
 
-def _unknown(options: Mapping[str, Any]) -> dict[str, Any]:
+def _unknown(options: Mapping[str, object]) -> dict[str, Any]:
     taken = {"rounds", "sparsity", "budget", "loss_fn", "progress"}
     return {n: v for n, v in options.items() if n not in OPTIONS or n in taken}

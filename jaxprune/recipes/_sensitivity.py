@@ -56,13 +56,13 @@ class Sensitivity:
 
 
 def sensitivity(
-    metric: Callable[..., Any],
+    metric: Callable[..., object],
     variables: PyTree,
     groups: Groups,
     scores: Mapping[str, Array],
     *,
     sparsities: Sequence[float] = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9),
-    data: Iterable[Any] | None = None,
+    data: Iterable[object] | None = None,
     only: str | Sequence[str] | None = None,
     min_keep: Each[int] = 1,
     multiple_of: Each[int] = 1,
@@ -116,7 +116,9 @@ def sensitivity(
     """
     points = list(sparsities)
     if not points or sorted(points) != points:
-        raise ValueError(f"sparsities must ascend, and be some, got {points}")
+        raise ValueError(
+            f"sparsities must be one or more numbers in ascending order, got {points}"
+        )
     limits = {
         "min_keep": min_keep,
         "multiple_of": multiple_of,
@@ -170,7 +172,7 @@ def plot_sensitivity(axes: Any, scan: Sensitivity, colors: Sequence[str] = ()) -
 
 
 def _one_at_a_time(
-    cuts: Sequence[Mapping[str, Any]], names: Sequence[str]
+    cuts: Sequence[Mapping[str, object]], names: Sequence[str]
 ) -> dict[str, np.ndarray]:
     """Group name -> ``[1 + groups * points, size]``: all kept, then every cut alone."""
     rows = 1 + len(names) * len(cuts)
@@ -192,7 +194,7 @@ def _parts(
         yield slice(start, min(start + together, rows)), some
 
 
-def _compiled(metric: Callable[..., Any], groups: Groups) -> Any:
+def _compiled(metric: Callable[..., object], groups: Groups) -> Any:
     @jax.jit
     def run(
         variables: PyTree, keep: Mapping[str, BoolArray], *batch: PyTree

@@ -22,7 +22,7 @@ Method = Literal["deterministic", "random", "hybrid"]
 
 
 def sipp(
-    apply_fn: Callable[..., Any],
+    apply_fn: Callable[..., object],
     variables: PyTree,
     batches: Batches,
     *,
@@ -109,7 +109,7 @@ def sipp(
     return neurons.written(variables, factors)
 
 
-def sampling_error(total: Any, draws: Any, factor: float) -> Any:
+def sampling_error(total: object, draws: object, factor: float) -> Any:
     r"""The relative error of a neuron after so many draws.
 
     .. math:: e(m) = \tfrac12 \left( a + \sqrt{a^2 + 6 a} \right), \quad
@@ -215,7 +215,7 @@ class Neurons(NamedTuple):
         cls,
         found: Mapping[str, Contraction],
         leaves: Mapping[str, Any],
-        shares: Mapping[str, Any],
+        shares: Mapping[str, object],
     ) -> "Neurons":
         kernels, each, ids, start = [], [], [], 0
         for one in found.values():

@@ -62,8 +62,8 @@ def budget_of(
         found = _BUDGET.fullmatch(budget)
         if not found or found[2] not in _UNITS:
             raise ValueError(
-                f"budget {budget!r} is no number with a unit; expected something like "
-                "0.5, '50%', '1.5M' or '3ms'"
+                f"budget {budget!r} is not a number with a unit; expected something "
+                "like 0.5, '50%', '1.5M' or '3ms'"
             )
         number = float(found[1]) * _UNITS[found[2]]
         _check_unit(budget, found[2], cost)

@@ -121,6 +121,6 @@ def default_step(
     return step
 
 
-def batch_at(data: Sequence[Any] | Callable[[int], Any], step: int) -> Any:
+def batch_at(data: Sequence[object] | Callable[[int], object], step: int) -> Any:
     """The batch of a step: always the same, so that a run can be resumed anywhere."""
     return data(step) if callable(data) else data[step % len(data)]

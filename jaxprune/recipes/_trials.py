@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ class FineTune:
     """
 
     loss_fn: Callable[[PyTree, Any], Any]
-    tx: Any
+    tx: optax.GradientTransformation
     data: Sequence[Any] | Callable[[int], Any]
     steps: int
 
@@ -87,7 +87,7 @@ def learn_keep(
     groups: Groups,
     variables: PyTree,
     metric_fn: Metric,
-    batches: Sequence[Any],
+    batches: Sequence[object],
     *,
     drop_bound: float,
     only: str | Sequence[str] | None = None,
@@ -204,7 +204,7 @@ class _Tried(NamedTuple):
         rewards: of all candidates, update by update.
     """
 
-    params: Any
+    params: Mapping[str, PyTree]
     best: np.ndarray | None
     rewards: list[np.ndarray]
 
@@ -212,7 +212,7 @@ class _Tried(NamedTuple):
 def _search(
     trial: "_Trial",
     key: jax.Array,
-    point: Callable[[int], tuple[Any, ...]],
+    point: Callable[[int], tuple[object, ...]],
     updates: int,
     patience: int | None,
     advance: Callable[[], None],
@@ -238,7 +238,7 @@ def _search(
 
 
 def _decided(
-    trial: "_Trial", tried: _Tried, point: tuple[Any, ...], baseline: float
+    trial: "_Trial", tried: _Tried, point: tuple[object, ...], baseline: float
 ) -> Learned:
     """The likeliest decision or the best candidate, assessed side by side."""
     logits = trial.logits(tried.params)
@@ -267,16 +267,16 @@ def _decided(
 class _State(NamedTuple):
     """Weights of all agents, and their optimiser's state."""
 
-    params: Any
-    opt_state: Any
+    params: Mapping[str, PyTree]
+    opt_state: optax.OptState
 
 
 class _Found(NamedTuple):
     """What an update tells: rewards, the decisions tried, and the likeliest."""
 
-    rewards: Any
-    actions: Any
-    likeliest: Any
+    rewards: jax.Array
+    actions: jax.Array
+    likeliest: jax.Array
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -299,9 +299,9 @@ class _Trial:
     sizes: Mapping[str, int]
     measure: Callable[..., jax.Array]
     weights: Mapping[str, jax.Array]
-    held: Any
+    held: object
     agent: Agent
-    tx: Any
+    tx: optax.GradientTransformation
     drop_bound: float
     advantage: Advantage
     candidates: int
@@ -315,7 +315,7 @@ class _Trial:
         }
         return _State(params, self.tx.init(params))
 
-    def logits(self, params: Any) -> jax.Array:
+    def logits(self, params: Mapping[str, PyTree]) -> jax.Array:
         """Log-odds of all units, ``[units]``."""
         found = [self.agent(params[name], self.weights[name]) for name in self.sizes]
         return jnp.concatenate(found)
@@ -349,7 +349,12 @@ class _Trial:
         return metrics, reward(metrics, actions.sum(-1), total, **options)
 
     def update(
-        self, state: _State, key: jax.Array, variables: PyTree, seen: Any, baseline: Any
+        self,
+        state: _State,
+        key: jax.Array,
+        variables: PyTree,
+        seen: Any,
+        baseline: jax.Array,
     ) -> tuple[_State, _Found]:
         """Draws, measures and learns; the key is consumed."""
         logits = self.logits(state.params)
@@ -358,7 +363,7 @@ class _Trial:
         tried = self.repaired(drawn, logits)
         _, rewards = self.assess(tried, variables, seen, baseline)
 
-        def loss(params: Any) -> jax.Array:
+        def loss(params: Mapping[str, PyTree]) -> jax.Array:
             # What was drawn, not what became of it: the repair is the world's.
             return -surrogate(self.logits(params), drawn, rewards, self.advantage)
 
@@ -366,7 +371,9 @@ class _Trial:
         with jax.numpy_dtype_promotion("standard"):  # Adam counts in integers
             steps, opt_state = self.tx.update(slopes, state.opt_state, state.params)
         params = optax.apply_updates(state.params, steps)
-        return _State(params, opt_state), _Found(rewards, tried, logits > 0)
+        return _State(cast(Mapping[str, PyTree], params), opt_state), _Found(
+            rewards, tried, logits > 0
+        )
 
 
 def measured(
@@ -374,12 +381,14 @@ def measured(
     names: Sequence[str],
     variables: PyTree,
     metric_fn: Metric,
-    batches: Sequence[Any],
+    batches: Sequence[object],
     fine_tune: FineTune | None,
 ) -> Callable[..., jax.Array]:
     """``(keep, variables, seen, held) -> metric`` of a candidate, for `jax.vmap`."""
 
-    def masked(keep: Any, variables: PyTree, seen: Any, held: Any) -> jax.Array:
+    def masked(
+        keep: Mapping[str, jax.Array], variables: PyTree, seen: object, held: object
+    ) -> jax.Array:
         masks = expand_masks(groups, keep)
         if fine_tune is not None:
             variables = _tuned(fine_tune, masks, variables, seen)
@@ -387,11 +396,13 @@ def measured(
 
     gated = taps.gate(metric_fn, groups)
 
-    def with_gates(keep: Any, variables: PyTree, seen: Any, held: Any) -> jax.Array:
+    def with_gates(
+        keep: Mapping[str, jax.Array], variables: PyTree, seen: object, held: object
+    ) -> jax.Array:
         del seen
         gates = {name: units.astype(jnp.float32) for name, units in keep.items()}
 
-        def metric(variables: PyTree, batch: Any) -> Any:
+        def metric(variables: PyTree, batch: object) -> Any:
             return gated(gates, variables, batch)
 
         return mean_metric(metric, variables, held)
@@ -426,16 +437,16 @@ def fresh_batches(fine_tune: FineTune | None, number: int) -> Any:
     return stacked([batch_at(data, first + k) for k in range(fine_tune.steps)])
 
 
-def mean_metric(metric_fn: Metric, variables: PyTree, held: Any) -> jax.Array:
+def mean_metric(metric_fn: Metric, variables: PyTree, held: object) -> jax.Array:
     """The mean over stacked batches, one after the other."""
 
-    def one(batch: Any) -> jax.Array:
+    def one(batch: object) -> jax.Array:
         return jnp.asarray(metric_fn(variables, batch)).astype(jnp.float32)
 
     return lax.map(one, held).mean()
 
 
-def stacked(batches: Sequence[Any]) -> Any:
+def stacked(batches: Sequence[object]) -> Any:
     """Batches of equal shapes as one, along a new first axis.
 
     Raises:

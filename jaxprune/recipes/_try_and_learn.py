@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from jaxprune import scores
 from jaxprune.core._checks import finite
@@ -41,7 +42,7 @@ def try_and_learn(
     drop_bound: float,
     loss_fn: Callable[[PyTree, Any], Any],
     data: Sequence[Any] | Callable[[int], Any],
-    tx: Any,
+    tx: optax.GradientTransformation,
     steps: int,
     fine_tune: int = 0,
     order: Order | Sequence[str] = "low_to_high",
@@ -180,11 +181,11 @@ def _counted_from(
 class _Subject:
     """What is pruned, and how it is measured."""
 
-    apply_fn: Callable[..., Any]
+    apply_fn: Callable[..., object]
     variables: PyTree
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    metric: Callable[..., Any]
+    metric: Callable[..., object]
     batches: Sequence[Any]
 
 
@@ -198,10 +199,10 @@ class _Agents:
     drop_bound: float
     loss_fn: Any
     data: Any
-    tx: Any
+    tx: optax.GradientTransformation
     fine_tune: int
     key: jax.Array
-    learned: Callable[[int, Learned], Any] | None
+    learned: Callable[[int, Learned], object] | None
     options: Mapping[str, Any]
 
     @property
@@ -279,7 +280,7 @@ def _missed(groups: Groups, names: list[str], subject: _Subject) -> dict[str, fl
     norms = scores.group_scores(groups, subject.variables)
     held = stacked(subject.batches)
 
-    def metric_fn(variables: PyTree, batch: Any) -> Any:
+    def metric_fn(variables: PyTree, batch: object) -> Any:
         return subject.metric(subject.apply_fn, variables, batch)
 
     found = {}

@@ -201,7 +201,7 @@ def _named(
 
 
 def check_score(
-    score: Any, loss_fn: Callable[..., PyTree] | None, batches: Any
+    score: object, loss_fn: Callable[..., PyTree] | None, batches: object
 ) -> None:
     """Raises unless a score of this name exists and has what it needs."""
     if not isinstance(score, str):
@@ -222,7 +222,7 @@ def check_score(
         raise ValueError(f"score {score!r} looks at data: give batches=[...]")
 
 
-def _is_tree_like(score: Any, variables: PyTree) -> bool:
+def _is_tree_like(score: object, variables: PyTree) -> bool:
     """Is it a tree of scores? So may a module be that can also be called."""
     paths = named_leaves(score)
     known = {

@@ -71,7 +71,7 @@ def load(path: str | os.PathLike[str], groups: Groups) -> dict[str, np.ndarray]:
         Group name -> bool ``[size]``, True = kept.
 
     Raises:
-        ValueError: if the file is no plan, or was made for another model: the text
+        ValueError: if the file is not a plan, or was made for another model: the text
             names the first group that differs and how.
     """
     try:
@@ -79,7 +79,7 @@ def load(path: str | os.PathLike[str], groups: Groups) -> dict[str, np.ndarray]:
             read_regular(pathlib.Path(path), _LARGEST), object_pairs_hook=_distinct
         )
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is no plan: {first_line(error)}") from error
+        raise ValueError(f"{path} is not a plan: {first_line(error)}") from error
     return from_json(data, groups, str(path))
 
 
@@ -123,14 +123,14 @@ def from_json(
         Group name -> bool ``[size]``, True = kept.
 
     Raises:
-        ValueError: if it is no plan, or was made for another model.
+        ValueError: if it is not a plan, or was made for another model.
     """
     found = isinstance(data, dict) and data.get("format")
     if type(found) is not int or found != FORMAT:
-        raise ValueError(f"{where} is no plan of format {FORMAT}")
+        raise ValueError(f"{where} is not a plan of format {FORMAT}")
     entries = data.get("groups")
     if not isinstance(entries, dict):
-        raise ValueError(f"{where} is no plan: groups must be an object")
+        raise ValueError(f"{where} is not a plan: groups must be an object")
     keep = {
         name: _replay(where, groups, name, entry) for name, entry in entries.items()
     }
@@ -148,7 +148,7 @@ def _replay(where: str, groups: Groups, name: str, entry: Any) -> np.ndarray:
         value = entry.get(key) if isinstance(entry, dict) else None
         if type(value) is not kind:
             raise ValueError(
-                f"{where} is no plan: {key} of the group {name} must be of type "
+                f"{where} is not a plan: {key} of the group {name} must be of type "
                 f"{kind.__name__}, got {_short(value)}"
             )
     group = groups[name]

@@ -247,7 +247,7 @@ def weight_sensitivity(
         ]
 
     @jax.jit
-    def step(variables: PyTree, kernels: Any, batch: PyTree) -> list[Any]:
+    def step(variables: PyTree, kernels: object, batch: PyTree) -> list[Any]:
         of = functools.partial(of_example, variables, kernels)
         return jax.tree.map(lambda s: s.max(0), jax.lax.map(of, singles(batch)))
 

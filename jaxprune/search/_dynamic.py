@@ -160,7 +160,7 @@ def run_by_width(
     """
     runs = [jax.jit(run) for run in slim]
 
-    def run(variables: PyTree, inputs: PyTree, widths: Any) -> jax.Array:
+    def run(variables: PyTree, inputs: PyTree, widths: object) -> jax.Array:
         chosen, inputs = np.asarray(widths), np.asarray(inputs)
         if not np.issubdtype(chosen.dtype, np.integer):
             raise TypeError(

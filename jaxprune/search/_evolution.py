@@ -113,7 +113,9 @@ def evolve(
 class _Search:
     """What has been judged, and how new candidates are drawn."""
 
-    def __init__(self, fitness: Any, options: Choices, legal: Any, rng: Any) -> None:
+    def __init__(
+        self, fitness: Any, options: Choices, legal: Any, rng: np.random.Generator
+    ) -> None:
         self.fitness, self.legal, self.rng = fitness, legal, rng
         self.options = {name: list(own) for name, own in options.items()}
         self.found: dict[tuple[int, ...], Candidate] = {}
@@ -147,7 +149,7 @@ class _Search:
         )
 
     def mutant(self, parents: Sequence[Counts], rate: float) -> Counts:
-        parent = parents[self.rng.integers(len(parents))]
+        parent = parents[int(self.rng.integers(len(parents)))]
         return {
             name: int(self.rng.choice(own))
             if self.rng.random() < rate
@@ -255,7 +257,7 @@ def width_prior(
     }
     widths = {name: jnp.array(own, jnp.float32) for name, own in options.items()}
 
-    def objective(logits: Any) -> jax.Array:
+    def objective(logits: object) -> jax.Array:
         p = jax.tree.map(jax.nn.softmax, logits)
         loss = sum(jnp.sum(p[n] * losses[n]) for n in p) / len(p)
         mean = {n: jnp.sum(p[n] * widths[n]) for n in p}
@@ -264,7 +266,7 @@ def width_prior(
 
     tx = optax.adam(learning_rate)
 
-    def step(carry: Any, _: Any) -> Any:
+    def step(carry: Any, _: object) -> Any:
         logits, state = carry
         updates, state = tx.update(jax.grad(objective)(logits), state)
         return (optax.apply_updates(logits, updates), state), None

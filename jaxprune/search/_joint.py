@@ -28,7 +28,7 @@ class JointState(NamedTuple):
     """
 
     variables: PyTree
-    opt_state: Any
+    opt_state: optax.OptState
     key: jax.Array
 
 

@@ -32,8 +32,8 @@ class Nested(NamedTuple):
 def nested(
     groups: Groups,
     variables: PyTree,
-    keeps: Sequence[Mapping[str, Any]],
-    order: Mapping[str, Any] | None,
+    keeps: Sequence[Mapping[str, object]],
+    order: Mapping[str, object] | None,
 ) -> Nested:
     """Sorts the units of every group so that every width is a prefix.
 
@@ -148,7 +148,7 @@ def prefix(group: Group, count: int) -> np.ndarray:
     return np.tile(own, group.blocks)
 
 
-def _check_names(groups: Groups, keeps: Sequence[Mapping[str, Any]]) -> None:
+def _check_names(groups: Groups, keeps: Sequence[Mapping[str, object]]) -> None:
     if isinstance(keeps, Mapping) or not len(keeps):
         raise ValueError(
             "keeps must be a sequence of widths, the widest first, each a mapping "
@@ -180,13 +180,13 @@ def _is_count(units: Any) -> bool:
     return np.ndim(units) == 0
 
 
-def _needs_scores(group: Group, units: Sequence[Any]) -> bool:
+def _needs_scores(group: Group, units: Sequence[object]) -> bool:
     counted = [n for n in units if _is_count(n) and n != group.size]
     return bool(counted) and (can_permute(group) or bool(group.stream))
 
 
 def _one_group(
-    group: Group, units: Sequence[Any], scores: np.ndarray | None
+    group: Group, units: Sequence[object], scores: np.ndarray | None
 ) -> tuple[np.ndarray, list[int]]:
     """The order of the units of one group, and how many every width keeps."""
     levels = np.zeros(group.size)  # in how many widths with bools a unit stays
@@ -225,7 +225,7 @@ def _sorted(group: Group, levels: np.ndarray, scores: np.ndarray | None) -> np.n
     return order
 
 
-def _checked_count(group: Group, i: int, count: Any) -> int:
+def _checked_count(group: Group, i: int, count: object) -> int:
     what = f"keeps[{i}][{group.name}]"
     if isinstance(count, bool | np.bool_):
         raise TypeError(f"{what} must be a count or bools [{group.size}], got {count}")
@@ -252,7 +252,8 @@ def _checked_bools(group: Group, i: int, units: Any) -> np.ndarray:
     if not per_block.all() or (per_block != per_block[0]).any():
         raise ValueError(
             f"{what} keeps {listed(per_block.astype(str).tolist())} units of its "
-            f"{group.blocks} blocks; every width keeps as many of each, 1 or more"
+            f"{group.blocks} blocks; every width keeps the same number of "
+            "each, at least 1"
         )
     return kept
 

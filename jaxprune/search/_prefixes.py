@@ -26,7 +26,7 @@ class Runs(NamedTuple):
     positions: np.ndarray
 
 
-def take(x: Any, cuts: Sequence[Runs]) -> Any:
+def take(x: object, cuts: Sequence[Runs]) -> Any:
     """The part of an array at these positions of some of its axes.
 
     Example:
@@ -48,7 +48,7 @@ def take(x: Any, cuts: Sequence[Runs]) -> Any:
     return x
 
 
-def put(x: Any, cuts: Sequence[Runs], part: object) -> Any:
+def put(x: object, cuts: Sequence[Runs], part: object) -> Any:
     """The array with other values where `take` reads."""
     x, part = jnp.asarray(x), jnp.asarray(part)
     if not cuts:

@@ -114,7 +114,9 @@ class Slimmable:
         """
         return self._widths[self._number(i)].write(variables, named_leaves(new))
 
-    def switch(self, i: Any, variables: PyTree, *args: PyTree, **kwargs: PyTree) -> Any:
+    def switch(
+        self, i: object, variables: PyTree, *args: PyTree, **kwargs: PyTree
+    ) -> Any:
         """Runs the width whose number is only known at run time.
 
         All widths are compiled into one program, of which `lax.switch` runs one.
@@ -126,7 +128,7 @@ class Slimmable:
             **kwargs: of the function; what is no array is static.
         """
 
-        def branch(run: Callable[..., Any]) -> ApplyFn:
+        def branch(run: Callable[..., object]) -> ApplyFn:
             return lambda variables, args: run(variables, *args, **kwargs)
 
         number = jnp.asarray(i, jnp.int32)
@@ -147,7 +149,7 @@ class Slimmable:
         """
         refuse_traced("compile", args=args)
 
-        def compiled(run: Callable[..., Any]) -> ApplyFn:
+        def compiled(run: Callable[..., object]) -> ApplyFn:
             def call(variables: PyTree, *args: PyTree) -> Any:
                 return run(variables, *args, **kwargs)
 

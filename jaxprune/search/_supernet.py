@@ -20,7 +20,9 @@ from jaxprune.select._units import to_sizes
 from jaxprune.statistics._recalibration import recalibrate
 
 
-def side_masks(groups: Groups, counts: Mapping[str, Any], side: Side = "first") -> Any:
+def side_masks(
+    groups: Groups, counts: Mapping[str, object], side: Side = "first"
+) -> Any:
     """Masks that keep the first, or the last, units of every group.
 
     Of a balanced group as many of every block.

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -200,7 +200,7 @@ def to_budget(
     return Selection(keep, budget, reached, more, cost.full, score, after.bound)
 
 
-def _check_cost(cost: Any) -> None:
+def _check_cost(cost: object) -> None:
     """Raises if it is no function of sizes."""
     if isinstance(cost, Cost):
         return

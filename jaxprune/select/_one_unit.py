@@ -97,7 +97,7 @@ def remove_one(
             loss = float(q.scores[gone].sum())
             options[name] = (loss / saved if saved > 0 else math.inf, int(lower[0]))
     if not options:
-        raise ValueError("the limits allow no group to lose another unit")
+        raise ValueError("no group can lose another unit within the limits")
     best = min(options, key=lambda name: options[name][0])
     return {
         name: q.keep(options[best][1] if name == best else left[name])

@@ -1,7 +1,7 @@
 """Clusters of units that say the same: hierarchical clustering of their activations."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import scipy.cluster.hierarchy
@@ -21,7 +21,7 @@ Linkage = Literal["average", "complete"]
 
 def distances(
     groups: Groups,
-    apply_fn: Callable[..., Any],
+    apply_fn: Callable[..., object],
     variables: PyTree,
     batches: Batches,
     *,

@@ -25,7 +25,7 @@ LEVELS = (-6.0, 30.0)
 _MOST = 2**62  # draws; a unit that is rarer is never met
 
 
-def distribution(sensitivities: Any) -> np.ndarray:
+def distribution(sensitivities: object) -> np.ndarray:
     """The probabilities of sampling: sensitivities over their sum.
 
     Args:
@@ -123,7 +123,7 @@ def confidence(delta: float, outputs: int = 1, constant: float = 3.0) -> float:
     return constant * math.log(4 * outputs / delta)
 
 
-def expected_unique(probabilities: Any, draws: float) -> float:
+def expected_unique(probabilities: object, draws: float) -> float:
     """How many different units so many draws meet on average: sum of 1 - (1 - p)^m.
 
     Example:
@@ -136,7 +136,7 @@ def expected_unique(probabilities: Any, draws: float) -> float:
         return float(-np.expm1(draws * np.log1p(-np.minimum(p, 1.0))).sum())
 
 
-def draws_for(probabilities: Any, unique: int) -> int:
+def draws_for(probabilities: object, unique: int) -> int:
     """The fewest draws that are expected to meet so many units, rounded up.
 
     Units of probability 0 are never met, so there are at most as many as others.
@@ -320,9 +320,9 @@ def draw(
     for name, kept in certain.items():
         if groups[name].blocks > 1:
             raise ValueError(
-                f"group {name} comes in {groups[name].blocks} blocks that lose as many "
-                "units each, which sampling does not see to; keep the most sensitive "
-                "with select.to_sizes"
+                f"group {name} has {groups[name].blocks} blocks that must lose the "
+                "same number of units, which sampling does not ensure; keep the most "
+                "sensitive units with select.to_sizes"
             )
         own = np.asarray(sensitivities[name], np.float64)
         factors[name] = _drawn(rng, distribution(own), np.asarray(kept), partly)

@@ -7,8 +7,8 @@ as it is, or moved. Positions of the parameter say which entry is which weight.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -96,7 +96,7 @@ class Contraction:
             for site in self.sites
         ]
 
-    def rows(self, notes: Mapping[Any, jax.Array]) -> jax.Array:
+    def rows(self, notes: Mapping[Site, jax.Array]) -> jax.Array:
         """The inputs from the notes of the taps: ``[K, rows, D]``."""
         found = []
         for site, blocks in self.sites.items():
@@ -183,6 +183,9 @@ class _Data(NamedTuple):
     at: np.ndarray | None = None
 
 
+_Value: TypeAlias = _Held | _Joined | _Data
+
+
 @dataclasses.dataclass
 class _Use:
     """One meeting of an equation with a parameter.
@@ -227,7 +230,7 @@ class _Walk:
         self.sizes: dict[str, int] = {}
         self.starts: dict[str, int] = {}
         self.steps: tuple[int, ...] = ()
-        ins: list[Any] = []
+        ins: list[_Value] = []
         for path, var in zip(program.paths, program.jaxpr.invars, strict=True):
             own = variable_path(path)
             if own is None:
@@ -241,11 +244,13 @@ class _Walk:
         for value in self.run(program.closed, ins, ()):
             self.read_elsewhere(value, "returned by the function")
 
-    def run(self, jaxpr: Jaxpr, ins: Sequence[Any], path: tuple[int, ...]) -> list[Any]:
+    def run(
+        self, jaxpr: Jaxpr, ins: Sequence[_Value], path: tuple[int, ...]
+    ) -> list[_Value]:
         jaxpr, _ = opened(jaxpr)
         live = {id(eqn) for eqn in live_equations(jaxpr)}
 
-        def step(number: int, eqn: Equation, values: list[Any]) -> Sequence[Any]:
+        def step(number: int, eqn: Equation, values: list[_Value]) -> Sequence[_Value]:
             if id(eqn) not in live:
                 return [_Data()] * len(eqn.outvars)
             return self.equation(eqn, values, (*path, number))
@@ -253,8 +258,8 @@ class _Walk:
         return interpret(jaxpr, ins, step, lambda var: _Data())
 
     def equation(
-        self, eqn: Equation, values: list[Any], path: tuple[int, ...]
-    ) -> Sequence[Any]:
+        self, eqn: Equation, values: list[_Value], path: tuple[int, ...]
+    ) -> Sequence[_Value]:
         name = eqn.primitive.name
         if name in CALLS | REMATS:
             return self.run(inner_jaxprs(eqn)[0], values, path)
@@ -269,8 +274,8 @@ class _Walk:
         return [_Data(_before(values))] * len(eqn.outvars)
 
     def scan(
-        self, eqn: Equation, values: list[Any], path: tuple[int, ...]
-    ) -> list[Any]:
+        self, eqn: Equation, values: list[_Value], path: tuple[int, ...]
+    ) -> list[_Value]:
         consts, carries = scan_counts(eqn.params)
         carry, stacked = values[consts : consts + carries], values[consts + carries :]
         for value in carry:
@@ -279,7 +284,7 @@ class _Walk:
         # on.
         carry = [_Data(_before([value])) for value in carry]
         length, body = eqn.params["length"], inner_jaxprs(eqn)[0]
-        made: list[Any] = []
+        made: list[_Value] = []
         steps = range(length)
         for k in reversed(steps) if eqn.params["reverse"] else steps:
             xs = [
@@ -293,16 +298,16 @@ class _Walk:
             self.steps = self.steps[:-1]
             for value in outs:
                 self.read_elsewhere(value, self.place(eqn))
-            outs = [_Data(_before([value])) for value in outs]
-            carry, made = outs[:carries], outs[carries:] or made
+            after: list[_Value] = [_Data(_before([value])) for value in outs]
+            carry, made = after[:carries], after[carries:] or made
         for value in stacked:
             if not isinstance(value, _Held | _Joined):
                 self.read_elsewhere(value, self.place(eqn))
         return [*carry, *(made or [_Data()] * (len(eqn.outvars) - carries))]
 
     def product(
-        self, eqn: Equation, values: list[Any], path: tuple[int, ...]
-    ) -> list[Any] | None:
+        self, eqn: Equation, values: list[_Value], path: tuple[int, ...]
+    ) -> list[_Value] | None:
         known = declaration(eqn)
         if known is None or not known.is_product or len(values) != 2:
             return None
@@ -311,6 +316,7 @@ class _Walk:
             return None
         [k] = held
         own, other = values[k], values[1 - k]
+        assert not isinstance(own, _Data) and isinstance(other, _Data)
         site = Site(path, 1 - k, operand=True)
         at = as_matrices(eqn, k, own.at)
         if isinstance(own, _Joined):
@@ -320,7 +326,7 @@ class _Walk:
         before = other.before | {own.path}
         return [_Data(before, len(self.uses) - 1, columns(eqn, k))]
 
-    def products(self, at: np.ndarray, site: Site, other: _Data) -> list[Any] | None:
+    def products(self, at: np.ndarray, site: Site, other: _Data) -> list[_Value] | None:
         """Of one matrix whose columns are of several leaves: a contraction of each."""
         found = list(self.owners(at))
         parts = [(own, part) for own, part in found if part is not None]
@@ -348,23 +354,24 @@ class _Walk:
             yield paths[number], part if alone else None
 
     def join(
-        self, eqn: Equation, values: list[Any], path: tuple[int, ...]
-    ) -> list[Any] | None:
+        self, eqn: Equation, values: list[_Value], path: tuple[int, ...]
+    ) -> list[_Value] | None:
         """Parameters that are laid side by side, as those of gates are."""
         if eqn.primitive.name != "concatenate" or len(values) < 2:
             return None
-        if not all(isinstance(value, _Held | _Joined) for value in values):
+        held = [value for value in values if not isinstance(value, _Data)]
+        if len(held) < len(values):
             return None
         parts = [
             value.at.astype(np.int64)
             + (self.starts[value.path] if isinstance(value, _Held) else 0)
-            for value in values
+            for value in held
         ]
         return [_Joined(np.concatenate(parts, eqn.params["dimension"]))]
 
     def move(
-        self, eqn: Equation, values: list[Any], path: tuple[int, ...]
-    ) -> list[Any] | None:
+        self, eqn: Equation, values: list[_Value], path: tuple[int, ...]
+    ) -> list[_Value] | None:
         at = getattr(values[0], "at", None) if values else None
         if at is None or any(getattr(v, "at", None) is not None for v in values[1:]):
             return None
@@ -379,8 +386,8 @@ class _Walk:
         return [values[0]._replace(at=out) for out in outs]
 
     def shift(
-        self, eqn: Equation, values: list[Any], path: tuple[int, ...]
-    ) -> list[Any] | None:
+        self, eqn: Equation, values: list[_Value], path: tuple[int, ...]
+    ) -> list[_Value] | None:
         """Outputs of a contraction that meet their bias."""
         name = eqn.primitive.name
         if name not in ("add", "add_any", "sub"):
@@ -391,6 +398,7 @@ class _Walk:
         own, data = values[kinds.index(True)], values[kinds.index(False)]
         if not isinstance(data, _Data) or data.at is None or data.use is None:
             return None
+        assert isinstance(own, _Held)
         use = self.uses[data.use]
         use.readers += 1
         self.biases.setdefault(own.path, set()).add(path)
@@ -402,7 +410,7 @@ class _Walk:
             use.bias = (own.path, found, -1 if name == "sub" else 1, path)
         return [_Data(data.before)]
 
-    def read_elsewhere(self, value: "_Held | _Joined | _Data", where: str) -> None:
+    def read_elsewhere(self, value: _Value, where: str) -> None:
         """Notes that a value is used as what it is."""
         if isinstance(value, _Held):
             self.others.setdefault(value.path, where)
@@ -417,7 +425,7 @@ class _Walk:
         return f"used by {eqn.primitive.name}" + (f" at {line}" if line else "")
 
 
-def _before(values: Sequence[Any]) -> frozenset[str]:
+def _before(values: Sequence[object]) -> frozenset[str]:
     found = [v.before for v in values if isinstance(v, _Data)]
     return frozenset().union(*found)
 
@@ -453,7 +461,7 @@ def _assembled(walk: _Walk) -> Iterator[Contraction]:
             yield _contraction(walk, name, numbers, part, shared)
 
 
-Part = tuple[dict[Any, int], list[tuple[int, _Use]]]
+Part = tuple[dict[Hashable, int], list[tuple[int, _Use]]]
 
 
 def _parts(uses: list[tuple[int, _Use]]) -> list[Part]:
@@ -461,9 +469,9 @@ def _parts(uses: list[tuple[int, _Use]]) -> list[Part]:
     sites: dict[Site, list[tuple[int, _Use]]] = {}
     for order, use in uses:
         sites.setdefault(use.site, []).append((order, use))
-    found: dict[frozenset[Any], Part] = {}
+    found: dict[frozenset[Hashable], Part] = {}
     for each in sites.values():
-        numbers: dict[Any, int] = {}
+        numbers: dict[Hashable, int] = {}
         for _, use in sorted(each, key=lambda pair: pair[1].steps):
             for key in map(_key, use.at):
                 numbers.setdefault(key, len(numbers))
@@ -471,7 +479,7 @@ def _parts(uses: list[tuple[int, _Use]]) -> list[Part]:
     return list(found.values())
 
 
-def _key(block: np.ndarray) -> Any:
+def _key(block: np.ndarray) -> Hashable:
     """Two matrices of one leaf with the same key hold the same weights."""
     corners = block[0, 0], block[0, -1], block[-1, 0], block[-1, -1]
     return (*map(int, corners), block.shape)
@@ -489,7 +497,11 @@ def _overlap(size: int, parts: Sequence[Part]) -> bool:
 
 
 def _contraction(
-    walk: _Walk, name: str, numbers: dict[Any, int], uses: Any, shared: str
+    walk: _Walk,
+    name: str,
+    numbers: dict[Hashable, int],
+    uses: Sequence[tuple[int, _Use]],
+    shared: str,
 ) -> Contraction:
     first = uses[0][1].at
     at = np.zeros((len(numbers), *first.shape[1:]), first.dtype)
@@ -514,7 +526,9 @@ def _contraction(
     return Contraction(name, path, at, held, bias, tuple(stages), shared, recurrent)
 
 
-def _bias(walk: _Walk, numbers: dict[Any, int], uses: Sequence[_Use]) -> Bias | None:
+def _bias(
+    walk: _Walk, numbers: dict[Hashable, int], uses: Sequence[_Use]
+) -> Bias | None:
     """The bias of all uses, if each has the same and nothing else reads either."""
     found = [use.bias for use in uses if use.bias is not None]
     if len(found) < len(uses) or len({(b[0], b[2]) for b in found}) > 1:

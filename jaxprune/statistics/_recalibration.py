@@ -153,7 +153,7 @@ def _program(apply_fn: ApplyFn) -> ApplyFn:
 def _updated_from(
     refer: Callable[[], Any],
     collection: str,
-    fixed: tuple[Any, tuple[Any, ...]],
+    fixed: tuple[object, tuple[object, ...]],
     arrays: list[Any],
     stats: PyTree,
     variables: PyTree,
@@ -171,7 +171,7 @@ def _updated_from(
 _ARRAY = "an array"  # stands in `fixed` where one is
 
 
-def _split(kwargs: Any) -> tuple[tuple[Any, tuple[Any, ...]], list[Any]]:
+def _split(kwargs: object) -> tuple[tuple[Any, tuple[Any, ...]], list[Any]]:
     """Structure and what is no array, hashable; and the arrays, None between them."""
     leaves, structure = jax.tree.flatten(kwargs)
     arrays = [x if isinstance(x, jax.Array | np.ndarray) else None for x in leaves]
@@ -197,9 +197,9 @@ def _with(stats: PyTree, values: Mapping[str, Array]) -> Any:
 
 
 def _update(
-    updated_from: Callable[..., Any],
+    updated_from: Callable[..., object],
     variables: PyTree,
-    batch: tuple[Any, ...],
+    batch: tuple[object, ...],
     stats: PyTree,
     values: Mapping[str, Array],
 ) -> dict[str, Array]:
@@ -293,8 +293,8 @@ def _no_average(
             own.append(path)
     told = ", ".join(f"{collection}/{path}" for path in (own or odd)[:3])
     return (
-        f"{told} ({len(own or odd)} such) is no running average (the new value is not "
-        "m * old + (1 - m) * batch, for itself alone), so it cannot be recomputed; "
+        f"{told} ({len(own or odd)} such) is not a running average (the new value is "
+        "not m * old + (1 - m) * batch, for itself alone), so it cannot be recomputed; "
         "name the leaves to recompute with only=, all others stay as they are"
     )
 

@@ -24,8 +24,8 @@ def rewrite_consumers(
     variables: PyTree,
     groups: Groups,
     name: str,
-    matrix: Any,
-    shift: Any = None,
+    matrix: object,
+    shift: object = None,
     contractions: Iterable[Contraction] = (),
 ) -> PyTree:
     """Reads the units x of a group as ``matrix @ x' + shift`` of others.
@@ -68,7 +68,7 @@ def rewrite_consumers(
 
 
 def scale_units(
-    variables: PyTree, groups: Groups, factors: Mapping[str, Any]
+    variables: PyTree, groups: Groups, factors: Mapping[str, object]
 ) -> PyTree:
     """Multiplies what reads a unit with a factor.
 
@@ -127,7 +127,7 @@ def _scaled(leaf: Any, member: Member, factors: np.ndarray) -> Any:
     return (leaf.astype(wide) * line.reshape(shape).astype(wide)).astype(leaf.dtype)
 
 
-def _mixed(leaf: Array, member: Member, matrix: Any) -> Any:
+def _mixed(leaf: Array, member: Member, matrix: object) -> Any:
     """The leaf, read through ``matrixᵀ``."""
     if not jnp.issubdtype(leaf.dtype, jnp.inexact):
         raise TypeError(
@@ -167,7 +167,7 @@ def _shifted(
             continue
         one = reading.get(member.path)
         if one is None or one.bias is None:
-            what = "is no contraction" if one is None else "has no bias of its own"
+            what = "is not a contraction" if one is None else "has no bias of its own"
             raise ValueError(
                 f"{member.path} axis {member.axis} reads {name}, but {what}, so a "
                 "shift of the units has nowhere to go"

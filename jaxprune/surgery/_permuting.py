@@ -58,7 +58,7 @@ def permute(variables: PyTree, groups: Groups, order: Mapping[str, Array]) -> Py
 
 
 def sources(
-    groups: Groups, order: Mapping[str, Any]
+    groups: Groups, order: Mapping[str, object]
 ) -> dict[tuple[str, int], np.ndarray]:
     """``(path, axis)`` -> the old position at every place, where any are reordered.
 
@@ -98,7 +98,7 @@ def checked_order(group: Group, given: Any) -> np.ndarray:
         )
     if not np.array_equal(np.sort(units), np.arange(group.size)):
         raise ValueError(
-            f"order[{group.name}] of shape {units.shape} is no permutation of the "
+            f"order[{group.name}] of shape {units.shape} is not a permutation of the "
             f"{group.size} units of the group"
         )
     blocks = units.reshape(group.blocks, -1) // (group.size // group.blocks)

@@ -228,7 +228,7 @@ def _sliced(part: object, masks: Mapping[str, Array]) -> Any:
 
 
 def _each_by_path(
-    slice_one: Callable[[str, Any, np.ndarray], Any],
+    slice_one: Callable[[str, Any, np.ndarray], object],
     arrays: Any,
     masks: Mapping[str, Array],
 ) -> dict[str, Array]:

@@ -207,9 +207,9 @@ def _check_traced(groups: Groups, makers: _Makers, params: optax.Params) -> None
     for path, [(name, _), *_] in makers.items():
         if path not in shapes:
             raise ValueError(
-                f"params lack {path}, which makes the units of {name}: its clusters "
-                "would never meet; were the groups traced from other parameters, or "
-                "does optax.masked hide it?"
+                f"params lack {path}, which produces the units of {name}, so that its "
+                "clusters would never merge; were the groups traced from other "
+                "parameters, or does optax.masked hide it?"
             )
         if shapes[path] != groups.shapes[path]:
             raise ValueError(

@@ -95,9 +95,9 @@ def growing_regularization(
     check("growth", growth)
     check("ceiling", ceiling)
     if not is_whole(every) or every < 1:
-        raise ValueError(f"every must be a whole number, 1 or more, got {every!r}")
+        raise ValueError(f"every must be a whole number of at least 1, got {every!r}")
     if masks is not None and mask is not None:
-        raise ValueError("masks say themselves which leaves are decayed: give one")
+        raise ValueError("masks and mask both select what decays; give only one")
 
     def strength(count: jax.Array) -> jax.Array:
         steps = (1 + count // every).astype(jnp.float32)

@@ -90,5 +90,5 @@ def _as_mask(mask: MaskOrFn, params: optax.Params, gets: str) -> dict[str, bool]
     try:
         full = jax.tree.map(lambda m, sub: jax.tree.map(lambda _: m, sub), tree, params)
     except ValueError as error:
-        raise ValueError(f"mask is no prefix of params: {error}") from error
+        raise ValueError(f"mask is not a tree prefix of params: {error}") from error
     return {name: bool(flag) for name, flag in named_leaves(full).items()}

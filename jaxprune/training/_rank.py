@@ -107,7 +107,7 @@ def trained_rank_pruning(
     check("energy", energy)
     check("strength", strength)
     if not is_whole(every) or every < 1:
-        raise ValueError(f"every must be a whole number, 1 or more, got {every!r}")
+        raise ValueError(f"every must be a whole number of at least 1, got {every!r}")
     if kind not in ("channel", "spatial", "depthwise"):
         raise ValueError(
             f'kind must be "channel", "spatial" or "depthwise", got {kind!r}'

@@ -242,7 +242,7 @@ def cyclic(parts: int, *, every: int, rounds: int | None = None) -> optax.Schedu
     """
     _check_steps(parts=parts, every=every, rounds=1 if rounds is None else rounds)
     if parts < 1 or every < 1 or (rounds is not None and rounds < 1):
-        raise ValueError(f"must be 1 or more: {parts=}, {every=}, {rounds=}")
+        raise ValueError(f"must all be at least 1: {parts=}, {every=}, {rounds=}")
 
     def schedule(count: ArrayLike) -> jax.Array:
         turn = _steps(count) // every

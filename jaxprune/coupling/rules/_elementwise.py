@@ -297,7 +297,7 @@ register_label(_convert, "copy")
 register_label(_convert, "copy_p")
 
 
-def _same_positions(kept: Liveness, step: Step) -> dict[str, Any] | None:
+def _same_positions(kept: Liveness, step: Step) -> dict[str, object] | None:
     """Nothing changes unless an operand lacks positions that the sum has."""
     out = step.outs[0]
     for value in step.ins:

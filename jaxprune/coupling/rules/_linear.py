@@ -19,11 +19,11 @@ def _sum_over_nothing(kept: Liveness, step: Step, *operands: jax.Array) -> Any:
     return jnp.zeros(kept.shape(step.outs[0]), step.eqn.outvars[0].aval.dtype)
 
 
-def _resize_dot(kept: Liveness, step: Step) -> dict[str, Any] | None:
+def _resize_dot(kept: Liveness, step: Step) -> dict[str, object] | None:
     return None if _empty(kept, step) else {}
 
 
-def _resize_conv(kept: Liveness, step: Step) -> dict[str, Any] | None:
+def _resize_conv(kept: Liveness, step: Step) -> dict[str, object] | None:
     if _empty(kept, step):
         return None
     numbers = step.eqn.params["dimension_numbers"]

@@ -31,7 +31,7 @@ def _resize_broadcast(kept: Liveness, step: Step) -> dict[str, Any]:
 register_label(by_factors, "broadcast_in_dim", resize=_resize_broadcast)
 
 
-def _resize_iota(kept: Liveness, step: Step) -> dict[str, Any] | None:
+def _resize_iota(kept: Liveness, step: Step) -> dict[str, object] | None:
     out = step.outs[0]
     if kept.mask(out.axes[step.eqn.params["dimension"]]) is not None:
         return None  # some numbers are gone

@@ -87,7 +87,7 @@ def read(
     """
     patterns = [names] if isinstance(names, str) else list(names)
 
-    def note(value: Array, eqn: Equation, operands: Any) -> tuple[Any, Any]:
+    def note(value: Array, eqn: Equation, operands: object) -> tuple[Any, Any]:
         return value, value
 
     @functools.wraps(apply_fn)
@@ -152,13 +152,13 @@ def call(
     return jax.tree.unflatten(program.out_tree, outs), notes
 
 
-def _editor(name: str, edit: Any) -> Callable[..., tuple[Any, None]]:
-    def act(value: Array, eqn: Equation, operands: Any) -> tuple[Any, None]:
+def _editor(name: str, edit: object) -> Callable[..., tuple[Any, None]]:
+    def act(value: Array, eqn: Equation, operands: object) -> tuple[Any, None]:
         new = jnp.asarray(edit(value) if callable(edit) else edit)
         if new.shape != value.shape or new.dtype != value.dtype:
             raise ValueError(
                 f"the activation {name!r} has shape {value.shape} and dtype "
-                f"{value.dtype}, but what is to take its place has shape {new.shape} "
+                f"{value.dtype}, but its replacement has shape {new.shape} "
                 f"and dtype {new.dtype}"
             )
         return new, None

@@ -38,7 +38,7 @@ class Tap(NamedTuple):
     """
 
     site: Site
-    act: Callable[[Any, Any, Sequence[Any]], tuple[Any, Any]]
+    act: Callable[[jax.Array, Equation, Sequence[jax.Array]], tuple[jax.Array, Any]]
     key: Any = None
 
 
@@ -56,8 +56,8 @@ def inner_program(eqn: Equation) -> Any:
 
 
 def run(
-    jaxpr: Jaxpr, args: Sequence[Any], taps: Iterable[Tap]
-) -> tuple[list[Any], Notes]:
+    jaxpr: Jaxpr, args: Sequence[jax.Array], taps: Iterable[Tap]
+) -> tuple[list[jax.Array], Notes]:
     """Evaluates a program (closed or open) under taps.
 
     Returns:
@@ -70,7 +70,7 @@ def run(
         at.setdefault(tap.site.path[0], []).append(tap)
     notes: Notes = {}
 
-    def step(number: int, eqn: Equation, operands: list[Any]) -> list[Any]:
+    def step(number: int, eqn: Equation, operands: list[jax.Array]) -> list[jax.Array]:
         return _tapped(eqn, operands, at.get(number, []), notes)
 
     def constant(var: Atom) -> Any:
@@ -80,8 +80,8 @@ def run(
 
 
 def _tapped(
-    eqn: Equation, operands: list[Any], taps: list[Tap], notes: Notes
-) -> list[Any]:
+    eqn: Equation, operands: list[jax.Array], taps: list[Tap], notes: Notes
+) -> list[jax.Array]:
     here = [tap for tap in taps if len(tap.site.path) == 1]
     inside = [_inner(tap) for tap in taps if len(tap.site.path) > 1]
     for tap in here:
@@ -99,7 +99,11 @@ def _tapped(
 
 
 def _act(
-    tap: Tap, values: list[Any], eqn: Equation, operands: list[Any], notes: Notes
+    tap: Tap,
+    values: list[jax.Array],
+    eqn: Equation,
+    operands: list[jax.Array],
+    notes: Notes,
 ) -> None:
     k = tap.site.position
     values[k], note = tap.act(values[k], eqn, operands)
@@ -112,8 +116,8 @@ def _inner(tap: Tap) -> Tap:
 
 
 def _enter(
-    eqn: Equation, operands: list[Any], taps: list[Tap]
-) -> tuple[list[Any], Notes]:
+    eqn: Equation, operands: list[jax.Array], taps: list[Tap]
+) -> tuple[list[jax.Array], Notes]:
     """Runs an equation that holds a program, with taps in that program."""
     name, program = eqn.primitive.name, inner_program(eqn)
     if name in CALLS:
@@ -130,8 +134,8 @@ def _enter(
 
 
 def _scan(
-    eqn: Equation, program: Any, operands: list[Any], taps: list[Tap]
-) -> tuple[list[Any], Notes]:
+    eqn: Equation, program: Jaxpr, operands: list[jax.Array], taps: list[Tap]
+) -> tuple[list[jax.Array], Notes]:
     p = eqn.params
     consts, carries = scan_counts(p)
     fixed, init, xs = (
@@ -140,7 +144,7 @@ def _scan(
         operands[consts + carries :],
     )
 
-    def body(carry: list[Any], x: list[Any]) -> Any:
+    def body(carry: list[jax.Array], x: list[jax.Array]) -> Any:
         outs, notes = run(program, [*fixed, *carry, *x], taps)
         return outs[:carries], (outs[carries:], notes)
 

@@ -61,7 +61,9 @@ def budget_of(sparsity: Sparsity, selection: Selection, prunable: MaskOrFn) -> B
         if value is not None and not callable(value) and not 0 <= float(value) <= 1:
             raise ValueError(f"sparsity must be a fraction in [0, 1], got {value}")
     if by_path and prunable is not None:
-        raise ValueError("a sparsity by path says itself what is prunable: give one")
+        raise ValueError(
+            "prunable and a sparsity by path both select leaves; give only one"
+        )
     return Budget(sparsity, selection, prunable)
 
 
@@ -143,7 +145,7 @@ def _name(selection: Selection) -> str:
     return getattr(selection, "__name__", repr(selection))
 
 
-def at(value: Any, count: Scalar) -> Any:
+def at(value: object, count: Scalar) -> Any:
     """The value of a number or a schedule at a step."""
     return value(count) if callable(value) else value
 
@@ -232,7 +234,7 @@ def _check_reached(ramp: Sparsity, until: int) -> None:
 
 
 def _has_just_ended(
-    schedule: Callable[[jax.Array], Any], count: jax.Array
+    schedule: Callable[[jax.Array], object], count: jax.Array
 ) -> jax.Array:
     """Does the schedule reach the value that it keeps at this step?"""
     last = jnp.asarray(schedule(jnp.int32(_LAST)))

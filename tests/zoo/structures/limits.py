@@ -157,7 +157,7 @@ def _(p, x):
     {"table:1": 5},
     {"a": (4, 6), "table": (6, 5), "v": (5, 3)},
     ROW,
-    refused={"a:1": "returned as numbers", "table:0": "indexed by values"},
+    refused={"a:1": "indices into this axis", "table:0": "indexed by values"},
     subject_refused=True,
 )
 def _(p, x):
