@@ -62,15 +62,19 @@ def _norm(reduced: str) -> Callable[[Subject], Scored]:
     return lambda subject: (subject.variables, REDUCTIONS[reduced])
 
 
-def _of_weights(name: str) -> Callable[[Subject], Scored]:
+def _of_weights(name: str, given: Given) -> Callable[[Subject], Scored]:
+    score, reduce = getattr(scoring, name), REDUCTIONS[name]
     return lambda subject: (
-        getattr(scoring, name)(subject.variables),
-        REDUCTIONS[name],
+        score(*_given(subject, given), **_bars(subject, given)),
+        reduce,
     )
 
 
-def _of_loss(name: str) -> Callable[[Subject], Scored]:
-    reduce = REDUCTIONS[name]
+def _of_units(name: str, given: Given) -> Callable[[Subject], Mapping[str, jax.Array]]:
+    score = getattr(scoring, name)
+    return lambda subject: score(
+        subject.groups, *_given(subject, given), **_bars(subject, given)
+    )
 
     def score(subject: Subject) -> Scored:
         found = getattr(scoring, name)(
@@ -81,18 +85,22 @@ def _of_loss(name: str) -> Callable[[Subject], Scored]:
         )
         return found, reduce
 
-    return score
+def _given(subject: Subject, given: Given) -> tuple[PyTree, ...]:
+    """What a score declares to be given."""
+    if given == "variables":
+        return (subject.variables,)
+    looked_at = subject.loss_fn if given == "loss" else subject.forward
+    return looked_at, subject.variables, subject.batches
+
+
+def _bars(subject: Subject, given: Given) -> dict[str, bool | None]:
+    """What looks at data takes long."""
+    return {} if given == "variables" else {"progress": subject.progress}
 
 
 def _fisher(subject: Subject) -> Scored:
-    curvature, reduce = _of_loss("fisher")(subject)
+    curvature, reduce = _of_weights("fisher", "loss")(subject)
     return scoring.obd(subject.variables, curvature), reduce
-
-
-def _wanda(subject: Subject) -> Scored:
-    options = {"progress": subject.progress}
-    data = subject.forward, subject.variables, subject.batches
-    return scoring.wanda(*data, **options), REDUCTIONS["wanda"]
 
 
 def _synflow(subject: Subject) -> Scored:
@@ -119,31 +127,19 @@ _TREES: dict[str, Callable[[Subject], Scored]] = {
     "l1": _norm("l1"),
     "l2": _norm("l2"),
     "lamp": _norm("l2"),
-    "batch_norm_scale": _of_weights("batch_norm_scale"),
-    "activation_probability": _of_weights("activation_probability"),
     "synflow": _synflow,
-    "taylor": _of_loss("taylor"),
-    "snip": _of_loss("snip"),
-    "grasp": _of_loss("grasp"),
     "fisher": _fisher,
-    "wanda": _wanda,
+    **{name: _of_weights(name, given) for name, given in OF_WEIGHTS.items()},
 }
 # Scores that are of units from the start.
 _UNITS: dict[str, Callable[[Subject], Mapping[str, jax.Array]]] = {
-    "group_fisher": _group_fisher,
-    "mean_activation": _activations("mean_activation"),
-    "apoz": _activations("apoz"),
-    "entropy": _activations("entropy"),
-    "empirical_sensitivity": _activations("empirical_sensitivity"),
+    name: _of_units(name, given) for name, given in OF_UNITS.items()
 }
-NEED_LOSS = ("taylor", "snip", "grasp", "fisher", "group_fisher")
+_LOOKS_AT = {"fisher": "loss", **OF_WEIGHTS, **OF_UNITS}
+NEED_LOSS = tuple([name for name, given in _LOOKS_AT.items() if given == "loss"])
 NEED_BATCHES = (
     *NEED_LOSS,
-    "wanda",
-    "mean_activation",
-    "apoz",
-    "entropy",
-    "empirical_sensitivity",
+    *[name for name, given in _LOOKS_AT.items() if given == "outputs"],
 )
 NAMES = ("geometric_median", *_TREES, *_UNITS)
 

@@ -19,6 +19,7 @@ from jaxprune.core._groups import Groups
 from jaxprune.core._leafwise import widened
 from jaxprune.core._types import PyTree
 from jaxprune.program._jaxprs import trace_program
+from jaxprune.scores._published import of_units
 from jaxprune.statistics._streaming import (
     Batches,
     averaged,
@@ -31,6 +32,7 @@ from jaxprune.statistics.taps._gates import Observe, observe
 ApplyFn = Callable[[PyTree, PyTree], PyTree]
 
 
+@of_units("outputs")
 def mean_activation(
     groups: Groups,
     apply_fn: ApplyFn,
@@ -73,6 +75,7 @@ def mean_activation(
     return _mean(lambda a: jnp.abs(widened(a)), *args, "mean_activation", progress)
 
 
+@of_units("outputs")
 def apoz(
     groups: Groups,
     apply_fn: ApplyFn,
@@ -118,6 +121,7 @@ def apoz(
     return _mean(lambda a: (a != 0).astype(jnp.float32), *args, "apoz", progress)
 
 
+@of_units("outputs")
 def entropy(
     groups: Groups,
     apply_fn: ApplyFn,

@@ -12,6 +12,7 @@ from jaxprune.core._checks import whole_number
 from jaxprune.core._leafwise import widened
 from jaxprune.core._types import PyTree
 from jaxprune.scores._gradients import mean_gradient
+from jaxprune.scores._published import of_weights
 from jaxprune.scores._trees import refuse_complex, scaled, times
 from jaxprune.statistics._streaming import (
     Batches,
@@ -26,6 +27,7 @@ from jaxprune.statistics._streaming import (
 )
 
 
+@of_weights("abs_of_sum", "loss")
 def grasp(
     loss_fn: LossFn,
     params: PyTree,
@@ -79,6 +81,7 @@ def grasp(
     return times(params, averaged(step, params, batches, flow, **options))
 
 
+@of_weights("sum")
 def fisher(
     loss_fn: LossFn,
     params: PyTree,
@@ -129,6 +132,7 @@ def fisher(
     return averaged(step, params, batches, title="fisher", progress=progress)
 
 
+@of_weights("abs_of_sum")
 def hessian_diagonal(
     loss_fn: LossFn,
     params: PyTree,
@@ -189,6 +193,7 @@ def hessian_diagonal(
     return averaged(step, params, batches, key, title=title, progress=progress)
 
 
+@of_weights("abs_of_sum")
 def obd(params: PyTree, curvature: PyTree) -> PyTree:
     """Optimal Brain Damage: ``h w^2 / 2``, the loss a weight saves at a minimum.
 

@@ -9,9 +9,11 @@ from jaxprune.core._leafwise import is_float, real_dtype
 from jaxprune.core._leaves import keystr, named_leaves, parameter_paths
 from jaxprune.core._types import ApplyFn, Array, PyTree
 from jaxprune.program._jaxprs import is_array
+from jaxprune.scores._published import of_weights
 from jaxprune.statistics._streaming import joined
 
 
+@of_weights("sum")
 def synflow(
     apply_fn: ApplyFn, variables: PyTree, *args: PyTree, **kwargs: PyTree
 ) -> PyTree:

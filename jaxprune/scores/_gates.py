@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxprune.core._groups import Groups
 from jaxprune.core._types import PyTree
+from jaxprune.scores._published import of_units
 from jaxprune.statistics._streaming import (
     Batches,
     LossFn,
@@ -17,6 +18,7 @@ from jaxprune.statistics._streaming import (
 from jaxprune.statistics.taps._gates import gate, probe
 
 
+@of_units("loss")
 def group_fisher(
     groups: Groups,
     loss_fn: LossFn,

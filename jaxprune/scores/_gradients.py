@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune.core._types import PyTree
+from jaxprune.scores._published import of_weights
 from jaxprune.scores._trees import scaled, times
 from jaxprune.statistics._streaming import (
     Batches,
@@ -25,6 +26,7 @@ from jaxprune.statistics._streaming import (
 Form = Literal["abs", "square", "signed"]
 
 
+@of_weights("sum", "loss")
 def taylor(
     loss_fn: LossFn,
     params: PyTree,
@@ -75,6 +77,7 @@ def taylor(
     return jax.tree.map(shape[form], times(params, grads))
 
 
+@of_weights("sum", "loss")
 def snip(
     loss_fn: LossFn,
     params: PyTree,
@@ -118,6 +121,7 @@ def snip(
     return jax.tree.map(lambda leaf: leaf / scale.astype(leaf.dtype), sensitivity)
 
 
+@of_weights("signed_sum")
 def movement(params: PyTree, grads: PyTree, previous: PyTree | None = None) -> PyTree:
     """Adds one training step to the movement of every weight: ``S - w g``.
 

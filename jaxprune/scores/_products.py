@@ -12,11 +12,13 @@ from jaxprune.core._leaves import named_leaves
 from jaxprune.core._types import Array, PyTree
 from jaxprune.program._jaxprs import trace_program
 from jaxprune.scores._activations import ApplyFn
+from jaxprune.scores._published import of_weights
 from jaxprune.statistics._contractions import contractions
 from jaxprune.statistics._moments import inputs, peeked
 from jaxprune.statistics._streaming import Batches, summed
 
 
+@of_weights("l2", "outputs")
 def wanda(
     apply_fn: ApplyFn,
     variables: PyTree,

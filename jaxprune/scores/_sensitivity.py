@@ -19,6 +19,7 @@ from jaxprune.core._leaves import named_leaves
 from jaxprune.core._types import PyTree
 from jaxprune.program._jaxprs import trace_program
 from jaxprune.scores._activations import ApplyFn
+from jaxprune.scores._published import of_units, of_weights
 from jaxprune.statistics._contractions import Contraction, contractions
 from jaxprune.statistics._moments import inputs, peeked
 from jaxprune.statistics._streaming import Batches, shown, singles
@@ -27,6 +28,7 @@ Form = Literal["channel", "tap"]
 _ENTRIES = 2**22  # of shares that are alive at once
 
 
+@of_units("outputs")
 def empirical_sensitivity(
     groups: Groups,
     apply_fn: ApplyFn,
@@ -183,6 +185,7 @@ def _share(parts: jax.Array, whole: jax.Array) -> jax.Array:
     return jnp.minimum(jnp.where(some, parts / jnp.where(some, whole, 1), 0), 1)
 
 
+@of_weights("sum")
 def weight_sensitivity(
     apply_fn: ApplyFn,
     variables: PyTree,

@@ -20,8 +20,10 @@ from jaxprune.core._leaves import named_leaves
 from jaxprune.core._placement import empty, on_host, placed_like
 from jaxprune.core._types import Array, ArrayNamespace, PyTree
 from jaxprune.scores._lamp import lamp_of_leaf, sharded_lamp, spread
+from jaxprune.scores._published import of_weights
 
 
+@of_weights("l2")
 def magnitude(params: PyTree) -> PyTree:
     """The absolute value of every weight, ``|w|``.
 
@@ -47,6 +49,7 @@ def magnitude(params: PyTree) -> PyTree:
     return each_leaf(_absolute, params, is_float)
 
 
+@of_weights("l1")
 def l1(params: PyTree) -> PyTree:
     """`magnitude`, for ``group_scores(reduce="l1")``: a unit's L1 norm.
 
@@ -64,6 +67,7 @@ def l1(params: PyTree) -> PyTree:
     return magnitude(params)
 
 
+@of_weights("l2")
 def l2(params: PyTree) -> PyTree:
     """`magnitude`, for ``group_scores(reduce="l2")``, the default: a unit's L2 norm.
 
@@ -84,6 +88,7 @@ def l2(params: PyTree) -> PyTree:
     return magnitude(params)
 
 
+@of_weights("sum")
 def lp(params: PyTree, p: float) -> PyTree:
     """The absolute value of every weight to the power p, ``|w|^p``.
 
@@ -171,6 +176,7 @@ def lamp(params: PyTree) -> PyTree:
     )
 
 
+@of_weights("mean")
 def random(params: PyTree, key: jax.Array) -> PyTree:
     """Independent uniform numbers in [0, 1): the control every criterion must beat.
 
@@ -198,6 +204,7 @@ def random(params: PyTree, key: jax.Array) -> PyTree:
     )
 
 
+@of_weights("l1", "variables")
 def batch_norm_scale(params: PyTree, *, name: str = "scale") -> PyTree:
     """The absolute scale factor of every normalisation channel, ``|gamma|``.
 
@@ -237,6 +244,7 @@ def batch_norm_scale(params: PyTree, *, name: str = "scale") -> PyTree:
     return jax.tree.structure(params).unflatten(map(found.get, leaves))
 
 
+@of_weights("mean", "variables")
 def activation_probability(
     params: PyTree, *, scale: str = "scale", bias: str = "bias"
 ) -> PyTree:
