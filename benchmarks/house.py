@@ -11,7 +11,8 @@ nesting     95th percentile over functions of the depth of if, for, with, try, .
 documented  share of public functions, methods and classes that have a docstring; the
             members of protocols are not counted
 comments    share of the lines that hold a comment
-Any         uses of the name per 1,000 lines, imports not counted
+Any         uses of the name per 1,000 lines, imports not counted; then with the uses
+            of names that stand for it alone (`PyTree`)
 private     share of modules with an underscore in their path, faces not counted
 circles     sets of modules that import each other at run time
 """
@@ -44,6 +45,7 @@ class Measures:
     documented: float
     comments: float
     any_per_kilo: float
+    any_by_any_name: float
     private: float
     circles: int
 
@@ -57,6 +59,7 @@ class Measures:
             f"{self.documented:.0%}",
             f"{self.comments:.1%}",
             f"{self.any_per_kilo:.0f}",
+            f"{self.any_by_any_name:.0f}",
             f"{self.private:.0%}",
             str(self.circles),
         ]
@@ -65,8 +68,8 @@ class Measures:
 
 HEADER = """\
 | revision | files | lines | function med/p90/max | nesting p95 | documented \
-| comments | `Any` per 1,000 lines | private modules | circles |
-|---|---|---|---|---|---|---|---|---|---|"""
+| comments | `Any` per 1,000 lines | by any name | private modules | circles |
+|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
 def main(revisions: Sequence[str]) -> None:
@@ -104,11 +107,13 @@ def measure(texts: Mapping[str, str]) -> Measures:
     modules = [path for path in trees if not path.endswith("__init__.py")]
     lines = sum(text.count("\n") for text in texts.values())
     lengths = sorted(map(_length, functions))
-    anys = sum(
-        isinstance(node, ast.Name) and node.id == "Any"
+    aliases = {name for tree in trees.values() for name in _aliases_of_any(tree)}
+    names = [
+        node.id
         for tree in trees.values()
         for node in ast.walk(tree)
-    )
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)
+    ]
     return Measures(
         files=len(texts),
         lines=lines,
@@ -120,10 +125,20 @@ def measure(texts: Mapping[str, str]) -> Measures:
         nesting=_percentile(sorted(map(_depth, functions)), 0.95),
         documented=_share([ast.get_docstring(node) is not None for node in public]),
         comments=sum(map(_comments, texts.values())) / lines,
-        any_per_kilo=1000 * anys / lines,
+        any_per_kilo=1000 * names.count("Any") / lines,
+        any_by_any_name=1000 * sum(n in {"Any", *aliases} for n in names) / lines,
         private=_share([_is_private(path) for path in modules]),
         circles=len(circles(trees)),
     )
+
+
+def _aliases_of_any(tree: ast.Module) -> Iterator[str]:
+    """Names of a module that are `Any` and nothing else."""
+    for node in tree.body:
+        if isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if node.value is not None and ast.unparse(node.value) == "Any":
+                yield from map(ast.unparse, targets)
 
 
 def _share(flags: Sequence[bool]) -> float:

@@ -139,12 +139,16 @@ def public(x: Any) -> Any:
 def other(): return _two
 """
     found = house.measure(
-        {"toy/one.py": one, "toy/_two.py": "from toy.one import other\n"}
+        {
+            "toy/one.py": one,
+            "toy/_two.py": "from toy.one import other\nTree = Any\nleaf: Tree\n",
+        }
     )
-    assert (found.files, found.lines, found.circles) == (2, 11, 1)
+    assert (found.files, found.lines, found.circles) == (2, 13, 1)
     assert (found.function, found.nesting) == ((2, 4, 4), 2)
     assert (found.documented, found.private) == (0.5, 0.5)
-    assert (found.comments, found.any_per_kilo) == (1 / 11, 2000 / 11)
+    assert (found.comments, found.any_per_kilo) == (1 / 13, 3000 / 13)
+    assert found.any_by_any_name == 4000 / 13
 
 
 def test_the_benchmark_of_widths_compares_what_is_equal():

@@ -69,7 +69,7 @@ def test_plan_of_another_model_is_refused(net, tmp_path):
     with pytest.raises(ValueError, match="nowhere:0, which this model does not have"):
         jaxprune.plans.load(tmp_path / "plan.json", groups)
     (tmp_path / "plan.json").write_text("[]")
-    with pytest.raises(ValueError, match="no plan of format 1"):
+    with pytest.raises(ValueError, match="not a plan of format 1"):
         jaxprune.plans.load(tmp_path / "plan.json", groups)
 
 
@@ -83,9 +83,9 @@ NO_PLANS = {
     "": "is not a plan: Expecting value",
     "\x00": "is not a plan",
     "[" * 100_000: "is not a plan",
-    "null": "no plan of format 1",
-    '{"format": true, "groups": {}}': "no plan of format 1",
-    '{"format": 2, "groups": {}}': "no plan of format 1",
+    "null": "not a plan of format 1",
+    '{"format": true, "groups": {}}': "not a plan of format 1",
+    '{"format": 2, "groups": {}}': "not a plan of format 1",
     '{"format": 1}': "groups must be an object",
     '{"format": 1, "groups": [1]}': "groups must be an object",
     '{"format": 1, "groups": {"a:0": 1, "a:0": 2}}': "two entries named a:0",

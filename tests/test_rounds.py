@@ -1,6 +1,5 @@
 """Rounds: what they do against a loop by hand, and kills at any moment."""
 
-import json
 import os
 import pathlib
 import signal
@@ -257,39 +256,31 @@ def _child(folder):
         [sys.executable, __file__, str(folder)],
         cwd=pathlib.Path(__file__).parent.parent,
         env={**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parent.parent)},
-        stdout=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        text=True,
     )
 
 
 def test_a_killed_run_ends_with_the_same_bits(tmp_path):
-    """Killed after each of several moments, as the folder fills."""
+    """Killed in another process at an early and a late moment, and ended in this one."""
     expected = run(save_every=2, rewind=2, rescore=False)
-    kills = 0
-    for moment in (1, 6, 12):
+    for moment in (1, 8):
         child = _child(tmp_path)
         while child.poll() is None:
             names = {path.name for path in tmp_path.glob("steps/*")}
             newest = max((int(name) for name in names if name.isdigit()), default=0)
             if newest >= moment:
                 child.send_signal(signal.SIGKILL)
-                kills += 1
                 break
             time.sleep(0.01)
-        child.wait()
-        child.stdout.close()
-    assert kills >= 2
-    child = _child(tmp_path)
-    out, _ = child.communicate(timeout=120)
-    assert child.returncode == 0
-    found = json.loads(out)
-    assert found["metrics"] == [entry.metric for entry in expected.history]
+        assert child.wait() == -signal.SIGKILL
     resumed = run(folder=tmp_path, save_every=2, rewind=2, rescore=False)
+    assert [entry.metric for entry in resumed.history] == [
+        entry.metric for entry in expected.history
+    ]
     same(resumed.last.variables, expected.last.variables)
     same(resumed.load(2).variables, expected.load(2).variables)
 
 
 if __name__ == "__main__":
-    done = run(folder=sys.argv[1], save_every=2, rewind=2, rescore=False)
-    print(json.dumps({"metrics": [entry.metric for entry in done.history]}))
+    run(folder=sys.argv[1], save_every=2, rewind=2, rescore=False)

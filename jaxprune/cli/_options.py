@@ -6,9 +6,8 @@ from typing import Literal
 
 from tyro.conf import Positional
 
-Cost = Literal[
-    "flops", "multiply_adds", "parameters", "bytes", "activation_bytes", "seconds"
-]
+from jaxprune.recipes._targets import CostName
+
 Format = Literal["stablehlo", "safetensors", "tflite", "onnx"]
 
 
@@ -40,7 +39,7 @@ class _Cut:
     """A checkpoint to take the variables from."""
     budget: str | None = None
     """What may be left: 0.5, 50%, 1.5M, 3ms."""
-    cost: Cost = "flops"
+    cost: CostName = "flops"
     """What the budget is of."""
     sparsity: float | None = None
     """Instead of a budget: the fraction of units to remove from every group."""

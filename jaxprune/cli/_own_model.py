@@ -151,24 +151,20 @@ def export(config: Export) -> None:
     except ValueError as error:
         raise UsageError(str(error)) from error
     args = original.args if original else loaded.args
-    if config.format in ("tflite", "onnx") and original is None:
+    if config.format not in ("stablehlo", "safetensors") and original is None:
         raise UsageError(f"--format {config.format} needs --model module:factory")
     if config.format != "safetensors" and not args:
         raise UsageError(
             f"{config.folder} does not say how the function is called; give --model "
             "module:factory"
         )
-    writers: dict[str, Callable[..., None]] = {
-        "stablehlo": io.save_exported,
-        "tflite": io.save_tflite,
-        "onnx": io.save_onnx,
-    }
     try:
         if config.format == "safetensors":
             io.save_safetensors(config.out, loaded.variables, plan=loaded.plan)
         else:
-            writer = writers[config.format]
-            writer(config.out, loaded.apply_fn, loaded.variables, *args)
+            stablehlo = config.format == "stablehlo"
+            name = "save_exported" if stablehlo else f"save_{config.format}"
+            getattr(io, name)(config.out, loaded.apply_fn, loaded.variables, *args)
     except (ValueError, ModuleNotFoundError) as error:
         raise UsageError(str(error).splitlines()[0]) from error
     if not config.quiet:
