@@ -278,7 +278,11 @@ def test_a_pin_may_be_one_pattern(params):
             ValueError,
             r"cannot be met: .* of 256 \(9.4%\)",
         ),
-        ({"sparsity": None, "budget": "3 weeks"}, ValueError, "not a number with a unit"),
+        (
+            {"sparsity": None, "budget": "3 weeks"},
+            ValueError,
+            "not a number with a unit",
+        ),
         (
             {"sparsity": None, "budget": float("nan")},
             ValueError,
