@@ -3,7 +3,7 @@
 import hypothesis.strategies as st
 import jax
 import pytest
-from contract import assert_same, check_contract, halve, quick_jit
+from contract import TOLERANCE, check_contract, difference, halve, largest, quick_jit
 from hypothesis import given, settings
 from zoo import MODELS
 from zoo.composed import MOVES, compose
@@ -40,7 +40,8 @@ def test_a_composed_program_keeps_the_contract(moves):
     small = jaxprune.slice_params(variables, masks)
     got = quick_jit(jaxprune.narrow(apply_fn, masks))(small, x)
     expected = quick_jit(apply_fn)(jaxprune.apply_masks(variables, masks), x)
-    assert_same(got, expected)
+    assert largest(expected) > 1e-9  # products of small numbers are small
+    assert difference(got, expected) < TOLERANCE
 
 
 def test_every_move_can_be_composed_with_every_other():
