@@ -9,6 +9,7 @@ from contract import quick_jit
 
 import jaxprune
 from jaxprune import scores
+from jaxprune.scores._published import OF_UNITS
 
 pytestmark = pytest.mark.once
 
@@ -82,11 +83,10 @@ def test_signed_scores_are_not_ranked_by_sign_unless_told_to(hidden):
 
 def test_every_score_of_weights_has_its_published_reduction(hidden):
     named = {n for n in dir(scores) if n.islower() and not n.startswith("_")}
-    of_units = "geometric_median group_fisher mean_activation apoz entropy".split()
-    of_units += ["empirical_sensitivity"]
+    of_units = {"geometric_median", *OF_UNITS}
     tools = {"group_scores", "normalized"}
     # LAMP of units is a normalisation of their norms
-    assert named - set(of_units) - tools - {"lamp"} == set(scores.REDUCTIONS)
+    assert named - of_units - tools - {"lamp"} == set(scores.REDUCTIONS)
     for reduce in scores.REDUCTIONS.values():
         scores.group_scores(hidden, scores.magnitude(layers()), reduce=reduce)
 

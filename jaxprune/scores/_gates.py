@@ -83,6 +83,7 @@ def group_fisher(
     return averaged(step, variables, batches, title="group_fisher", progress=progress)
 
 
+@of_units("loss")
 def contribution(
     groups: Groups,
     loss_fn: LossFn,
