@@ -210,6 +210,12 @@ def _described(state: PyTree) -> tuple[list[Any], list[dict[str, Any]]]:
     described by the JSON.
     """
     named = named_leaves(state)
+    for path, leaf in named.items():
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"{path} is a ShapeDtypeStruct, which has no values to save; such "
+                "leaves are for restore_latest(folder, like)"
+            )
     leaves = [{"path": path, **_signature(path, leaf)} for path, leaf in named.items()]
     for about, leaf in zip(leaves, named.values(), strict=True):
         if isinstance(leaf, bool | int | float) and not isinstance(leaf, np.generic):
@@ -232,11 +238,6 @@ def _signature(path: str, leaf: PyTree) -> dict[str, Any]:
         raise TypeError(
             f"{path} is of type {type(leaf).__name__}; a checkpoint holds arrays, "
             "typed keys and Python numbers, and meta the rest"
-        )
-    if isinstance(leaf, jax.ShapeDtypeStruct):
-        raise TypeError(
-            f"{path} is a ShapeDtypeStruct, which has no values to save; such leaves "
-            "are for restore_latest(folder, like)"
         )
     objects = isinstance(leaf.dtype, np.dtype) and leaf.dtype.kind in "OUSMm"
     if objects or leaf.dtype == jax.dtypes.float0:
