@@ -13,7 +13,7 @@ from jaxprune.core._leaves import named_leaves
 from jaxprune.core._names import nearest
 from jaxprune.core._types import ApplyFn, PyTree
 from jaxprune.recipes._training import one_number
-from jaxprune.scores._published import REDUCTIONS
+from jaxprune.scores._published import OF_UNITS, OF_WEIGHTS, REDUCTIONS, Given
 
 Score = str | Callable[[PyTree], PyTree] | PyTree
 
@@ -76,20 +76,12 @@ def _of_units(name: str, given: Given) -> Callable[[Subject], Mapping[str, jax.A
         subject.groups, *_given(subject, given), **_bars(subject, given)
     )
 
-    def score(subject: Subject) -> Scored:
-        found = getattr(scoring, name)(
-            subject.loss,
-            subject.variables,
-            subject.batches,
-            progress=subject.progress,
-        )
-        return found, reduce
 
 def _given(subject: Subject, given: Given) -> tuple[PyTree, ...]:
     """What a score declares to be given."""
     if given == "variables":
         return (subject.variables,)
-    looked_at = subject.loss_fn if given == "loss" else subject.forward
+    looked_at = subject.loss if given == "loss" else subject.forward
     return looked_at, subject.variables, subject.batches
 
 
@@ -107,19 +99,6 @@ def _synflow(subject: Subject) -> Scored:
     kwargs = dict(subject.kwargs)
     flow = scoring.synflow(subject.apply_fn, subject.variables, *subject.args, **kwargs)
     return flow, REDUCTIONS["synflow"]
-
-
-def _activations(name: str) -> Callable[[Subject], Mapping[str, jax.Array]]:
-    def score(subject: Subject) -> Mapping[str, jax.Array]:
-        data = subject.groups, subject.forward, subject.variables, subject.batches
-        return getattr(scoring, name)(*data, progress=subject.progress)
-
-    return score
-
-
-def _group_fisher(subject: Subject) -> Mapping[str, jax.Array]:
-    data = subject.groups, subject.loss, subject.variables, subject.batches
-    return scoring.group_fisher(*data, progress=subject.progress)
 
 
 # Scores of weights, and how those of a unit add up.
