@@ -146,7 +146,7 @@ def test_a_branch_of_few_channels_goes_and_what_is_wrong_is_refused():
     assert not keep[UP["first"]].any() and keep[UP["second"]].any()
     with pytest.raises(ValueError, match="give either threshold, or cost and budget"):
         select.adaptive(GROUPS, SCALES, GATES)
-    with pytest.raises(ValueError, match="'third' is no branch; the branches are"):
+    with pytest.raises(ValueError, match="'third' is not a branch; the branches are"):
         select.adaptive(GROUPS, SCALES, {"third": 1.0}, threshold=0.1)
     cost = jaxprune.cost_model(net, PARAMS, X, groups=GROUPS).parameters
     with pytest.raises(ValueError, match="budget=1 cannot be met: with one unit"):
