@@ -71,7 +71,22 @@ def factors(batch: int, repeats: int, widths: Sequence[int] = WIDTHS) -> dict[st
             "factorised": _compiled(of(small.apply_fn), small.variables, x),
         }
         found[name] = _against(_in_turns(calls, repeats), "factorised", "by hand")
+    found["compiled"] = {
+        name: size_of(_gradient(fn), small.variables, x)
+        for name, fn in {"by hand": net_by_hand, "factorised": small.apply_fn}.items()
+    }
     return found
+
+
+def size_of(fn: Callable[..., Any], *args: Any) -> dict[str, float]:
+    """What the compiler says of a function: that it makes the same of two of them."""
+    compiled = jax.jit(fn).lower(*args).compile()
+    cost = compiled.cost_analysis()
+    return {
+        "flops": cost["flops"],
+        "bytes": cost["bytes accessed"],
+        "instructions": compiled.as_text().count(" = "),
+    }
 
 
 def inputs(batch: int, widths: Sequence[int]) -> tuple[Any, jax.Array]:

@@ -283,6 +283,21 @@ def test_a_basis_is_shared_by_layers():
     }  # fmt: skip
 
 
+@pytest.mark.once
+def test_the_norm_loss_is_least_at_the_factors():
+    """Of the distance to the kernels: its slope is 0, and not elsewhere."""
+    options = {"ranks": 5, "kind": "basis", "basis_size": 2}
+    small = jaxprune.factorise(conv(), KERNEL, IMAGE, **options)
+
+    def norm_loss(variables):
+        return jnp.square(small.compose(variables)["w"] - KERNEL["w"]).sum()
+
+    for scale, flat in ((1.0, True), (1.1, False)):
+        slopes = jax.grad(norm_loss)(jax.tree.map(lambda w: scale * w, small.variables))
+        largest = max(float(jnp.abs(s).max()) for s in jax.tree.leaves(slopes))
+        assert (largest < 1e-4) == flat
+
+
 def test_it_composes_with_the_rest(tmp_path):
     """Optimiser states, costs, checkpoints, export; and the other order with narrow."""
     fn, params, x, small = made("dense")
