@@ -23,7 +23,9 @@ from jaxprune.core._positions import BoolArray, both_kept, outer_mask
 from jaxprune.core._types import Array, PyTree
 
 
-def expand_masks(groups: Groups, keep: Mapping[str, BoolArray]) -> PyTree:
+def expand_masks(
+    groups: Groups, keep: Mapping[str, BoolArray], *, unroll: bool = False
+) -> PyTree:
     """Turns a decision per unit into masks like the traced variables.
 
     A position of a parameter axis is kept if every unit that lives on it is kept, and
@@ -33,6 +35,9 @@ def expand_masks(groups: Groups, keep: Mapping[str, BoolArray]) -> PyTree:
         groups: what `trace` returned.
         keep: group name -> bool ``[size]``, True = kept. Groups that are not named
             are kept whole. May be traced: then the masks are traced too.
+        unroll: may the layers of a group that was traced with ``per_layer`` keep
+            different numbers of units? Such masks need ``unroll=True`` in
+            `slice_params` and `narrow` as well.
 
     Returns:
         Tree of bools like the traced variables: the scalar True where nothing is
@@ -58,7 +63,7 @@ def expand_masks(groups: Groups, keep: Mapping[str, BoolArray]) -> PyTree:
     """
     cuts: dict[str, dict[int, BoolArray]] = {}
     for name, units in keep.items():
-        units = _checked_units(groups, name, units)
+        units = _checked_units(groups, name, units, unroll)
         known: dict[int, BoolArray] = {}  # many members share one index
         for member in groups[name].members:
             axes = cuts.setdefault(member.path, {})
@@ -204,7 +209,9 @@ def zero_removed(leaf: Array, mask: BoolArray) -> Any:
     return jnp.where(mask, leaf, jax.lax.full_like(leaf, 0, shape=()))
 
 
-def _checked_units(groups: Groups, name: str, units: BoolArray) -> BoolArray:
+def _checked_units(
+    groups: Groups, name: str, units: BoolArray, unroll: bool
+) -> BoolArray:
     if name not in groups:
         close = difflib.get_close_matches(name, groups, n=3, cutoff=0.4)
         hint = f"; did you mean {' or '.join(close)}?" if close else ""
@@ -216,14 +223,18 @@ def _checked_units(groups: Groups, name: str, units: BoolArray) -> BoolArray:
             f"{groups[name].size} units; was it made for other groups?"
         )
     if groups[name].blocks > 1 and not isinstance(units, Tracer):
+        # Blocks of one layer keep as many, whatever those of another do.
+        layers = groups[name].layers if unroll else 1
         kept = np.asarray(units).reshape(groups[name].blocks, -1).sum(axis=1)
+        grid = kept.reshape(layers, -1)
+        kept = kept if (grid != grid[:, :1]).any() else grid[0]
         other = int((kept != kept[0]).argmax())
         if other and groups[name].layers > 1:
             each = groups[name].blocks // groups[name].layers
             raise ValueError(
                 f"keep[{name}] keeps {kept[0]} units in layer 0 but {kept[other]} in "
                 f"layer {other // each}; every layer of a scan keeps as many of its "
-                f"{len(units) // len(kept)}"
+                f"{len(units) // len(kept)}, unless unroll=True writes the scan out"
             )
         if other:
             raise ValueError(

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TypeAlias, cast
 
 import numpy as np
-from jax.core import Tracer
 
 from jaxprune.core._types import Array
 
@@ -43,32 +42,30 @@ def outer_mask(axes: Mapping[int, BoolArray], ndim: int) -> BoolArray:
         >>> outer_mask({1: np.array([True, False, True])}, 2)
         array([[ True, False,  True]])
     """
-    axes = {
-        axis: _line(kept, axis) if isinstance(kept, np.ndarray) else kept
-        for axis, kept in axes.items()
-    }
     # An axis that loses everything empties the leaf; what the others lose would be
     # lost in the outer AND, and no longer matters.
     left = {axis: _count(kept, axis) for axis, kept in axes.items()}
     empty = {axis: kept for axis, kept in axes.items() if left[axis] == 0}
+    if any(kept.ndim > 1 for kept in empty.values()):
+        empty = {}  # in every layer: which of these stay still matters
     some = (empty or axes).items()
-    cut = {axis: kept for axis, kept in some if left[axis] != _length(kept, axis)}
+    cut = {axis: kept for axis, kept in some if not _is_whole(kept)}
     mask = np.array(True)
     for axis, kept in cut.items():
-        line = kept if kept.ndim > 1 else _along(kept, axis, ndim)
+        line = kept if kept.ndim > 1 else line_along(kept, axis, ndim)
         mask = _both(mask, line) if mask.ndim else line
     lengths = [_length(kept, axis) for axis, kept in cut.items()]
     if cut and isinstance(mask, np.ndarray) and 1 not in lengths:
         lines = tuple(cast(np.ndarray | None, cut.get(d)) for d in range(ndim))
-        return _remembered(mask, lines)
+        return remembered(mask, lines)
     return mask
 
 
 def both_kept(a: BoolArray, b: BoolArray, axis: int) -> BoolArray:
     """What two cuts of an axis keep, each bool ``[n]`` or of the leaf's rank."""
     rank = max(a.ndim, b.ndim)
-    return (a if a.ndim == rank else _along(a, axis, rank)) & (
-        b if b.ndim == rank else _along(b, axis, rank)
+    return (a if a.ndim == rank else line_along(a, axis, rank)) & (
+        b if b.ndim == rank else line_along(b, axis, rank)
     )
 
 
@@ -88,6 +85,13 @@ def cuts(kept: Kept) -> list[tuple[int, np.ndarray]]:
     lines = [(d, k) for d, k in enumerate(kept) if k is not None and k.ndim == 1]
     whole = [(d, np.flatnonzero(k)) for d, k in lines]
     for axis, rows in layer_rows(kept):
+        counts = np.unique(np.count_nonzero(rows, axis=axis))
+        if len(counts) > 1:
+            raise ValueError(
+                f"layers keep {', '.join(map(str, counts))} positions of axis {axis}, "
+                "and one scan has one size for all: cut as many from each, or give "
+                "unroll=True to slice_params and narrow to write the scan out"
+            )
         order = np.argsort(~rows, axis=axis, kind="stable")
         own = np.take(order, np.arange(count_kept(rows, axis)), axis=axis)
         whole.append((axis, own))
@@ -141,7 +145,7 @@ def axis_keep(mask: BoolArray, shape: tuple[int, ...]) -> Kept:
         >>> axis_keep(np.array([[True, False, True]]), (2, 3))
         (None, array([ True, False,  True]))
     """
-    known = _known(mask)
+    known = known_keep(mask)
     if known is not None:
         return known
     if mask.ndim == 0:
@@ -165,76 +169,19 @@ def keeps_whole_positions(mask: np.ndarray, kept: Sequence[np.ndarray | None]) -
         >>> keeps_whole_positions(mask, axis_keep(mask, (2, 2)))
         False
     """
-    if _known(mask) is not None:
+    if known_keep(mask) is not None:
         return True
     sizes = zip(mask.shape, kept[: mask.ndim], strict=True)
     inside = (n if n == 1 or k is None else np.count_nonzero(k) for n, k in sizes)
     return bool(np.count_nonzero(mask) == math.prod(inside))
 
 
-def kept_of_sliced(mask: np.ndarray, shape: tuple[int, ...], small: tuple) -> Kept:
-    """`axis_keep` of a mask by which a leaf of `shape` was sliced to the shape `small`.
-
-    What a mask keeps in every layer is lost where it is copied or saved; the shape of
-    what it has sliced says it again.
-    """
-    kept = axis_keep(mask, shape)
-    if mask.ndim < 2 or _known(mask) is not None or _sizes(kept, shape) == small:
-        return kept
-    by_layer = _by_layer(mask)
-    return by_layer if by_layer and _sizes(by_layer, shape) == small else kept
-
-
-def _sizes(kept: Kept, shape: tuple[int, ...]) -> tuple[int, ...]:
+def sizes_kept(kept: Kept, shape: tuple[int, ...]) -> tuple[int, ...]:
     pairs = enumerate(zip(kept, shape, strict=True))
     return tuple(n if k is None else count_kept(k, d) for d, (k, n) in pairs)
 
 
-def recalled(mask: BoolArray) -> BoolArray:
-    """The mask, known to cut units of layers if it can be read like that.
-
-    A mask of single weights may look the same, as one of blocks does that keeps as many
-    in every row: only the caller knows what it is.
-    """
-    if isinstance(mask, Tracer) or mask.ndim < 2 or _known(mask) is not None:
-        return mask
-    array = np.asarray(mask)
-    kept = _by_layer(array)
-    return mask if kept is None else _remembered(array.copy(), kept)
-
-
-def _by_layer(mask: np.ndarray) -> Kept | None:
-    """What a mask keeps, if it is an outer product in every layer, of other positions.
-
-    As many have to be kept in every layer of which any are.
-    """
-    for layers, size in enumerate(mask.shape):
-        counts = np.moveaxis(mask, layers, 0).reshape(size, -1).sum(axis=1)
-        live = counts > 0
-        if size == 1 or len(np.unique(counts[live])) != 1:
-            continue
-        kept: dict[int, np.ndarray] = {layers: live}
-        left = 1
-        for d in range(mask.ndim):
-            others = tuple(k for k in range(mask.ndim) if k not in (d, layers))
-            if d == layers or mask.shape[d] == 1:
-                continue
-            rows = mask.any(axis=others, keepdims=True)
-            first = np.take(rows, [int(live.argmax())], axis=layers)
-            gone = ~cast(np.ndarray, _along(live, layers, mask.ndim))
-            kept[d] = _line(np.where(gone, first, rows), d)
-            counted = np.count_nonzero(kept[d], axis=d if kept[d].ndim > 1 else None)
-            if len(np.unique(counted)) > 1:
-                break
-            left *= count_kept(kept[d], d)
-        else:
-            if left == counts.max() and any(rows.ndim > 1 for rows in kept.values()):
-                cut = (kept.get(d) for d in range(mask.ndim))
-                return tuple(None if k is None or k.all() else k for k in cut)
-    return None
-
-
-def _line(kept: np.ndarray, axis: int) -> np.ndarray:
+def merged_layers(kept: np.ndarray, axis: int) -> np.ndarray:
     """Bool ``[n]`` instead of an array of the leaf's rank whose layers are alike."""
     if kept.ndim == 1:
         return kept
@@ -242,8 +189,13 @@ def _line(kept: np.ndarray, axis: int) -> np.ndarray:
     return lines[0] if (lines == lines[:1]).all() else kept
 
 
-def _along(line: BoolArray, axis: int, ndim: int) -> BoolArray:
+def line_along(line: BoolArray, axis: int, ndim: int) -> BoolArray:
     return line.reshape([-1 if other == axis else 1 for other in range(ndim)])
+
+
+def _is_whole(kept: BoolArray) -> bool:
+    """Is every position kept, as far as that is known?"""
+    return isinstance(kept, np.ndarray) and bool(kept.all())
 
 
 def _length(kept: BoolArray, axis: int) -> int:
@@ -262,7 +214,7 @@ def _count(kept: BoolArray, axis: int) -> int | None:
     return count_kept(kept, axis) if isinstance(kept, np.ndarray) else None
 
 
-def _remembered(mask: np.ndarray, kept: Kept) -> np.ndarray:
+def remembered(mask: np.ndarray, kept: Kept) -> np.ndarray:
     """A mask of which `kept` will be true for as long as it lives."""
     for array in (mask, *kept):
         while isinstance(array, np.ndarray):  # a view can be unlocked by its owner only
@@ -274,6 +226,6 @@ def _remembered(mask: np.ndarray, kept: Kept) -> np.ndarray:
     return mask
 
 
-def _known(mask: BoolArray) -> Kept | None:
+def known_keep(mask: BoolArray) -> Kept | None:
     found = _OUTER.get(id(mask))
     return found[1] if found is not None and found[0]() is mask else None

@@ -2,6 +2,7 @@
 
 from jaxprune.costing._count import Costs as Costs
 from jaxprune.costing._count import costs as costs
+from jaxprune.costing._equations import equations as equations
 from jaxprune.costing._latency import LatencyTable as LatencyTable
 from jaxprune.costing._latency import latency_table as latency_table
 from jaxprune.costing._model import CostModel as CostModel

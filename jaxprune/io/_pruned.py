@@ -22,7 +22,7 @@ import numpy as np
 
 from jaxprune.core import Groups, named_leaves
 from jaxprune.core._checks import refuse_traced
-from jaxprune.core._positions import recalled
+from jaxprune.core._layer_masks import recalled
 from jaxprune.core._types import ApplyFn, PyTree
 from jaxprune.io import checkpoints
 from jaxprune.io._files import first_line

@@ -9,13 +9,15 @@ import numpy as np
 from jax.core import Tracer
 
 from jaxprune.core._functions import check_function
+from jaxprune.core._layer_masks import kept_of_sliced
 from jaxprune.core._leaves import leaf_names
 from jaxprune.core._names import listed
-from jaxprune.core._positions import BoolArray, count_kept, kept_of_sliced
+from jaxprune.core._positions import BoolArray, count_kept
 from jaxprune.core._types import ApplyFn, PyTree, PyTreeDef
 from jaxprune.coupling._trace import twin_of
 from jaxprune.narrowing._decide import SILENT, Alive, untraced
 from jaxprune.narrowing._replay import Part, Restricted, restrict
+from jaxprune.narrowing._unrolled import narrow_unrolled
 from jaxprune.program._collector import collector_paused
 from jaxprune.program._jaxprs import Program, abstract, is_array, trace_program
 
@@ -25,6 +27,7 @@ def narrow(
     masks: PyTree,
     *,
     statistics: Literal["masked", "kept"] = "masked",
+    unroll: bool = False,
 ) -> ApplyFn:
     """Transforms a function of full-size variables into one of sliced variables.
 
@@ -55,6 +58,12 @@ def narrow(
             followed by distillation wants (Muralidharan et al., `Minitron
             <https://arxiv.org/abs/2407.14679>`_, 2024); the result differs from the
             masked model.
+        unroll: write out the scans whose layers lose units of their own, so that they
+            may keep different numbers. The variables are those of
+            ``slice_params(..., unroll=True)``. What it costs: the program has the body
+            of the scan once for every layer, so its equations and the time to compile
+            it grow with the number of layers (see `jaxprune.costing.equations`), and
+            new values that such a scan stacks cannot differ in size.
 
     Returns:
         A function with the signature of `apply_fn` that takes sliced variables. New
@@ -87,6 +96,9 @@ def narrow(
     leaves, treedef = jax.tree.flatten(masks)
     names = leaf_names(masks, treedef)
     flat = list(zip(names, map(_concrete, names, leaves), strict=True))
+    if unroll:
+        run = functools.partial(narrow, statistics=statistics)
+        return functools.wraps(apply_fn)(narrow_unrolled(apply_fn, masks, run))
     restricted: dict[Program, Restricted] = {}
 
     @functools.wraps(apply_fn)

@@ -11,9 +11,9 @@ import numpy as np
 import optax
 
 from jaxprune.core._checks import concrete_bools, whole_number
+from jaxprune.core._layer_masks import recalled
 from jaxprune.core._masks import expand_masks
 from jaxprune.core._names import nearest
-from jaxprune.core._positions import recalled
 from jaxprune.core._progress import advancing
 from jaxprune.core._types import ApplyFn, PyTree
 from jaxprune.costing import costs

@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from jaxprune.core._groups import Groups, Member
+from jaxprune.core._layer_masks import recalled
 from jaxprune.core._leaves import named_leaves
 from jaxprune.core._masks import concrete, pair_masks
 from jaxprune.core._members import in_front
@@ -14,7 +15,6 @@ from jaxprune.core._positions import (
     count_kept,
     keeps_whole_positions,
     outer_mask,
-    recalled,
 )
 from jaxprune.core._types import PyTree
 from jaxprune.surgery._slicing import unslice_params

@@ -17,6 +17,7 @@ import optax
 from jax.core import Tracer
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jaxprune.core._layer_masks import kept_of_sliced, parts_of, recalled
 from jaxprune.core._leaves import named_leaves
 from jaxprune.core._masks import (
     PyTree,
@@ -33,15 +34,18 @@ from jaxprune.core._positions import (
     count_kept,
     cuts,
     keeps_whole_positions,
-    kept_of_sliced,
     layer_rows,
-    recalled,
 )
 from jaxprune.core._types import Array
 
 
 def slice_params(
-    params: PyTree, masks: PyTree, *, mixed: bool = False, per_layer: bool = False
+    params: PyTree,
+    masks: PyTree,
+    *,
+    mixed: bool = False,
+    per_layer: bool = False,
+    unroll: bool = False,
 ) -> PyTree:
     """Drops every index of an axis whose mask is False throughout.
 
@@ -63,6 +67,8 @@ def slice_params(
             remove inside of what stays is set to zero.
         per_layer: masks by which layers lose units of their own, but copied or read
             from elsewhere: such masks look like those of single weights.
+        unroll: layers keep different numbers of units: a leaf whose layers lose units
+            of their own becomes a tuple, with an array for every layer that stays.
 
     Returns:
         Tree like `params`, smaller; dtypes, weak types and numpy leaves stay what
@@ -82,9 +88,36 @@ def slice_params(
     paired = pair_masks(params, masks)
     if per_layer:
         paired = [(path, leaf, recalled(mask)) for path, leaf, mask in paired]
+    if unroll:
+        return jax.tree.structure(params).unflatten(_slice_unrolled(paired))
     if not mixed:
         _refuse_single_weights(paired)
     return jax.tree.structure(params).unflatten(_slice_leaves(paired))
+
+
+def _slice_unrolled(paired: Sequence[tuple[str, Any, Any]]) -> list[Any]:
+    """Slices every leaf; those whose layers differ become tuples of layers."""
+    small = []
+    for path, leaf, mask in paired:
+        mask = concrete(path, check_broadcast(path, np.shape(leaf), mask))
+        parts = parts_of(mask)
+        if parts is None:
+            small += _slice_leaves([(path, leaf, mask)])
+            continue
+        [whole] = _slice_leaves([(path, leaf, parts.whole)])
+        each = [
+            (f"{path}/{layer}", _layer(whole, layer, parts.axis), own)
+            for layer, own in enumerate(parts.each)
+        ]
+        small.append(tuple(_slice_leaves(each)))
+    return small
+
+
+def _layer(leaf: Any, layer: int, axis: int) -> Any:
+    """One layer of a stacked leaf."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return leaf.update(shape=(*leaf.shape[:axis], *leaf.shape[axis + 1 :]))
+    return leaf[(slice(None),) * axis + (layer,)]
 
 
 def _refuse_single_weights(paired: Sequence[tuple[str, Any, Any]]) -> None:
@@ -109,7 +142,7 @@ def _refuse_single_weights(paired: Sequence[tuple[str, Any, Any]]) -> None:
             )
 
 
-def unslice_params(small: PyTree, masks: PyTree) -> PyTree:
+def unslice_params(small: PyTree, masks: PyTree, *, unroll: bool = False) -> PyTree:
     """Puts sliced parameters back where they came from, zeros elsewhere.
 
     The inverse of `slice_params` on every kept entry:
@@ -119,9 +152,10 @@ def unslice_params(small: PyTree, masks: PyTree) -> PyTree:
     Args:
         small: what ``slice_params(params, masks)`` returned, perhaps trained further.
         masks: the masks it was sliced with, True = kept; concrete.
+        unroll: was it sliced with ``unroll=True``?
 
     Returns:
-        Tree like `small` with the shapes before slicing.
+        Tree like `small` (like `masks`, with `unroll`) with the shapes before slicing.
 
     Raises:
         ValueError: if the trees have different leaves, a leaf is not the size its
@@ -134,9 +168,29 @@ def unslice_params(small: PyTree, masks: PyTree) -> PyTree:
         >>> unslice_params({"b": np.ones(2)}, {"b": np.array([True, False, True])})
         {'b': array([1., 0., 1.])}
     """
+    if unroll:
+        treedef = jax.tree.structure(masks)
+        pairs = zip(
+            named_leaves(masks).items(), treedef.flatten_up_to(small), strict=True
+        )
+        return treedef.unflatten(
+            _unslice_layers(path, leaf, concrete(path, mask))
+            for (path, mask), leaf in pairs
+        )
     return jax.tree.structure(small).unflatten(
         _unslice_leaf(path, leaf, mask) for path, leaf, mask in pair_masks(small, masks)
     )
+
+
+def _unslice_layers(path: str, leaf: Any, mask: np.ndarray) -> Any:
+    """One leaf, which is a tuple of layers if the layers of its mask differ."""
+    parts = parts_of(mask)
+    if parts is None:
+        return _unslice_leaf(path, leaf, mask)
+    pairs = enumerate(zip(leaf, parts.each, strict=True))
+    each = [_unslice_leaf(f"{path}/{k}", x, own) for k, (x, own) in pairs]
+    stack = np.stack if all(isinstance(x, np.ndarray) for x in each) else jnp.stack
+    return _unslice_leaf(path, stack(each, parts.axis), parts.whole)
 
 
 def slice_opt_state(
@@ -146,6 +200,7 @@ def slice_opt_state(
     *,
     mixed: bool = False,
     per_layer: bool = False,
+    unroll: bool = False,
 ) -> PyTree:
     """Slices every copy of the parameters inside an optimiser state.
 
@@ -176,6 +231,7 @@ def slice_opt_state(
             True = kept; concrete.
         mixed: as for `slice_params`.
         per_layer: likewise.
+        unroll: likewise: such states have a tuple of layers where the parameters do.
 
     Returns:
         The state for ``slice_params(params, masks)``.
@@ -196,12 +252,17 @@ def slice_opt_state(
     if per_layer:
         masks = jax.tree.map(recalled, masks)
     by_path = named_leaves(masks)
-    if not mixed:
+    if not (mixed or unroll):
         _refuse_single_weights([(path, mask, mask) for path, mask in by_path.items()])
     paths = jax.tree.structure(masks).unflatten(by_path)
     try:
         marked = optax.tree.map_params(
-            tx, _ParamLike, opt_state, paths, masks, is_leaf=_is_masked_node
+            tx,
+            functools.partial(_ParamLike, unroll=unroll),
+            opt_state,
+            paths,
+            masks,
+            is_leaf=_is_masked_node,
         )
     except Exception as error:  # tx.init on optax's placeholder may raise anything.
         raise ValueError(
@@ -267,6 +328,7 @@ class _ParamLike:
     state: Any
     path: str
     mask: Array
+    unroll: bool = False
 
     def sliced(self) -> Any:
         # One number per parameter (a norm, a scale) has no axis to cut.
@@ -274,7 +336,8 @@ class _ParamLike:
             return self.state
         (_, _, mask), *_ = pair_masks({self.path: self.state}, {self.path: self.mask})
         try:
-            return _slice_leaves([(self.path, self.state, mask)])[0]
+            slices = _slice_unrolled if self.unroll else _slice_leaves
+            return slices([(self.path, self.state, mask)])[0]
         except ValueError as error:
             raise ValueError(
                 f"opt_state keeps {np.shape(self.state)} numbers for {self.path}, "
