@@ -41,6 +41,25 @@ SWEEP_HEAD = (
     "Torch-Pruning",
     "times faster",
 )
+LAYERS = {
+    "resnet50": {
+        "rank": "ranking the inputs of 52 convolutions",
+        "fit": "fitting their kernels to half of the inputs",
+    },
+    "decoder layer": {
+        "half": "SparseGPT of a decoder layer of width 2048, half",
+        "2:4": "the same, 2 of 4",
+    },
+}
+# What is put into the document once there is a result, and where.
+SECTIONS = {
+    "layers": """## The linear algebra of layers
+
+Of a ResNet-50 and of a decoder layer of width 2048, from second moments on, in seconds
+(`python -m benchmarks.reconstruction`)."""
+}
+BEFORE = "## A checkpoint larger than memory"
+LAYERS_HEAD = ("", "wall", "processor")
 NARROW_HEAD = ("net", "time", "gathers", "fusions", "difference")
 
 
@@ -95,6 +114,14 @@ def giant_line(result: dict[str, Any]) -> str:
         f"{found['make_jaxpr_wall']:.2f} s, trace {found['trace_wall']:.2f} s, "
         f"{found['peak_mib']} MiB at most"
     )
+
+
+def layer_rows(result: dict[str, Any]) -> Iterable[Row]:
+    """Seconds of all layers together, on the wall and of the processor."""
+    for name, what in LAYERS.items():
+        seconds = result[name]["seconds"]
+        for step, text in what.items():
+            yield text, f"{seconds[step]:.1f}", f"{seconds[f'{step} cpu']:.1f}"
 
 
 def markdown(head: Row, rows: Iterable[Row]) -> str:
@@ -169,8 +196,18 @@ def _times_faster(call: dict[str, Any]) -> str:
     return f"{there['whole_way']['cpu'] / call['whole_way']['cpu']:.1f}"
 
 
+def committed() -> dict[str, str]:
+    """What stands between the marks of `docs/speed.md`, of results that are there."""
+    found = parts(load("coupling"), load("narrow"))
+    if (machine.RESULTS / "reconstruction.json").exists():
+        layers = load("reconstruction")
+        peak = f"{layers['peak_gib']} GiB at most. {_where(layers)}"
+        found["layers"] = f"{markdown(LAYERS_HEAD, layer_rows(layers))}\n\n{peak}"
+    return found
+
+
 def parts(coupling: dict[str, Any], narrow: dict[str, Any]) -> dict[str, str]:
-    """What stands between the marks of `docs/speed.md`."""
+    """The tables of groups and of narrowed programs."""
     powers = "\n".join(f"* {line}" for line in exponents(coupling))
     grows = f"Grows as depth to the power of:\n\n{powers}"
     return {
@@ -193,6 +230,9 @@ def filled(document: str, texts: dict[str, str]) -> str:
     """
     for name, text in texts.items():
         mark = f"<!-- {name} -->"
+        if name in SECTIONS and mark not in document:
+            new = f"{SECTIONS[name]}\n\n{mark}\n\n<!-- end -->\n\n{BEFORE}"
+            document = document.replace(BEFORE, new)
         pattern = f"{mark}\n.*?\n<!-- end -->"
         assert re.search(pattern, document, re.DOTALL), f"no mark {mark}"
         new = f"{mark}\n{text}\n<!-- end -->"
@@ -221,7 +261,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--write", action="store_true", help="into docs/speed.md")
     options = parser.parse_args()
-    texts = parts(load("coupling"), load("narrow"))
+    texts = committed()
     if options.write:
         DOCUMENT.write_text(filled(DOCUMENT.read_text(), texts))
     else:

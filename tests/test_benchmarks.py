@@ -115,9 +115,8 @@ def test_what_torch_lacks_is_said():
 
 
 def test_the_document_shows_the_committed_results():
-    texts = tables.parts(tables.load("coupling"), tables.load("narrow"))
     document = tables.DOCUMENT.read_text()
-    assert tables.filled(document, texts) == document
+    assert tables.filled(document, tables.committed()) == document
     for name in ("coupling", "narrow"):
         origin = tables.load(name)["origin"]
         assert origin["command"].startswith(f"python -m benchmarks.{name}")
@@ -170,5 +169,18 @@ def test_layers_are_counted_as_often_as_they_occur():
     expected = 3 * rows["one"]["rank"] + rows["two"]["rank"]
     assert found["rank"] == round(expected, 1)
     assert {"half", "2:4"} < set(reconstruction.surgeon(8, 4))
+    seconds = {
+        k: 1.0
+        for row in tables.LAYERS.values()
+        for k in (*row, *(f"{n} cpu" for n in row))
+    }
+    result = {name: {"seconds": seconds} for name in tables.LAYERS}
+    assert len(list(tables.layer_rows(result))) == 4
+    document = tables.filled(f"a\n\n{tables.BEFORE}\n", {"layers": "new"})
+    assert (
+        document.index("linear algebra")
+        < document.index("new")
+        < document.index(tables.BEFORE)
+    )
     matrices = sum(reconstruction.CONVOLUTIONS.values())
     assert matrices == 52  # with the stem, which reads the image, a ResNet-50 has 53

@@ -28,6 +28,27 @@ TITLES = {
 
 Row = Sequence[str]
 
+# What is put into the page once there is a result, and where.
+SECTIONS = {
+    "bounds": """## What is guaranteed, and what happens
+
+    python -m experiments.reconstruction.bounds
+
+Units sampled by sensitivity, layer by layer: the relative error of an output that is
+guaranteed with probability 1 - delta, the share of units that it leaves, the largest
+error of a draw (95th percentile), and how many draws are beyond what is guaranteed.
+"seen" are the images that the sensitivities are of, with K = 1; "new" are others, with
+the paper's K = 3.""",
+    "prunability": """## Prunability
+
+    python -m experiments.prunability.study
+
+Kendall's rank correlation of each measure with the generalisation gap, over a family of
+perceptrons on Fashion-MNIST that differ in width, depth, learning rate, amount of data
+and label noise; "within" is over pairs that differ in one setting alone.""",
+}
+BEFORE = "## The calls"
+
 
 def texts() -> dict[str, str]:
     """Mark -> what stands there, of the results that are committed."""
@@ -127,6 +148,9 @@ def filled(document: str, parts: Mapping[str, str]) -> str:
     """The document with these texts between its marks."""
     for name, text in parts.items():
         mark = f"<!-- {name} -->"
+        if name in SECTIONS and mark not in document:
+            new = f"{SECTIONS[name]}\n\n{mark}\n<!-- end -->\n\n{BEFORE}"
+            document = document.replace(BEFORE, new)
         pattern = f"{mark}\n.*?<!-- end -->"
         assert re.search(pattern, document, re.DOTALL), f"no mark {mark}"
         new = f"{mark}\n{text}\n<!-- end -->"
