@@ -1,5 +1,7 @@
 """The study of slimmable networks: arms within one budget, widths that cost no more."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -119,7 +121,7 @@ def test_the_page_tells_gains_that_are_sure_and_what_widths_cost():
     found = {
         "command": "this command",
         "machine": {"cores": 2, "cpu": "a CPU", "versions": {"jax": "1"}},
-        "settings": {"images": 9, "epochs": 4, "shares": [1.0, 0.75, 0.5]},
+        "settings": {"images": 9, "epochs": 4, "seeds": 5, "shares": [1.0, 0.75, 0.5]},
         "records": {f"vgg/seed{seed}": record for seed in range(2)},
     }
     text = "\n".join(report.page(found))
@@ -128,6 +130,7 @@ def test_the_page_tells_gains_that_are_sure_and_what_widths_cost():
     )
     assert "| SP-Net, two bases over S-Net | **+2.0 [+2.0, +2.0]** |" in text
     assert "* SP-Net is better than S-Net: vgg: holds." in text
+    assert "planned with 5 seeds" in text and "Not run: S-Net, taught" in text
     assert report.limits("+2.0 [-0.1, +4.1]") == (-0.1, 4.1)
     unsure = ["+1.0 [+0.5, +1.5]", "+1.0 [+0.5, +1.5]", "+2.0 [-0.1, +4.1]"]
     below = ["+1.0 [+0.5, +1.5]", "-1.0 [-1.5, -0.5]", "-2.0 [-4.1, -0.1]"]
@@ -135,3 +138,9 @@ def test_the_page_tells_gains_that_are_sure_and_what_widths_cost():
         "not shown",
         "turned round",
     ]
+
+
+def test_the_page_is_that_of_the_committed_results():
+    found = json.loads(study.RESULT.read_text())
+    assert report.PAGE.read_text() == "\n".join(report.page(found))
+    assert found["summary"] == study.summary(found["records"])

@@ -72,6 +72,7 @@ PAIRS = (
     ("s_net_taught", "s_net"),
     ("s_net_taught", "alone"),
     ("sp_net", "alone"),
+    ("sp_net", "equal_shares"),
     ("one_base", "equal_shares"),
     ("sp_net", "one_base"),
     ("sp_net", "iterative"),
