@@ -373,6 +373,7 @@ def used_twice(params, x):
         (mlp, {"ranks": 1, "kind": "spatial"}, "no kernel to factorise.* is a matrix"),
         (mlp, {"ranks": 1, "kind": "svd"}, "kind must be one of channel"),
         (mlp, {"ranks": 1, "basis_size": 2}, 'are of kind="basis"'),
+        (mlp, {"ranks": 1, "kind": "basis", "basis_size": 0}, "basis_size must be"),
         (
             mlp,
             {"ranks": {"w": 1}, "kind": "basis", "basis_size": 4},
@@ -405,6 +406,8 @@ def test_bad_values_are_named():
         small.apply_fn(params, x)
     with pytest.raises(ValueError, match="these are not the factorised variables"):
         small.apply_fn({"w": params["w"]}, x)
+    with pytest.raises(ValueError, match="w holds entries that are not finite"):
+        jaxprune.factorise(mlp, {**params, "w": params["w"] / 0}, x, ranks={"w": 1})
     # Another program, in which a kernel is read otherwise.
     flagged = lambda p, x, flag=False: x @ (p["w"] ** 2 if flag else p["w"])  # noqa: E731
     small = jaxprune.factorise(flagged, {"w": params["w"]}, x, ranks=2)

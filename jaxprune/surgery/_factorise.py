@@ -11,6 +11,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.extend.core import jaxpr_as_fun
 
+from jaxprune.core._checks import whole_number
 from jaxprune.core._functions import check_function
 from jaxprune.core._leaves import leaf_names
 from jaxprune.core._names import listed, matching, nearest
@@ -197,6 +198,8 @@ def factorise(
         raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
     if kind != "basis" and (basis_size is not None or share):
         raise ValueError(f'basis_size and share are of kind="basis", not {kind!r}')
+    if basis_size is not None:
+        whole_number("basis_size", basis_size)
     leaves, treedef = jax.tree.flatten(variables)
     names = leaf_names(variables, treedef)
     named = dict(zip(names, leaves, strict=True))
@@ -409,7 +412,10 @@ def host(path: str, leaf: Array) -> np.ndarray:
             "outside of jit, on arrays"
         )
     real = jnp.issubdtype(leaf.dtype, jnp.floating)
-    return np.asarray(leaf).astype(np.float64 if real else np.complex128)
+    wide = np.asarray(leaf).astype(np.float64 if real else np.complex128)
+    if not np.isfinite(wide).all():
+        raise ValueError(f"{path} holds entries that are not finite, so it has no rank")
+    return wide
 
 
 def _in_order(factors: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Any]]:
