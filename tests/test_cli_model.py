@@ -198,6 +198,10 @@ def test_variables_of_a_checkpoint(module, tmp_path, capsys):
             ],
             ["there is no folder none"],
         ),
+        (
+            ["prune", "{module}:make", "--out", "x", "--sparsity", "half"],
+            ["--sparsity must be a number, got 'half'"],
+        ),
         (["export", "nothing", "--out", "x"], ["nothing"]),
         (["completion", "fish"], ["no shell 'fish'", "bash, zsh"]),
     ],

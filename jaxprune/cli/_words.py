@@ -77,6 +77,13 @@ _PARSED = re.compile(r"Error parsing (?P<option>\S+): (?P<cause>.*)")
 _WANTED = {
     r"invalid literal for int\(\) with base \d+: (?P<got>.*)": "a whole number",
     r"could not convert string to float: (?P<got>.*)": "a number",
+    # What may also be left out is a union with None.
+    r"no type matching .*\|INT could be instantiated from \[(?P<got>.*?)\].*": (
+        "a whole number"
+    ),
+    r"no type matching .*\|FLOAT could be instantiated from \[(?P<got>.*?)\].*": (
+        "a number"
+    ),
 }
 
 
@@ -86,6 +93,9 @@ def _plain(text: str, config: str) -> str:
     Example:
         >>> _plain("Error parsing --n: invalid literal for int() with base 10: 'x'", "")
         "--n must be a whole number, got 'x'"
+        >>> _plain("Error parsing --n: no type matching {None}|FLOAT could be "
+        ...        "instantiated from ['x']. Got errors: - <class 'NoneType'>", "")
+        "--n must be a number, got 'x'"
     """
     text = text.removeprefix(f"Error parsing {config}: ")
     found = _PARSED.fullmatch(text)
