@@ -78,7 +78,8 @@ def page(found: Mapping[str, Any]) -> Iterator[str]:
 
 def fill(text: str) -> str:
     """A paragraph of the page."""
-    return textwrap.fill(" ".join(text.split()), 88) + "\n"
+    text = " ".join(text.split())
+    return textwrap.fill(text, 88, break_on_hyphens=False) + "\n"
 
 
 def _verdicts(told: Mapping[str, Any]) -> Iterator[str]:
