@@ -287,7 +287,7 @@ class NNXBlock(nnx.Module):
         self.down = nnx.Linear(hidden, 8, rngs=rngs)
 
     def __call__(self, x):
-        x = x + self.attend(self.norm(x))
+        x = x + self.attend(self.norm(x), mask=nnx.make_causal_mask(x[..., 0]))
         return x + self.down(nnx.gelu(self.up(x)))
 
 

@@ -129,12 +129,16 @@ def _uniform(
             if value.shape[k] == shape[d] and k not in value.uniform
         }
         return frozenset(range(len(shape))) - varies
+    if eqn.primitive.name == "transpose":
+        order = eqn.params["permutation"]
+        return frozenset(d for d, k in enumerate(order) if k in operands[0].uniform)
     full = [v for v in operands if v.shape]
-    same = all(v.shape == shape for v in full)
+    same = all(len(v.shape) == len(shape) for v in full)  # size 1 is repeated
     known = declaration(eqn)
     if known is None or not known.elementwise or not same:
         return frozenset()
-    return frozenset(range(len(shape))).intersection(*(v.uniform for v in full))
+    constant = ({k for k, n in enumerate(v.shape) if n == 1} | v.uniform for v in full)
+    return frozenset(range(len(shape))).intersection(*constant)
 
 
 def concrete(value: Value) -> np.ndarray | None:
