@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from experiments.batch_bridgeout import defaults
 from experiments.batch_bridgeout.comparison import (
     CELLS,
@@ -20,8 +22,8 @@ from experiments.batch_bridgeout.comparison import (
     TUNED_AT,
     Cell,
 )
+from experiments.harness import pages
 from experiments.harness.methods import FRACTIONS, area
-from experiments.harness.pages import write_compact
 from jaxprune.display import Interval, interval, new_figure, plot_runs
 
 HERE = Path(__file__).parent
@@ -218,20 +220,23 @@ def _compensated(results: Results) -> str:
 
 
 def _defaults(results: Results) -> str:
-    lines = ["| data | net | learning rate, momentum | " + " | ".join(defaults.ARMS)]
-    lines[0] += " |"
-    lines.append("| --- | --- | --- " + "| ---: " * len(defaults.ARMS) + "|")
-    for dataset in defaults.EPOCHS:
-        for net in defaults.NETS:
-            for rate in defaults.RATES.get(net, defaults.USUAL_RATES):
-                found = [
-                    results["records"].get(defaults.name(dataset, net, arm, rate))
-                    for arm in defaults.ARMS
-                ]
-                if None not in found:
-                    cells = " | ".join(f"{100 * x:.1f}" for x in found)
-                    which = f"{rate[0]:g}, {rate[1]:g}"
-                    lines.append(f"| {dataset} | {net} | {which} | {cells} |")
+    arms = list(defaults.ARMS)
+    lines = [
+        "| data | net | learning rate, momentum | "
+        + " | ".join([*arms, f"{arms[1]}, less {arms[0]}"])
+        + " |",
+        "| --- | --- | --- " + "| ---: " * (len(arms) + 1) + "|",
+    ]
+    by_arm: dict[defaults.Cell, dict[str, list[float]]] = {}
+    for cell in defaults.CELLS:
+        alike = by_arm.setdefault(cell._replace(seed=0, arm=""), {})
+        alike.setdefault(cell.arm, []).append(results["records"].get(cell.name))
+    for cell, found in by_arm.items():
+        if not any(None in accuracies for accuracies in found.values()):
+            means = [f"{100 * np.mean(found[arm]):.1f}" for arm in arms]
+            numbers = " | ".join([*means, pages.gain(found[arms[1]], found[arms[0]])])
+            where = f"{cell.dataset} | {cell.net} | {cell.rate[0]:g}, {cell.rate[1]:g}"
+            lines.append(f"| {where} | {numbers} |")
     return "\n".join(lines)
 
 
@@ -281,7 +286,7 @@ def main(folders: Sequence[str]) -> None:
     for folder in folders:
         found = json.loads(Path(folder, "results.json").read_text())
         is_study = "fractions" in found["settings"]
-        write_compact(RESULT if is_study else DEFAULTS, found)
+        pages.write_compact(RESULT if is_study else DEFAULTS, found)
     results = json.loads(RESULT.read_text())
     PAGE.write_text(page(results, json.loads(DEFAULTS.read_text())))
     figure(results).savefig(FIGURE, dpi=110)
