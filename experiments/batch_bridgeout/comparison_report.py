@@ -231,13 +231,22 @@ def _defaults(results: Results) -> str:
     for cell in defaults.CELLS:
         alike = by_arm.setdefault(cell._replace(seed=0, arm=""), {})
         alike.setdefault(cell.arm, []).append(results["records"].get(cell.name))
+    worst = 0.0
     for cell, found in by_arm.items():
         if not any(None in accuracies for accuracies in found.values()):
-            means = [f"{100 * np.mean(found[arm]):.1f}" for arm in arms]
-            numbers = " | ".join([*means, pages.gain(found[arms[1]], found[arms[0]])])
+            means = {arm: 100 * float(np.mean(found[arm])) for arm in arms}
+            worst = max(worst, means[arms[0]] - means[arms[1]])
+            shown = [f"{mean:.1f}" for mean in means.values()]
+            numbers = " | ".join([*shown, pages.gain(found[arms[1]], found[arms[0]])])
             where = f"{cell.dataset} | {cell.net} | {cell.rate[0]:g}, {cell.rate[1]:g}"
             lines.append(f"| {where} | {numbers} |")
-    return "\n".join(lines)
+    return (
+        "Test accuracy (%) with `optax.chain(jaxprune.bridgeout(), optax.sgd(rate))`, "
+        "uncut and without clipping,\nat learning rates that plain SGD likes: mean "
+        f"over {defaults.SEEDS} paired seeds, and the paired difference with its 95 % "
+        f"interval. At worst it\nis {worst:.1f} points below plain SGD.\n\n"
+        + "\n".join(lines)
+    )
 
 
 def _missing(results: Results) -> str:
