@@ -67,5 +67,7 @@ def test_another_cut_and_bad_numbers():
         recipes.prunability(loss, PARAMS, tolerance=-1)
     with pytest.raises(ValueError, match="step must be between 0 and 1, got 2"):
         recipes.prunability(loss, PARAMS, step=2)
-    with pytest.raises(ValueError, match="the loss of the whole net is nan"):
+    with pytest.raises(
+        ValueError, match="the loss of the whole network must be finite, got nan"
+    ):
         recipes.prunability(lambda p: np.nan, PARAMS)
