@@ -361,5 +361,7 @@ def test_errors(net):
     tx = centripetal(groups, IDS)
     with pytest.raises(ValueError, match=r"tx.update\(grads, opt_state, params\)"):
         tx.update(params, tx.init(params))
-    with pytest.raises(ValueError, match="params lack a, which makes the units of a:1"):
+    with pytest.raises(
+        ValueError, match="params lack a, which produces the units of a:1"
+    ):
         tx.init({"e": params["e"]})

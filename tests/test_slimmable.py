@@ -479,5 +479,7 @@ def test_an_export_holds_all_widths_over_one_set_of_weights(net, tmp_path):
         assert_same(again[i](again.variables, x[:3]), slim[i](slim.variables, x[:3]))
     with np.load(next(tmp_path.glob("parameters*"))) as stored:
         assert len(stored.files) == len(jax.tree.leaves(slim.variables))
-    with pytest.raises(ValueError, match="holds no slimmable network: widths.json"):
+    with pytest.raises(
+        ValueError, match="holds no slimmable network: .* does not exist"
+    ):
         jaxprune.io.load_widths(tmp_path / "nothing")
